@@ -1,0 +1,827 @@
+"""Every Llama, from Llama 1 to Llama 4, in one file.
+
+A model is described by a `LlamaConfig`; `PRESETS` holds the published ones. Parameters carry Hugging Face's
+names and layouts, so `state_dict()` is a Hugging Face state dict and a saved directory is a Hugging Face checkpoint.
+
+    model = Llama(PRESETS["stories15m"])
+    logits, loss = model(idx, targets)
+    ids = model.generate(idx, max_new_tokens=100)
+
+Letters in shapes: B batch, T positions, D dim, H query heads, K key/value heads, d head_dim, V vocabulary,
+F width of a feed-forward, E experts, N tokens (B·T), k experts per token, C chunk, S slots of a cache.
+
+Sources: LLaMA (arXiv:2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), RoPE (2104.09864), SwiGLU
+(2002.05202), GQA (2305.13245), Switch (2101.03961), balancing by bias (2408.15664), temperature tuning
+(2501.19399); for Llama 4, meta-llama/llama-models `models/llama4` and transformers `modeling_llama4.py`.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class LlamaConfig:
+    """The shape of a Llama. Raises ValueError, naming the field, for a shape that cannot be built."""
+    arch: str = "llama"  # "llama" (1 to 3) or "llama4": decides the layout of RoPE and the names of parameters
+    vocab_size: int = 32000  # the SentencePiece vocabulary of Llama 1 and 2
+    n_layer: int = 32  # this and the next sizes: Llama 7B
+    n_head: int = 32  # query heads
+    n_kv_head: int = 0  # key/value heads, shared by n_head/n_kv_head query heads each; 0: as many as n_head
+    dim: int = 4096  # width of the residual stream
+    head_dim: int = 0  # 0: dim / n_head
+    ffn_dim: int = 11008  # width of a dense SwiGLU; Llama 1 rounds 2/3 of 4*dim up to a multiple of 256
+    context: int = 2048  # longest sequence the model is meant for
+    norm_eps: float = 1e-5  # Llama 1 uses 1e-6, all later ones 1e-5
+    rope_theta: float = 10000.0  # base of the RoPE wavelengths; longer contexts want a larger one
+    rope_scaling: tuple[float, ...] = ()  # Llama 3.1's (factor, low, high, original context); (): no scaling
+    tie_embeddings: bool = False  # small models save vocab_size*dim parameters by sharing embedding and head
+    bos_id: int | None = None  # token that begins a document; recorded for other tools
+    eos_ids: tuple[int, ...] = ()  # tokens that end a generation; recorded for other tools
+    nope_every: int = 0  # iRoPE: every n-th layer has no RoPE and full attention (Llama 4: 4); 0: RoPE everywhere
+    chunk: int = 0  # RoPE layers attend within chunks of this many positions (Llama 4: 8192); 0: full attention
+    qk_norm: bool = False  # weightless RMSNorm of q and k after RoPE, on RoPE layers (Scout: yes, Maverick: no)
+    attn_scale: float = 0.0  # temperature tuning of NoPE layers (Llama 4: 0.1); 0: off
+    floor_scale: int = 8192  # positions for each step of that temperature
+    n_experts: int = 0  # routed experts of a mixture-of-experts layer; 0: every layer is dense
+    top_k: int = 1  # routed experts a token visits; one is enough beside the shared expert
+    moe_every: int = 1  # every n-th layer is a mixture of experts (Scout 1, Maverick 2)
+    expert_dim: int = 0  # width of each routed expert and of the shared one; 0: ffn_dim
+    dropout: float = 0.0  # training only: several epochs on little data want 0.1 to 0.2, one epoch wants none
+    router_noise: float = 0.0  # training only: std of noise on the logits that select experts; keeps all in play
+    router_aux: float = 0.0  # training only: weight of Switch's balancing loss in the gradient (Switch: 0.01)
+    router_bias: float = 0.0  # training only: step of the selection bias that balances load without a loss (1e-3)
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.rope_scaling, self.eos_ids = tuple(self.rope_scaling), tuple(self.eos_ids)
+        self.expert_dim = self.expert_dim or self.ffn_dim
+
+        def need(ok, why):
+            if not ok:
+                raise ValueError(why)
+        need(self.arch in ("llama", "llama4"), f"arch must be 'llama' or 'llama4', not {self.arch!r}")
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "ffn_dim", "context", "floor_scale",
+                     "top_k", "moe_every", "expert_dim", "norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            need(value > 0 and value < 2**40, f"{name} must be positive, not {value}")
+        for name in ("head_dim", "nope_every", "chunk", "n_experts", "attn_scale", "dropout", "router_noise",
+                     "router_aux", "router_bias"):
+            need(0 <= getattr(self, name) < 2**40, f"{name} must not be negative, not {getattr(self, name)}")
+        if not self.head_dim:
+            need(self.dim % self.n_head == 0, f"dim={self.dim} is not divisible by n_head={self.n_head}; "
+                 "change one or give head_dim")
+            self.head_dim = self.dim // self.n_head
+        need(self.n_head % self.n_kv_head == 0,
+             f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        need(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        need(len(self.rope_scaling) in (0, 4), "rope_scaling takes (factor, low, high, original context) or ()")
+        need(self.top_k <= max(self.n_experts, 1), f"top_k={self.top_k} is more than n_experts={self.n_experts}")
+        need(self.dropout < 1, f"dropout={self.dropout} must be below 1")
+        new = [n for n in ("nope_every", "chunk", "qk_norm", "attn_scale", "n_experts") if getattr(self, n)]
+        need(self.arch == "llama4" or not new, f"{', '.join(new)}: only arch='llama4' has this")
+        need(not self.attn_scale or self.nope_every, "attn_scale tunes NoPE layers: it needs nope_every")
+
+    def is_nope(self, layer):
+        """Whether layer (0-based) has no RoPE, full attention and a tuned temperature."""
+        return self.nope_every > 0 and (layer + 1) % self.nope_every == 0
+
+    def is_moe(self, layer):
+        """Whether layer (0-based) is a mixture of experts."""
+        return self.n_experts > 0 and (layer + 1) % self.moe_every == 0
+
+    def chunk_of(self, layer):
+        """Chunk of layer's attention in positions, 0 where it is full."""
+        return 0 if self.is_nope(layer) else self.chunk
+
+
+def _presets():
+    """{name: LlamaConfig} of every published Llama (sources: their config.json) and of this project's own."""
+    llama1 = LlamaConfig(norm_eps=1e-6)
+    llama2 = LlamaConfig(context=4096)
+    size13 = dict(n_layer=40, n_head=40, dim=5120, ffn_dim=13824)
+    llama3 = LlamaConfig(vocab_size=128256, n_kv_head=8, ffn_dim=14336, context=8192, rope_theta=5e5)
+    size70 = dict(n_layer=80, n_head=64, n_kv_head=8, dim=8192, head_dim=128, ffn_dim=28672)
+    size405 = dict(n_layer=126, n_head=128, dim=16384, head_dim=128, ffn_dim=53248)
+    llama31 = replace(llama3, context=131072, rope_scaling=(8.0, 1.0, 4.0, 8192.0))
+    llama32 = replace(llama31, rope_scaling=(32.0, 1.0, 4.0, 8192.0), tie_embeddings=True)
+    stories = LlamaConfig(n_layer=6, n_head=6, n_kv_head=6, dim=288, head_dim=48, ffn_dim=768, context=256,
+                          tie_embeddings=True)
+    stories110m = replace(stories, n_layer=12, n_head=12, n_kv_head=12, dim=768, head_dim=64, ffn_dim=2048,
+                          context=1024)
+    smollm2 = LlamaConfig(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, dim=576, ffn_dim=1536, context=8192,
+                          rope_theta=1e5, tie_embeddings=True)
+    scout = LlamaConfig(arch="llama4", vocab_size=202048, n_layer=48, n_head=40, n_kv_head=8, dim=5120, head_dim=128,
+                        ffn_dim=16384, context=10485760, rope_theta=5e5, rope_scaling=(16.0, 1.0, 1.0, 8192.0),
+                        nope_every=4, chunk=8192, qk_norm=True, attn_scale=0.1, n_experts=16, expert_dim=8192)
+    scout128m = replace(scout, vocab_size=32768, n_layer=6, n_head=8, n_kv_head=2, dim=512, head_dim=64, ffn_dim=576,
+                        expert_dim=576, context=256, chunk=128, rope_scaling=())
+    return {
+        "llama-1-7b": llama1, "llama-2-7b": llama2, "llama-2-13b": replace(llama2, n_kv_head=40, head_dim=128, **size13),
+        "llama-2-70b": replace(llama2, **size70),
+        "llama-3-8b": llama3, "llama-3-70b": replace(llama3, **size70), "llama-3.1-8b": llama31,
+        "llama-3.1-70b": replace(llama31, **size70), "llama-3.1-405b": replace(llama31, **size405),
+        "llama-3.3-70b": replace(llama31, **size70),
+        "llama-3.2-1b": replace(llama32, n_layer=16, dim=2048, head_dim=64, ffn_dim=8192),
+        "llama-3.2-3b": replace(llama32, n_layer=28, n_head=24, dim=3072, head_dim=128, ffn_dim=8192),
+        "tinyllama-1.1b": LlamaConfig(n_layer=22, n_kv_head=4, dim=2048, ffn_dim=5632),
+        "smollm2-135m": smollm2,
+        "smollm2-360m": replace(smollm2, n_layer=32, n_head=15, n_kv_head=5, dim=960, ffn_dim=2560),
+        "smollm2-1.7b": replace(smollm2, n_layer=24, n_head=32, n_kv_head=32, dim=2048, ffn_dim=8192, rope_theta=1.3e5),
+        "stories15m": stories,
+        "stories42m": replace(stories, n_layer=8, n_head=8, n_kv_head=8, dim=512, head_dim=64, ffn_dim=1376,
+                              context=1024),
+        "stories110m": stories110m,
+        "llama-4-scout": scout,
+        "llama-4-maverick": replace(scout, context=1048576, rope_scaling=(), qk_norm=False, n_experts=128, moe_every=2),
+        "scout-128m": scout128m,
+        "mini-llama": stories110m,
+        "llama4-tiny": replace(scout, vocab_size=32000, n_layer=12, n_head=12, n_kv_head=4, dim=768, head_dim=64,
+                               ffn_dim=2048, expert_dim=1024, context=2048, chunk=512, n_experts=8, top_k=2,
+                               moe_every=2, rope_scaling=()),
+    }
+
+
+PRESETS = _presets()
+
+
+def rope_frequencies(cfg):
+    """RoPE's angle per position, (d/2,) float32 on the CPU, with Llama 3.1's scaling where cfg has one.
+
+    Wavelengths below original/high stay, those above original/low grow by factor, those between are mixed;
+    low == high (Llama 4 Scout) is a step. Source: meta-llama/llama-models `apply_scaling`.
+    """
+    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, device="cpu").float() / cfg.head_dim)
+    if not cfg.rope_scaling:
+        return freq
+    factor, low, high, original = cfg.rope_scaling
+    turns = original * freq / (2 * math.pi)  # how often a pair turns within the original context
+    keep = (turns > high).float() if low == high else ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * freq + (1 - keep) * freq / factor
+
+
+class Rope(nn.Module):
+    """cos and sin of the angles at given positions."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.register_buffer("freq", rope_frequencies(cfg), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.freq = rope_frequencies(self.cfg).to(self.freq.device)  # .to(bfloat16) must not round the angles
+        return self
+
+    def forward(self, positions):
+        """positions (T,) or (B, T) -> cos, sin (T, d/2) or (B, 1, T, d/2), float32."""
+        angle = positions[..., None].float() * self.freq
+        angle = angle if positions.dim() == 1 else angle[:, None]
+        return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin, interleaved):
+    """Turn the pairs of x (B, H, T, d) by the given angles, in float32.
+
+    A pair is (x[2i], x[2i+1]) when interleaved (Meta's layout, Llama 4), else (x[i], x[i+d/2]) (Hugging Face's
+    layout for Llama 1 to 3, whose q_proj and k_proj rows are permuted to match).
+    """
+    pair = -1 if interleaved else -2
+    a, b = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(pair)  # (B, H, T, d/2) each
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), pair).flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (arXiv:1910.07467), in float32 inside."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class KVCache:
+    """Keys and values of B rows decoded together, preallocated.
+
+    Slot s of a layer holds position s; where attention is chunked, position s modulo chunk, so such a layer never
+    keeps more than one chunk. Rows may differ in length: `lengths` (B,) counts the positions seen in each.
+    """
+
+    def __init__(self, cfg, batch, size, device=None, dtype=None):
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.used = 0  # an upper bound of lengths known without asking the device
+        self.kv = [torch.zeros(2, batch, cfg.n_kv_head, min(cfg.chunk_of(i) or size, size), cfg.head_dim,
+                               device=device, dtype=dtype) for i in range(cfg.n_layer)]
+
+    def fill(self, layer, k, v, lengths):
+        """Store a prompt's k, v (B, K, T, d); row b is lengths[b] long (None: T) and padded on the right."""
+        kv, T = self.kv[layer], k.shape[2]
+        S = kv.shape[3]
+        if T <= S:
+            kv[0, :, :, :T], kv[1, :, :, :T] = k, v
+            return
+        lengths = torch.full_like(self.lengths, T) if lengths is None else lengths
+        start = lengths // S * S  # (B,) where the chunk that the next token continues begins
+        source = (start[:, None] + torch.arange(S, device=k.device)).clamp(max=T - 1)  # (B, S)
+        source = source[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # (B, K, S, d)
+        kv[0], kv[1] = k.gather(2, source), v.gather(2, source)
+
+    def append(self, layer, k, v):
+        """Store one token's k, v (B, K, 1, d); returns all k, v (B, K, S, d) and which are visible, (B, 1, 1, S)."""
+        kv = self.kv[layer]
+        slot = self.lengths % kv.shape[3]  # (B,)
+        rows = torch.arange(len(slot), device=slot.device)
+        kv[0, rows, :, slot], kv[1, rows, :, slot] = k[:, :, 0], v[:, :, 0]
+        kv = kv[:, :, :, :-(-(self.used + 1) // 64) * 64]  # steps of 64: work grows with what is used, shapes stay few
+        return kv[0], kv[1], (torch.arange(kv.shape[3], device=slot.device) <= slot[:, None])[:, None, None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention of one layer: RoPE or NoPE, full or chunked."""
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.cfg, self.layer, self.nope, self.chunk = cfg, layer, cfg.is_nope(layer), cfg.chunk_of(layer)
+        self.q_proj = nn.Linear(cfg.dim, cfg.n_head * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.dim, cfg.n_kv_head * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.dim, cfg.n_kv_head * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.dim, bias=False)
+
+    def forward(self, x, rope, positions, mask, cache, lengths):
+        """x (B, T, D) -> (B, T, D); see Decoder.forward for the rest."""
+        cfg, (B, T, _) = self.cfg, x.shape
+        q = self.q_proj(x).view(B, T, cfg.n_head, cfg.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)
+        if not self.nope:
+            q, k = (rotate(t, *rope, interleaved=cfg.arch == "llama4") for t in (q, k))
+            if cfg.qk_norm:
+                q, k = (F.rms_norm(t, t.shape[-1:], eps=cfg.norm_eps) for t in (q, k))
+        elif cfg.attn_scale:
+            heat = 1 + cfg.attn_scale * torch.log1p(((positions + 1) // cfg.floor_scale).float())
+            q = (q * (heat[:, None] if positions.dim() == 1 else heat[:, None, :, None])).type_as(q)
+        if cache is not None and cache.used:
+            k, v, mask = cache.append(self.layer, k, v)
+        elif cache is not None:
+            cache.fill(self.layer, k, v, lengths)
+        gqa = cfg.n_kv_head != cfg.n_head
+        if mask is not None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        elif self.chunk and T > self.chunk:  # chunks beside each other on the batch axis, the last one padded
+            n = -(-T // self.chunk)
+            q, k, v = (F.pad(t, (0, 0, 0, n * self.chunk - T)).unflatten(2, (n, self.chunk)).transpose(1, 2).flatten(0, 1)
+                       for t in (q, k, v))  # (B·n, H, C, d)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+            y = y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]  # (B, H, T, d)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the dense feed-forward, and the shared expert."""
+
+    def __init__(self, dim, width):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, width, bias=False)
+        self.up_proj = nn.Linear(dim, width, bias=False)
+        self.down_proj = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """E SwiGLUs side by side, run over tokens that are sorted by expert."""
+
+    def __init__(self, n_experts, dim, width):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(n_experts, dim, 2 * width))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, width, dim))
+
+    def forward(self, x, ends):
+        """x (N·k, D) sorted by expert, ends (E,) int32 the end of each expert's rows -> (N·k, D)."""
+        kind = x.device.type  # grouped_mm is not on autocast's list
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        x, gate_up, down = (t.to(dtype) for t in (x, self.gate_up_proj, self.down_proj))
+        gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, -1)  # (N·k, F) each
+        return F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+
+
+class MoE(nn.Module):
+    """Llama 4's mixture: y = shared(x) + sum over the top k experts of expert(sigmoid(logit) * x)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.router = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
+        self.experts = Experts(cfg.n_experts, cfg.dim, cfg.expert_dim)
+        self.shared_expert = SwiGLU(cfg.dim, cfg.expert_dim)
+        self.register_buffer("load", torch.zeros(cfg.n_experts), persistent=False)  # tokens per expert since balance()
+        self.register_buffer("bias", torch.zeros(cfg.n_experts), persistent=False)  # moves the selection, in training
+
+    def forward(self, x):
+        """x (B, T, D) -> y (B, T, D) and the balancing loss (0 where it is not asked for)."""
+        cfg, shape = self.cfg, x.shape
+        x = x.reshape(-1, cfg.dim)  # (N, D)
+        logits = self.router(x).float()  # (N, E)
+        choice = logits
+        if self.training and cfg.router_noise:
+            choice = choice + cfg.router_noise * torch.randn_like(choice)
+        if self.training and cfg.router_bias:
+            choice = choice + self.bias
+        expert = choice.topk(cfg.top_k, dim=-1).indices  # (N, k)
+        score = logits.gather(1, expert).sigmoid()  # (N, k) from the raw logits: noise and bias only select
+        order = expert.flatten().argsort(stable=True)  # (N·k,) by expert, tokens in their order
+        count = (expert.flatten()[:, None] == torch.arange(cfg.n_experts, device=x.device)).sum(0)  # (E,)
+        token = order // cfg.top_k
+        routed = x[token] * score.flatten()[order][:, None].type_as(x)  # (N·k, D) the score multiplies the input
+        routed = self.experts(routed, count.cumsum(0).int())
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # undoes the sort
+        y = self.shared_expert(x) + routed[back].unflatten(0, (-1, cfg.top_k)).sum(1)  # (N, D)
+        aux = logits.new_zeros(())
+        if self.training:
+            self.load += count
+            if cfg.router_aux:  # E * sum_e (share of tokens) * (mean probability), 1 when balanced
+                aux = cfg.n_experts * (count / count.sum() * logits.softmax(-1).mean(0)).sum()
+        return y.view(shape), aux
+
+
+class Block(nn.Module):
+    """h = x + attention(norm(x)); out = h + feed_forward(norm(h))."""
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.feed_forward_name = "mlp" if cfg.arch == "llama" else "feed_forward"  # Hugging Face's names
+        self.add_module(self.feed_forward_name, MoE(cfg) if cfg.is_moe(layer) else SwiGLU(cfg.dim, cfg.ffn_dim))
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    @property
+    def ffn(self):
+        """The feed-forward: a SwiGLU or an MoE."""
+        return getattr(self, self.feed_forward_name)
+
+    def forward(self, x, *context):
+        """x (B, T, D) -> (B, T, D) and the layer's balancing loss."""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context))
+        y, aux = self.post_attention_layernorm(x), 0.0
+        if isinstance(self.ffn, MoE):
+            y, aux = self.ffn(y)
+        else:
+            y = self.ffn(y)
+        return x + self.dropout(y), aux
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: everything but the head."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.rope = Rope(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
+
+    def masks(self, positions):
+        """Which keys each query sees when documents share a row: (full, chunked), (B, 1, T, T) bool each.
+
+        A document begins where positions (B, T) is 0."""
+        T = positions.shape[1]
+        document = (positions == 0).cumsum(1)
+        full = (document[:, :, None] == document[:, None]) & torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
+        C = self.cfg.chunk or self.cfg.context
+        return full[:, None], (full & (positions[:, :, None] // C == positions[:, None] // C))[:, None]
+
+    def forward(self, idx=None, embeds=None, positions=None, cache=None, lengths=None):
+        """Hidden states (B, T, D) and the mean balancing loss. See Llama.forward."""
+        x = self.embed_tokens(idx) if embeds is None else embeds
+        full = chunked = None
+        if cache is not None and cache.used:
+            positions = cache.lengths[:, None]  # (B, 1)
+        elif positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        else:
+            full, chunked = self.masks(positions)
+        rope = self.rope(positions)
+        x, balance = self.dropout(x), 0.0
+        for block in self.layers:
+            context = rope, positions, chunked if block.self_attn.chunk else full, cache, lengths
+            if self.checkpointing and self.training:
+                x, aux = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x, aux = block(x, *context)
+            balance = balance + aux
+        if cache is not None:
+            cache.lengths += 1 if cache.used else x.shape[1] if lengths is None else lengths
+            cache.used += x.shape[1]
+        return self.norm(x), balance
+
+
+class Llama(nn.Module):
+    """A Llama language model. Draws its weights with `init_weights`; `from_pretrained` reads them."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.config = cfg
+        self.model = Decoder(cfg)
+        self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draw every tensor by its role.
+
+        norms: 1. Embedding and head: normal, std 0.02, so that the first loss is close to ln V. Matrices that read
+        the residual stream: normal, std 1/sqrt(inputs), so that activations start at unit scale at any width.
+        Matrices that write to it (o_proj, every down_proj): the same over sqrt(2 * n_layer), so that the stream's
+        variance does not grow with depth (GPT-2). Router: std 1/sqrt(dim), logits of unit scale.
+        """
+        for name, p in self.named_parameters():
+            role = name.removesuffix(".weight").rsplit(".", 1)[-1]
+            if role.endswith("norm"):
+                p.fill_(1.0)
+            elif role in ("embed_tokens", "lm_head"):
+                p.normal_(std=0.02)
+            else:
+                inputs = p.shape[1]  # Linear is (out, in), Experts are (E, in, out): both have it second
+                depth = 2 * self.config.n_layer if role in ("o_proj", "down_proj") else 1
+                p.normal_(std=(inputs * depth) ** -0.5)
+
+    def forward(self, idx=None, targets=None, *, embeds=None, positions=None, cache=None, lengths=None):
+        """Logits at every position, and the loss.
+
+        idx (B, T) int64, or embeds (B, T, D) in its place. targets (B, T): the token that follows each position,
+        -100 where it does not count. positions (B, T): restart at 0 where a new document begins; it then sees
+        nothing before itself. cache: a KVCache, filled by the first call (rows padded on the right to T,
+        lengths (B,) their true lengths) and extended by calls with T = 1.
+        Returns logits (B, T, V) and loss: mean nats per counted target, or None without targets. In training the
+        loss also carries the gradient, but not the value, of router_aux times the balancing loss.
+        """
+        x, balance = self.model(idx, embeds, positions, cache, lengths)
+        logits = self.lm_head(x)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        if self.training and self.config.router_aux:
+            extra = self.config.router_aux * balance
+            loss = loss + (extra - extra.detach())
+        return logits, loss
+
+    # -- facts ---------------------------------------------------------------------------------------------------
+
+    def counts(self):
+        """(parameters, parameters that one token uses), tied weights once."""
+        total = sum(p.numel() for p in self.parameters())
+        routed = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+        return total, total - (routed - routed * self.config.top_k // max(self.config.n_experts, 1))
+
+    def flops_per_token(self, length):
+        """Floating-point operations of forward and backward per token, averaged over a sequence of `length`.
+
+        6 for each weight that a token is multiplied with (embedding rows are looked up, not multiplied), and
+        12·H·d for each key that it attends to: causal attention sees half of the square.
+        """
+        cfg = self.config
+        lookup = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.dim
+        keys = 0.0  # summed over the layers
+        for i in range(cfg.n_layer):
+            C = min(cfg.chunk_of(i) or length, length)
+            whole, rest = divmod(length, C)
+            keys += (whole * C * (C + 1) + rest * (rest + 1)) / 2 / length
+        return 6 * (self.counts()[1] - lookup) + 12 * cfg.n_head * cfg.head_dim * keys
+
+    # -- balancing of experts ------------------------------------------------------------------------------------
+
+    def moe_layers(self):
+        """The mixture-of-experts modules, in order of depth."""
+        return [m for m in self.modules() if isinstance(m, MoE)]
+
+    @torch.no_grad()
+    def balance(self):
+        """After an optimizer step: move each selection bias toward balance; returns and clears the load (layers, E).
+
+        Experts with more than the mean load lose router_bias, the others gain it (arXiv:2408.15664)."""
+        layers = self.moe_layers()
+        load = torch.stack([m.load for m in layers])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        for m, row in zip(layers, load):
+            m.bias += self.config.router_bias * (row.mean() - row).sign()
+            m.load.zero_()
+        return load
+
+    # -- generation ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(self, idx=None, max_new_tokens=1, temperature=1.0, top_k=None, top_p=None, min_p=None, eos_id=None,
+               seed=None, mask=None, embeds=None):
+        """Yield the next token of every row, (B,) int64, until all rows have ended or the context is full.
+
+        idx (B, T) or embeds (B, T, D): prompts; mask (B, T): 1 where they are real, 0 for padding on the left or
+        right. temperature 0 is greedy. eos_id: an id, or several, that end a row, which then repeats its ending.
+        Raises ValueError when a prompt is empty or leaves no room in the context.
+        """
+        prompt = idx if embeds is None else embeds
+        B, T = prompt.shape[:2]
+        if T == 0 or T >= self.config.context:
+            raise ValueError(f"a prompt of {T} tokens: it must have at least 1 and fewer than the context of {self.config.context}")
+        lengths = torch.full((B,), T, device=prompt.device)
+        if mask is not None:
+            lengths = mask.sum(1)
+            if (lengths == 0).any():
+                raise ValueError("a prompt is empty")
+            shift = mask.argmax(1, keepdim=True) + torch.arange(T, device=prompt.device)  # padding on the left moves right
+            source = shift.clamp(max=T - 1)
+            prompt = prompt.gather(1, source) if embeds is None else prompt.gather(1, source[..., None].expand_as(prompt))
+        ends = torch.tensor([] if eos_id is None else [eos_id] if isinstance(eos_id, int) else sorted(eos_id),
+                            dtype=torch.long, device=prompt.device)
+        dice = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
+        steps = min(max_new_tokens, self.config.context - T)
+        cache = KVCache(self.config, B, T + steps, prompt.device, self.lm_head.weight.dtype)
+        done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
+        token = None
+        for step in range(steps):
+            if step == 0:
+                x, _ = self.model(*((prompt, None) if embeds is None else (None, prompt)), None, cache, lengths)
+                x = x[torch.arange(B, device=x.device), lengths - 1]  # (B, D)
+            else:
+                x = self.model(token[:, None], None, None, cache)[0][:, 0]
+            following = pick(self.lm_head(x).float(), temperature, top_k, top_p, min_p, dice)
+            token = following if token is None else torch.where(done, token, following)
+            done = done | torch.isin(token, ends)
+            yield token
+            if len(ends) and done.all():
+                return
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, eos_id=None, seed=None,
+                 mask=None):
+        """idx (B, T) with up to max_new_tokens more tokens, (B, T + new). Arguments as for `stream`."""
+        new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, eos_id, seed, mask))
+        return torch.cat((idx, torch.stack(new, 1)), 1) if new else idx
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name, dtype=None, device="cpu", **overrides):
+        """Read a directory or a Hugging Face hub name: config.json and *.safetensors, whole or sharded.
+
+        dtype None keeps the file's; overrides replace fields of the config (dropout=0.1). Raises FileNotFoundError
+        when there is nothing to read, and ValueError, naming them, for missing, unexpected or mis-shaped tensors.
+        """
+        path = Path(name) if Path(name).is_dir() else _download(str(name))
+        cfg = replace(config_from_hf(_read_json(path / "config.json")), **overrides)
+        with torch.device("meta"):
+            model = cls(cfg)
+        state = _read_tensors(path, {n: p.shape for n, p in model.state_dict().items()}, cfg.tie_embeddings, dtype, device)
+        if cfg.tie_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state, assign=True)
+        if cfg.tie_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        for m in model.moe_layers():  # the training-only buffers are not in the file
+            m.load, m.bias = torch.zeros(cfg.n_experts), torch.zeros(cfg.n_experts)
+        return model.to(device).requires_grad_(True).eval()
+
+    def save_pretrained(self, directory, state=None):
+        """Write config.json and model.safetensors (state, default: this model's) that Hugging Face tools read.
+
+        Each file appears whole or not at all."""
+        from safetensors.torch import save_file
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = dict(self.state_dict() if state is None else state)
+        if self.config.tie_embeddings:
+            state.pop("lm_head.weight", None)
+        state = {n: t.detach().cpu().contiguous() for n, t in state.items()}
+        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        with _whole(directory / "model.safetensors") as path:
+            save_file(state, path, metadata={"format": "pt"})
+        with _whole(directory / "config.json") as path:
+            Path(path).write_text(json.dumps(config_to_hf(self.config, dtype), indent=2) + "\n")
+
+
+def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
+    """Draw a token from each row of logits (B, V) -> (B,). temperature 0 takes the most likely.
+
+    top_k keeps the k most likely tokens, top_p the fewest whose probabilities reach p (arXiv:1904.09751), min_p
+    those with at least min_p times the probability of the most likely (arXiv:2407.01082)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    p = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        value, index = p.sort(-1, descending=True)
+        p = p.masked_fill((value.cumsum(-1) - value >= top_p).gather(1, index.argsort(-1)), 0)
+    if min_p:
+        p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # a race of exponentials: no host sync
+
+
+# -- Hugging Face files ------------------------------------------------------------------------------------------
+
+NAMES = {  # field of LlamaConfig: key of config.json, where both mean the same
+    "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "dim": "hidden_size", "head_dim": "head_dim", "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "bos_id": "bos_token_id"}
+NAMES4 = {"ffn_dim": "intermediate_size_mlp", "expert_dim": "intermediate_size", "n_experts": "num_local_experts",
+          "top_k": "num_experts_per_tok", "chunk": "attention_chunk_size", "qk_norm": "use_qk_norm",
+          "floor_scale": "floor_scale", "attn_scale": "attn_scale"}
+
+
+def config_to_hf(cfg, dtype="float32"):
+    """LlamaConfig -> the dict of a config.json, with the old and the new spelling of dtype and RoPE."""
+    names = NAMES | (NAMES4 if cfg.arch == "llama4" else {"ffn_dim": "intermediate_size"})
+    out = {key: getattr(cfg, name) for name, key in names.items()}
+    out |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, "dtype": dtype, "torch_dtype": dtype, "rope_theta": cfg.rope_theta, "rope_scaling": None,
+            "rope_parameters": {"rope_theta": cfg.rope_theta, "rope_type": "default"},
+            "eos_token_id": cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None}
+    if cfg.rope_scaling:
+        factor, low, high, original = cfg.rope_scaling
+        scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                   "original_max_position_embeddings": int(original)}
+        out |= {"rope_scaling": scaling, "rope_parameters": {"rope_theta": cfg.rope_theta, **scaling}}
+    if cfg.arch == "llama4":
+        layers = range(cfg.n_layer)
+        out |= {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"],
+                "num_local_experts": max(cfg.n_experts, 1), "attention_chunk_size": cfg.chunk or None,
+                "moe_layers": [i for i in layers if cfg.is_moe(i)], "interleave_moe_layer_step": cfg.moe_every,
+                "no_rope_layers": [int(not cfg.is_nope(i)) for i in layers],  # 1 means that RoPE is used
+                "no_rope_layer_interval": cfg.nope_every or cfg.n_layer + 1,
+                "layer_types": ["chunked_attention" if cfg.chunk_of(i) else "full_attention" for i in layers],
+                "attn_temperature_tuning": cfg.attn_scale > 0}
+    return out
+
+
+def config_from_hf(hf):
+    """The dict of a config.json -> LlamaConfig. Raises ValueError for other families and for what is not built."""
+    hf = hf.get("text_config", hf) if hf.get("model_type") == "llama4" else hf
+    kind = hf.get("model_type")
+    if kind not in ("llama", "llama4_text"):
+        raise ValueError(f"config.json: model_type {kind!r} is not supported; 'llama', 'llama4' and 'llama4_text' are")
+    arch = "llama" if kind == "llama" else "llama4"
+    defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "bos_token_id": 1, "max_position_embeddings": 2048}
+    if arch == "llama4":  # what a config.json leaves out has transformers' default
+        defaults |= {"rms_norm_eps": 1e-5, "num_local_experts": 16, "num_experts_per_tok": 1, "attention_chunk_size": 8192,
+                     "use_qk_norm": True, "floor_scale": 8192, "attn_scale": 0.1, "intermediate_size_mlp": 16384,
+                     "max_position_embeddings": 131072, "head_dim": 128}
+    values = {}
+    names = NAMES | (NAMES4 if arch == "llama4" else {"ffn_dim": "intermediate_size"})
+    for f in fields(LlamaConfig):
+        if f.name not in names:
+            continue
+        value = hf.get(names[f.name], defaults.get(names[f.name]))
+        if value is None and f.name in ("n_kv_head", "head_dim", "chunk"):
+            value = 0
+        wanted = (int, type(None)) if f.name == "bos_id" else (int, float) if f.type is float else (f.type,)
+        if not isinstance(value, wanted) or isinstance(value, bool) != (f.type is bool):
+            raise ValueError(f"config.json: {names[f.name]} is {value!r}, not {f.type.__name__ if f.name != 'bos_id' else 'int'}")
+        values[f.name] = value
+    for key in ("attention_bias", "mlp_bias"):
+        if hf.get(key):
+            raise ValueError(f"config.json: {key} is set, but no Llama has biases")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; every Llama uses silu")
+    ends = hf.get("eos_token_id", 2)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    rope = hf.get("rope_parameters") or {}
+    scaling = rope if rope.get("rope_type", "default") != "default" else hf.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"config.json: rope_type {kind!r} is not supported; 'default' and 'llama3' are")
+    try:
+        values["eos_ids"] = tuple(int(i) for i in ends)
+        values["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 1e4 if arch == "llama" else 5e5)))
+        if kind == "llama3":
+            values["rope_scaling"] = tuple(float(scaling[k]) for k in (
+                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    except (TypeError, ValueError, KeyError) as e:
+        raise ValueError(f"config.json: eos_token_id or the RoPE settings are not readable: {e!r}") from None
+    if arch == "llama":
+        return LlamaConfig(**values)
+    n = values["n_layer"]
+    moe = hf.get("moe_layers")
+    step = hf.get("interleave_moe_layer_step", 1) or 1
+    if moe is None:
+        moe = list(range(step - 1, n, step))
+    if not moe:
+        values["n_experts"], values["top_k"] = 0, 1
+    values["moe_every"] = moe[0] + 1 if moe else 1
+    rope_used = hf.get("no_rope_layers") or [int((i + 1) % hf.get("no_rope_layer_interval", 4) != 0) for i in range(n)]
+    nope = [i for i, used in enumerate(rope_used) if not used]
+    values["nope_every"] = nope[0] + 1 if nope else 0
+    if not nope or not hf.get("attn_temperature_tuning", True):
+        values["attn_scale"] = 0.0
+    if "full_attention" in (hf.get("layer_types") or [])[:1]:
+        values["chunk"] = 0
+    cfg = LlamaConfig(arch="llama4", **values)
+    again = config_to_hf(cfg)
+    for key, have in (("moe_layers", moe), ("no_rope_layers", [int(bool(u)) for u in rope_used]),
+                      ("layer_types", hf.get("layer_types") or again["layer_types"])):
+        if again[key] != have:
+            raise ValueError(f"config.json: {key} = {have} is not a regular pattern of layers, which is all that is supported")
+    return cfg
+
+
+def _read_json(path):
+    """The dict in a JSON file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no {path.name} in {path.parent}") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def _read_tensors(path, shapes, tied, dtype, device):
+    """{name: tensor} for exactly the names and shapes wanted, from the *.safetensors of a directory."""
+    from safetensors import SafetensorError, safe_open
+    files = ["model.safetensors"]
+    if not (path / files[0]).exists():
+        index = path / "model.safetensors.index.json"
+        if not index.exists():
+            pickled = " (pickled weights are not read: they can run code)" if any(path.glob("*.bin")) or any(path.glob("*.pt*")) else ""
+            raise FileNotFoundError(f"no model.safetensors in {path}{pickled}")
+        table = _read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(f, str) and f == Path(f).name for f in table.values()):
+            raise ValueError(f"{index} has no readable weight_map")
+        files = sorted(set(table.values()))
+    state, wrong, unexpected = {}, [], []
+    for file in files:
+        try:
+            with safe_open(path / file, framework="pt", device=str(device)) as f:
+                for key in f.keys():
+                    name = key.removeprefix("language_model.")  # the released Llama 4 wraps its text model
+                    if key.startswith(("vision_model.", "multi_modal_projector.")) or key.endswith("rotary_emb.inv_freq"):
+                        continue  # not part of the text model; recomputed here
+                    if tied and name == "lm_head.weight":
+                        continue  # the embedding, again
+                    if name not in shapes:
+                        unexpected.append(name)
+                    elif tuple(f.get_slice(key).get_shape()) != tuple(shapes[name]):
+                        wrong.append(f"{name} is {tuple(f.get_slice(key).get_shape())}, not {tuple(shapes[name])}")
+                    else:
+                        tensor = f.get_tensor(key)
+                        if not tensor.is_floating_point():
+                            wrong.append(f"{name} holds {tensor.dtype}, not floating point")
+                        state[name] = tensor if dtype is None else tensor.to(dtype)
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path / file} is not a readable safetensors file: {e}") from None
+    missing = [n for n in shapes if n not in state and not (tied and n == "lm_head.weight")]
+    missing = [n for n in missing if not any(w.startswith(n + " ") for w in wrong)]
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
+        if names:
+            raise ValueError(f"{path}: {len(names)} tensors are {title}: " + ", ".join(names[:5]) + (", …" if names[5:] else ""))
+    return state
+
+
+def _download(name):
+    """The local directory of a Hugging Face hub model."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no directory {name}")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except Exception as e:  # the hub's client raises many kinds, none of them ours to mend
+        raise FileNotFoundError(f"no directory {name}, and the hub did not give it: {type(e).__name__}") from e
+
+
+class _whole:
+    """A temporary path that takes the place of `path` once it is written whole; `with _whole(path) as tmp`."""
+
+    def __init__(self, path):
+        self.path, self.tmp = path, path.with_name(path.name + ".tmp")
+
+    def __enter__(self):
+        return str(self.tmp)
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            with open(self.tmp, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(self.tmp, self.path)
+        else:
+            self.tmp.unlink(missing_ok=True)
