@@ -156,14 +156,15 @@ def _from_args(args, known):
     return values
 
 
-def _help(doc, groups):
-    """What -h prints: every key, its default and its reason."""
-    print(textwrap.dedent(doc or "").strip() + "\n")
-    for title, keys in groups:
-        print(f"{title}:")
+def _help(doc, own, other):
+    """What -h prints: every key, its default (of another class, whose defaults a preset may replace: its type) and reason."""
+    print(textwrap.dedent(doc or "").strip())
+    for title, keys in (("settings and their defaults", own), ("shape of the model, where it departs from the preset", other)):
+        if keys:
+            print(f"\n{title}:")
         for k in keys.values():
-            print(f"  --{k.name}={k.default!r}".ljust(44) + f" {k.why}")
-        print()
+            head = f"  --{k.name}={k.default!r}" if keys is own else f"  --{k.name}={k.type}"
+            print(textwrap.fill(k.why, 120, initial_indent=head.ljust(40) + " ", subsequent_indent=" " * 41))
 
 
 def load(cls, argv=None, also=None):
@@ -175,19 +176,18 @@ def load(cls, argv=None, also=None):
     -h prints the keys and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    groups = [("settings", _keys(cls))]
+    own, other = _keys(cls), {}
     if also:
         file, name = also.split(":")
-        groups.append((f"shape of the model ({also})", keys_of((ROOT / file).read_text(), name)))
+        other = keys_of((ROOT / file).read_text(encoding="utf-8"), name)
     if {"-h", "--help"} & set(argv):
-        _help(sys.modules[cls.__module__].__doc__, groups)
+        _help(sys.modules[cls.__module__].__doc__, own, other)
         sys.exit(0)
-    known = {k: v for _, keys in reversed(groups) for k, v in keys.items()}
+    known = other | own
     values = {}
     while argv and argv[0].endswith(".py") and not argv[0].startswith("--"):  # config files come first
         values |= _from_file(argv.pop(0), known)
     values |= _from_args(argv, known)
-    own = groups[0][1]
     with mistakes(ValueError):
         cfg = cls(**{k: v for k, v in values.items() if k in own})
     return (cfg, {k: v for k, v in values.items() if k not in own}) if also else cfg

@@ -1,0 +1,662 @@
+"""Train a Llama: from scratch, from where a run stopped, or from any Hugging Face checkpoint.
+
+    python train.py config/tales.py                                       one process
+    torchrun --nproc_per_node=8 train.py config/scout.py                  one process per GPU
+    python train.py config/tales.py --learning_rate=1e-3 --n_layer=8      any key, also the model's
+    python train.py --init_from=resume --out_dir=out/tales                go on where it stopped
+    python train.py --eval_only --init_from=out/tales --dataset=tales     loss, perplexity, bits per byte
+
+The run directory is a Hugging Face checkpoint (config.json, model.safetensors, the tokenizer's files) with
+train_state.pt, run.json, log.jsonl and loss.png beside it; best/ has the weights of the lowest validation loss.
+"""
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import config
+
+
+@dataclass
+class TrainConfig:
+    """How to train; the keys of model.py's LlamaConfig shape the model."""
+    model: str = "stories15m"  # preset whose shape the model's own keys then change; the default suits a laptop
+    dataset: str = "tales"  # folder under data/ (or a path) made by a prepare script; tales needs no download
+    out_dir: str | None = None  # where the run is kept; None: out/<dataset>
+    init_from: str = "scratch"  # "scratch", "resume", or a directory or hub name to fine-tune
+    batch_size: int = 32  # sequences in one forward pass on each process; what memory allows
+    gradient_accumulation_steps: int = 1  # forward passes per step, over all processes together
+    block_size: int = 256  # tokens in a sequence; a story fits
+    doc_mask: bool = False  # True: no attention across documents, positions restart; slower, cleaner for short ones
+    max_iters: int = 2000  # optimizer steps
+    optimizer: str = "muon"  # "muon" for the hidden matrices (AdamW for the rest) learns faster; "adamw" for all
+    learning_rate: float = 3e-3  # peak; Muon's updates are scaled to AdamW's size, so that one rate serves both
+    min_lr: float = 0.0  # rate at the end; decaying all the way to 0 beats stopping at a tenth
+    warmup_iters: int = 100  # steps of linear rise; AdamW's second moment needs some to settle
+    schedule: str = "cosine"  # "cosine", or "wsd": flat, then linear decay, which can be prolonged later
+    decay_frac: float = 0.2  # share of the steps in which wsd decays
+    beta1: float = 0.9  # AdamW's momentum, the usual
+    beta2: float = 0.95  # shorter memory than the usual 0.999 is steadier in language models
+    muon_momentum: float = 0.95  # Nesterov momentum of Muon, its author's
+    weight_decay: float = 0.1  # on matrices, not on norms; GPT-3's
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    checkpointing: bool = False  # recompute activations in the backward pass: a third more work, far less memory
+    eval_interval: int = 250  # steps between evaluations; each also saves a checkpoint
+    eval_tokens: int = 0  # validation tokens per evaluation, always the same ones; 0: all of them
+    eval_only: bool = False  # print loss, perplexity and bits per byte of the whole validation split, and stop
+    log_interval: int = 10  # steps between log lines
+    sample_tokens: int = 60  # length of the sample printed at each evaluation; 0: none
+    keep: int = 2  # latest checkpoints kept, so that a bad one is not the only one
+    seed: int = 1337  # nanoGPT's; draws the weights, the order of the data, dropout and router noise
+    device: str = "auto"  # "auto" takes cuda, then mps, then cpu
+    dtype: str = "auto"  # "float32", "bfloat16", "float16" for matrix products; "auto" takes what is fast here
+    compile: bool | None = None  # torch.compile; None: on CUDA only, elsewhere compiling costs more than it saves
+
+    def __post_init__(self):
+        for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "wsd")),
+                              ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("batch_size", "gradient_accumulation_steps", "block_size", "max_iters", "eval_interval",
+                     "log_interval", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "min_lr", "warmup_iters", "decay_frac", "weight_decay", "grad_clip", "eval_tokens"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+
+
+if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
+    settings = config.run(config.load, TrainConfig, None, "model.py:LlamaConfig")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from model import PRESETS, Llama, LlamaConfig  # noqa: E402
+from prepare import shards, tokenizer  # noqa: E402
+
+TRAINING_ONLY = ("dropout", "router_noise", "router_aux", "router_bias")  # fields no checkpoint carries
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
+
+
+# -- one process among several -----------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+def say(*words):
+    """Print, on the first process only."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def total(*numbers):
+    """The sums of these numbers over all processes."""
+    if WORLD == 1:
+        return numbers
+    t = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(t)
+    return t.tolist()
+
+
+# -- hardware ----------------------------------------------------------------------------------------------------
+
+def pick_device(name):
+    """torch.device of this process."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise config.Mistake(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    return device
+
+
+def pick_dtype(name, device):
+    """(torch.dtype of matrix products, why)."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "tensor cores, and the range of float32"
+        return torch.float16, "tensor cores; this GPU has no bfloat16"
+    if device.type == "mps":
+        return torch.float32, "safe on this device"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):  # a processor may have bfloat16 units, or crawl emulating them
+        a = torch.ones(256, 256, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times[1:])
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    better = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return better, f"bfloat16 products run at {ratio:.2g}x the speed of float32 on this processor"
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s that the maker gives, or 0 where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
+
+
+# -- data: a batch is a pure function of (seed, step, rank) ------------------------------------------------------
+
+def draws(seed, *counters):
+    """A generator that depends on these integers alone."""
+    return np.random.default_rng([seed, *counters])
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, length, block_size):
+    """Starts of one epoch's windows in drawing order: all of them, side by side from a random offset, shuffled."""
+    rng = draws(seed, 0, epoch)
+    offset = int(rng.integers(min(block_size, length - block_size)))
+    starts = np.arange(offset, length - block_size, block_size)
+    rng.shuffle(starts)
+    return starts
+
+
+def window_starts(cfg, length, step):
+    """Where the windows of this step's whole batch (over all processes) start, (sequences,)."""
+    n = cfg.batch_size * cfg.gradient_accumulation_steps
+    per_epoch = length // cfg.block_size - 1  # what every offset leaves room for
+    if per_epoch < 1:
+        per_epoch = 1
+    index = np.arange(step * n, (step + 1) * n)
+    return np.array([epoch_order(cfg.seed, int(e), length, cfg.block_size)[i]
+                     for e, i in zip(index // per_epoch, index % per_epoch)])
+
+
+def read_windows(split, starts, block_size):
+    """Inputs and targets at these starts, (len(starts), block_size) int64 each; past the end, targets are -100."""
+    x = np.zeros((len(starts), block_size), np.int64)
+    y = np.full((len(starts), block_size), -100, np.int64)
+    for row, start in enumerate(starts):
+        ids = split[start:start + block_size + 1].astype(np.int64)
+        x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def restarts(x, bos_id):
+    """Positions (B, T) that begin again at 0 with each document (at each BOS, and at the window's start)."""
+    at = torch.arange(x.shape[1]).expand_as(x)
+    return at - torch.where(x == bos_id, at, 0).cummax(1).values
+
+
+def to_device(device, *tensors):
+    """The tensors on device; to a GPU without waiting."""
+    if device.type != "cuda":
+        return [t if t is None else t.to(device) for t in tensors]
+    return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is brought near an orthogonal matrix, for hidden weight matrices.
+
+    Takes matrices (out, in) and stacks of them (E, in, out); matrices of one shape are handled as one batch.
+    Updates have the root mean square of AdamW's (0.2 * sqrt(max(out, in)) times an orthogonal matrix).
+    Sources: Keller Jordan, "Muon", 2024 (the quintic iteration); Moonlight, arXiv:2502.16982 (the scale).
+    """
+
+    def __init__(self, params, lr, momentum, weight_decay, dtype):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype  # of the iteration's products
+
+    def orthogonalize(self, g):
+        """g (n, a, b) -> about U V^T of each matrix's singular value decomposition."""
+        x = g.to(self.dtype)
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.mT if tall else x
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+        for _ in range(5):  # drives every singular value into 0.7 .. 1.2
+            s = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        return (x.mT if tall else x).to(g.dtype)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                for p in params:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                grads = [p.grad for p in params]
+                buffers = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+                update = self.orthogonalize(torch.stack(nesterov).view(-1, *shape[-2:]))  # (n·E, a, b)
+                update *= -0.2 * group["lr"] * max(shape[-2:]) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update.view(len(params), *shape)))
+
+
+def make_optimizers(model, cfg, device, dtype):
+    """[AdamW] or [AdamW, Muon] over the parameters of a Llama."""
+    hidden, matrices, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            vectors.append(p)
+        elif cfg.optimizer == "muon" and not any(part in name for part in ("embed_tokens", "lm_head", "router")):
+            hidden.append(p)
+        else:
+            matrices.append(p)
+    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)],
+                              lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    if not hidden:
+        return [adamw]
+    iteration = torch.float32 if device.type == "cpu" and dtype != torch.bfloat16 else torch.bfloat16
+    return [adamw, Muon(hidden, cfg.learning_rate, cfg.muon_momentum, cfg.weight_decay, iteration)]
+
+
+def learning_rate(step, cfg):
+    """The rate of this step: linear warmup, then cosine decay, or flat and linear decay ("wsd")."""
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if cfg.schedule == "cosine":
+        done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
+        height = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        height = min(1.0, (cfg.max_iters - step) / max(1, cfg.decay_frac * cfg.max_iters))
+    return cfg.min_lr + height * (cfg.learning_rate - cfg.min_lr)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, split, cfg, device, autocast, bos_id=None, progress=False):
+    """Mean loss in nats per token over a fixed set of validation windows, side by side; every process takes a share.
+
+    Each token of the set is predicted exactly once (but the first of the split), from its own window only."""
+    was, windows = model.training, np.arange(0, len(split) - 1, cfg.block_size)
+    wanted = -(-cfg.eval_tokens // cfg.block_size) if cfg.eval_tokens else len(windows)
+    if wanted < len(windows):
+        windows = windows[np.linspace(0, len(windows) - 1, wanted).astype(int)]
+    mine, nats, count = windows[RANK::WORLD], 0.0, 0
+    batches = range(0, len(mine), cfg.batch_size)
+    if progress and RANK == 0:
+        from tqdm import tqdm
+        batches = tqdm(batches, desc="evaluating", unit="batch", leave=False)
+    model.eval()
+    for i in batches:
+        x, y = read_windows(split, mine[i:i + cfg.batch_size], cfg.block_size)
+        positions = restarts(x, bos_id) if cfg.doc_mask else None
+        n = int((y != -100).sum())
+        x, y, positions = to_device(device, x, y, positions)
+        with autocast:
+            nats += model(x, y, positions=positions)[1].item() * n
+        count += n
+    model.train(was)
+    nats, count = total(nats, count)
+    return nats / count
+
+
+def bits_per_byte(loss, split):
+    """Nats per token -> bits per byte of the text, which does not depend on the tokenizer."""
+    return loss / math.log(2) * split.tokens / split.bytes if split.bytes else float("nan")
+
+
+# -- the run directory -------------------------------------------------------------------------------------------
+
+def latest(out):
+    """The newest complete checkpoint of a run directory, or None. A checkpoint appears by one rename, whole."""
+    found = sorted((out / "checkpoints").glob("step_*"))
+    return found[-1] if found else None
+
+
+def publish(source, directory, names=None):
+    """Link (or copy) the files of a checkpoint into directory, each replacing the old one whole."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if names is None or path.name in names or not path.name.endswith(".pt"):
+            tmp = directory / (path.name + ".tmp")
+            tmp.unlink(missing_ok=True)
+            try:
+                os.link(path, tmp)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, tmp)
+            os.replace(tmp, directory / path.name)
+
+
+def save(out, model, tok, state, keep, best):
+    """Write a checkpoint; publish it as the run's own files and, if it is the best one, in best/."""
+    final, tmp = out / "checkpoints" / f"step_{state['step']:08d}", out / "checkpoints" / ".writing"
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        model.save_pretrained(tmp)
+        tok.save(tmp)
+        torch.save(state, tmp / "train_state.pt")
+        with open(tmp / "train_state.pt", "rb") as f:
+            os.fsync(f.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(tmp, final)
+        publish(final, out, names=("train_state.pt",))
+        if best:
+            publish(final, out / "best")
+    except OSError as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        before = latest(out)
+        raise config.Mistake(f"cannot save to {out}: {e.strerror or e}; "
+                             + (f"the checkpoint of {before.name} is intact" if before else "there is no checkpoint yet")) from e
+    for old in sorted((out / "checkpoints").glob("step_*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_state(path):
+    """train_state.pt of a checkpoint directory."""
+    with config.mistakes(Exception, prefix=f"{path / 'train_state.pt'} cannot be read: "):
+        return torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
+
+
+def read_log(path):
+    """The objects of a log.jsonl; a line cut short by a crash is left out."""
+    lines = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+    return lines
+
+
+def plot(log, path, floor, unit):
+    """Draw the training and validation curves. floor: loss that no model can beat, or None."""
+    from matplotlib.figure import Figure
+    train = [(r["step"], r["train_loss"]) for r in log if r.get("train_loss") is not None]
+    val = [(r["step"], r["val_loss"]) for r in log if r.get("val_loss") is not None]
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train), color="#9db4d0", linewidth=1, label="training")
+    if val:
+        axes.plot(*zip(*val), color="#c0392b", linewidth=2, marker="o", markersize=3,
+                  label=f"validation, {val[-1][1]:.3f} at the end")
+    if floor is not None:
+        axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.3f}")
+    values = [v for _, v in train + val]
+    if values and max(values) > 3 * min(values) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set(xlabel="optimizer step", ylabel=unit, title=f"{path.parent.name}: loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    tmp = path.with_name(path.name + ".tmp")
+    figure.savefig(tmp, format="png")
+    os.replace(tmp, path)
+
+
+def facts_of_run(cfg, model):
+    """What run.json records: every setting, versions, hardware, code."""
+    def git(*words):
+        try:
+            return subprocess.run(["git", "-C", config.ROOT, *words], capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"command": sys.argv, "settings": asdict(cfg), "model": asdict(model.config), "processes": WORLD,
+            "git_commit": git("rev-parse", "HEAD"), "git_changed": bool(git("status", "--porcelain")),
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "gpu": gpu,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def memory_estimate(model, cfg, itemsize, optimizers):
+    """Bytes that training takes, roughly: weights, gradients and optimizer state, plus activations of one pass."""
+    m = model.config
+    states = 2 * sum(p.numel() for g in optimizers[0].param_groups for p in g["params"])
+    states += sum(p.numel() for o in optimizers[1:] for g in o.param_groups for p in g["params"])
+    width = 8 * m.dim + 3 * (m.n_head + 2 * m.n_kv_head) * m.head_dim  # norms and residuals; q, k, v and their turns
+    ffn = sum(4 * m.expert_dim * (1 + m.top_k) if m.is_moe(i) else 4 * m.ffn_dim for i in range(m.n_layer)) / m.n_layer
+    kept = m.dim * m.n_layer + width + ffn if cfg.checkpointing else (width + ffn) * m.n_layer
+    return 4 * (2 * model.counts()[0] + states) + cfg.batch_size * cfg.block_size * (kept * itemsize + m.vocab_size * (8 + itemsize))
+
+
+# -- starting ----------------------------------------------------------------------------------------------------
+
+def shape_from(base, given):
+    """LlamaConfig `base` with the fields in `given`; sizes that follow from a changed field are derived anew."""
+    if ("dim" in given or "n_head" in given) and "head_dim" not in given:
+        given = given | {"head_dim": 0}
+    if "n_head" in given and "n_kv_head" not in given:
+        given = given | {"n_kv_head": 0}
+    with config.mistakes(ValueError):
+        return replace(base, **given)
+
+
+def build_model(cfg, shape, data, tok, out):
+    """(model, checkpoint directory it comes from or None). Refuses what does not fit the data."""
+    if cfg.init_from == "scratch":
+        if cfg.model not in PRESETS:
+            raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(PRESETS)}")
+        given = {"vocab_size": data.vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id,
+                 "eos_ids": tuple(sorted(tok.stop_ids))} | shape
+        c = shape_from(PRESETS[cfg.model], given)
+        if c.vocab_size < data.vocab_size:
+            raise config.Mistake(f"vocab_size={c.vocab_size}, but the data set has {data.vocab_size} tokens")
+        if cfg.block_size > c.context:
+            raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={c.context}")
+        torch.manual_seed(cfg.seed)
+        return Llama(c), None
+    source = latest(out) if cfg.init_from == "resume" else Path(cfg.init_from)
+    if source is None:
+        raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint")
+    with config.mistakes(ValueError, FileNotFoundError):
+        keep = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
+        model = Llama.from_pretrained(source if source.is_dir() else cfg.init_from, dtype=torch.float32, **keep)
+    for key, value in shape.items():
+        if getattr(model.config, key) != value:
+            raise config.Mistake(f"the checkpoint has {key}={getattr(model.config, key)}, not {value}; leave the key out")
+    if cfg.block_size > model.config.context:
+        raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={model.config.context}")
+    if source.is_dir() and (have := tokenizer.load(source)).fingerprint != tok.fingerprint:
+        raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) than "
+                             f"{source} ({have.kind}, {have.vocab_size}); prepare it with --tokenizer={source}")
+    if model.config.vocab_size < data.vocab_size:
+        raise config.Mistake(f"the data set has ids up to {data.vocab_size - 1}, the model {model.config.vocab_size} embeddings")
+    return model, source
+
+
+def main(cfg, shape):
+    """Train as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
+    if cfg.gradient_accumulation_steps % WORLD:
+        raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
+                             f"{WORLD} processes, which share them")
+    device = pick_device(cfg.device)
+    dtype, why = pick_dtype(cfg.dtype, device)
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    folder = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
+    out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / folder.name
+    val = shards.Split(folder, "val")
+    data = val if cfg.eval_only else shards.Split(folder, "train")
+    tok = tokenizer.load(folder)
+    if cfg.doc_mask and tok.bos_id is None:
+        raise config.Mistake("doc_mask needs documents that begin with BOS; this tokenizer has none")
+    if len(data) < 2 * cfg.block_size and not cfg.eval_only:
+        raise config.Mistake(f"the training split has {len(data)} tokens, too few for block_size={cfg.block_size}")
+    model, source = build_model(cfg, shape, val, tok, out)
+    model.to(device).train()
+    model.model.checkpointing = cfg.checkpointing
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    floor = val.floor_bpb and val.floor_bpb * math.log(2) * val.bytes / val.tokens  # nats per token
+
+    def summary(loss):
+        text = f"val loss {loss:.4f}"
+        if val.bytes:
+            text += f"  {bits_per_byte(loss, val):.4f} bits/byte" + (f" (floor {val.floor_bpb:.4f})" if floor else "")
+        return text
+
+    if cfg.eval_only:
+        loss = evaluate(model, val, replace(cfg, eval_tokens=0), device, autocast, tok.bos_id, progress=True)
+        say(f"{summary(loss)}  perplexity {math.exp(loss):.3f}  over {len(val) - 1:,} tokens of {folder}")
+        return
+
+    optimizers = make_optimizers(model, cfg, device, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
+    first, seconds, best, log = 0, 0.0, math.inf, []
+    if cfg.init_from == "resume":
+        state = read_state(source)
+        first, seconds, best = state["step"], state["seconds"], state["best"]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            with config.mistakes(ValueError, prefix=f"{source} has another optimizer: "):
+                optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+        for layer, saved in zip(model.moe_layers(), state["router_bias"], strict=True):
+            layer.bias.copy_(saved)
+        log = [r for r in read_log(out / "log.jsonl") if r["step"] <= first]
+    elif RANK == 0 and latest(out):
+        aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
+        say(f"{out} holds an earlier run, which is now {aside}")
+        out.rename(aside)
+    compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
+    step_model = compiled
+    if WORLD > 1:
+        step_model = torch.nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # what all of this means, before the first step
+    accumulate = cfg.gradient_accumulation_steps // WORLD
+    tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+    parameters, active = model.counts()
+    flops, peak = model.flops_per_token(cfg.block_size), peak_flops(device) * WORLD
+    memory = memory_estimate(model, cfg, dtype.itemsize, optimizers)
+    epochs = cfg.max_iters * tokens_per_step / len(data)
+    say(f"model      {parameters:,} parameters" + (f", {active:,} active per token" if active != parameters else "")
+        + f" ({model.config.arch}, {model.config.n_layer} layers, dim {model.config.dim})")
+    say(f"data       {folder.name}: {len(data):,} training tokens, {len(val):,} validation, vocabulary {val.vocab_size:,}")
+    say(f"step       {tokens_per_step:,} tokens = {cfg.batch_size} sequences x {cfg.block_size} x {accumulate} passes x {WORLD} processes")
+    say(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}, "
+        f"{cfg.warmup_iters} warmup, {cfg.schedule} to {cfg.min_lr:g}")
+    say(f"hardware   {device}, {str(dtype).removeprefix('torch.')} ({why}), compile {'on' if compiled is not model else 'off'}, "
+        f"about {memory / 2**30:.1f} GiB")
+    say(f"run        {out}" + (f", resumed at step {first}" if first else ""))
+    if RANK == 0:
+        with config.mistakes(OSError, prefix="cannot write the run directory: "):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log), encoding="utf-8")
+            (out / "run.json").write_text(json.dumps(facts_of_run(cfg, model), indent=1) + "\n", encoding="utf-8")
+
+    stop = []  # a signal asks to stop; a second Ctrl-C does so at once
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def record(**entry):
+        log.append(entry)
+        if RANK == 0:
+            with open(out / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
+
+    def checkpoint(step, improved):
+        state = {"step": step, "seconds": seconds, "best": best, "scaler": scaler.state_dict(),
+                 "optimizers": [o.state_dict() for o in optimizers], "router_bias": [m.bias for m in model.moe_layers()]}
+        if RANK == 0:
+            save(out, model, tok, state, cfg.keep, improved)
+            plot(log, out / "loss.png", floor, "loss, nats per token")
+
+    skipped, times, clock = 0, [], time.perf_counter()
+    for step in range(first, cfg.max_iters):
+        rate = learning_rate(step, cfg)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        torch.manual_seed(int(draws(cfg.seed, 1, step, RANK).integers(2**63)))  # dropout and router noise
+        starts = window_starts(cfg, len(data), step)[RANK * accumulate * cfg.batch_size:][:accumulate * cfg.batch_size]
+        loss_sum = 0.0
+        for micro in range(accumulate):
+            x, y = read_windows(data, starts[micro * cfg.batch_size:][:cfg.batch_size], cfg.block_size)
+            x, y, positions = to_device(device, x, y, restarts(x, tok.bos_id) if cfg.doc_mask else None)
+            waiting = step_model.no_sync() if WORLD > 1 and micro < accumulate - 1 else nullcontext()
+            with waiting:
+                with autocast:
+                    loss = step_model(x, y, positions=positions)[1] / accumulate
+                scaler.scale(loss).backward()
+            loss_sum = loss_sum + loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        if math.isfinite(norm.item()) or scaler.is_enabled():  # the scaler skips bad steps of its own
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            skipped = 0
+        else:
+            skipped += 1
+            say(f"step {step + 1}: the gradient is {norm.item()}; step skipped")
+            if skipped == 5:
+                raise config.Mistake(f"5 steps in a row had no finite gradient: try --learning_rate={cfg.learning_rate / 3:.2g}, "
+                                     "a longer --warmup_iters, or --dtype=float32; the last checkpoint is kept")
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        load = model.balance() if model.moe_layers() else None
+
+        now = time.perf_counter()
+        elapsed, clock, done = now - clock, now, step + 1
+        seconds, times = seconds + elapsed, (times + [elapsed])[-50:]
+        last = done == cfg.max_iters
+        (stopping,) = total(len(stop))
+        if done % cfg.log_interval == 0 or done == first + 1 or last:
+            mean_loss = total(float(loss_sum))[0] / WORLD
+            speed = tokens_per_step / float(np.median(times))
+            mfu = flops * speed / peak if peak else 0.0
+            left = (cfg.max_iters - done) * float(np.median(times))
+            entry = {"step": done, "tokens": done * tokens_per_step, "train_loss": mean_loss, "lr": rate,
+                     "grad_norm": norm.item(), "tokens_per_s": round(speed), "mfu": round(mfu, 4), "seconds": round(seconds, 3)}
+            if load is not None:  # 1 is balanced; the worst layer counts
+                share = load / load.mean(1, keepdim=True)
+                entry |= {"expert_load_max": round(share.max().item(), 3), "expert_load_min": round(share.min().item(), 3)}
+            record(**entry)
+            say(f"step {done:>6}/{cfg.max_iters}  loss {mean_loss:.4f}  lr {rate:.2e}  norm {norm.item():.2f}  "
+                f"{elapsed * 1e3:.0f} ms  {speed:,.0f} tok/s  mfu {100 * mfu:.1f}%"
+                + (f"  load {entry['expert_load_min']:.2f}..{entry['expert_load_max']:.2f}" if load is not None else "")
+                + f"  left {int(left) // 3600:d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}")
+        if done % cfg.eval_interval == 0 or last or stopping:
+            improved = False
+            if not stopping:
+                loss = evaluate(compiled, val, cfg, device, autocast, tok.bos_id)
+                improved, best = loss < best, min(loss, best)
+                record(step=done, tokens=done * tokens_per_step, val_loss=loss, val_bpb=bits_per_byte(loss, val),
+                       seconds=round(seconds, 3))
+                say(f"step {done:>6}  {summary(loss)}" + ("  best so far" if improved else ""))
+                if cfg.sample_tokens and RANK == 0:
+                    start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(val[0])]], device=device)
+                    count = min(cfg.sample_tokens, model.config.context - 1)
+                    with autocast:
+                        ids = model.eval().generate(start, count, eos_id=tok.stop_ids or None, seed=cfg.seed)[0].tolist()
+                    model.train()
+                    say("  | " + tok.decode(ids).strip().replace("\n", "\n  | "))
+            checkpoint(done, improved)
+            clock = time.perf_counter()
+        if stopping:
+            say(f"stopped by a signal after step {done}; go on with --init_from=resume and the same settings")
+            break
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    config.run(main, *settings)
