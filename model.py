@@ -330,7 +330,7 @@ class MoE(nn.Module):
         self.register_buffer("bias", torch.zeros(cfg.n_experts), persistent=False)  # moves the selection, in training
 
     def forward(self, x):
-        """x (B, T, D) -> y (B, T, D) and the balancing loss (0 where it is not asked for)."""
+        """x (B, T, D) -> y (B, T, D), balancing loss (0 where it is not asked for), tokens per expert (E,)."""
         cfg, shape = self.cfg, x.shape
         x = x.reshape(-1, cfg.dim)  # (N, D)
         logits = self.router(x).float()  # (N, E)
@@ -349,11 +349,9 @@ class MoE(nn.Module):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # undoes the sort
         y = self.shared_expert(x) + routed[back].unflatten(0, (-1, cfg.top_k)).sum(1)  # (N, D)
         aux = logits.new_zeros(())
-        if self.training:
-            self.load += count
-            if cfg.router_aux:  # E * sum_e (share of tokens) * (mean probability), 1 when balanced
-                aux = cfg.n_experts * (count / count.sum() * logits.softmax(-1).mean(0)).sum()
-        return y.view(shape), aux
+        if self.training and cfg.router_aux:  # E * sum_e (share of tokens) * (mean probability), 1 when balanced
+            aux = cfg.n_experts * (count / count.sum() * logits.softmax(-1).mean(0)).sum()
+        return y.view(shape), aux, count
 
 
 class Block(nn.Module):
@@ -374,14 +372,12 @@ class Block(nn.Module):
         return getattr(self, self.feed_forward_name)
 
     def forward(self, x, *context):
-        """x (B, T, D) -> (B, T, D) and the layer's balancing loss."""
+        """x (B, T, D) -> (B, T, D) and, from a mixture of experts, its balancing loss and load."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context))
-        y, aux = self.post_attention_layernorm(x), 0.0
+        y, routing = self.ffn(self.post_attention_layernorm(x)), ()
         if isinstance(self.ffn, MoE):
-            y, aux = self.ffn(y)
-        else:
-            y = self.ffn(y)
-        return x + self.dropout(y), aux
+            y, *routing = y
+        return x + self.dropout(y), *routing
 
 
 class Decoder(nn.Module):
@@ -408,7 +404,7 @@ class Decoder(nn.Module):
         return full[:, None], (full & (positions[:, :, None] // C == positions[:, None] // C))[:, None]
 
     def forward(self, idx=None, embeds=None, positions=None, cache=None, lengths=None):
-        """Hidden states (B, T, D) and the mean balancing loss. See Llama.forward."""
+        """Hidden states (B, T, D) and the balancing loss, summed over layers. See Llama.forward."""
         x = self.embed_tokens(idx) if embeds is None else embeds
         full = chunked = None
         if cache is not None and cache.used:
@@ -422,10 +418,12 @@ class Decoder(nn.Module):
         for block in self.layers:
             context = rope, positions, chunked if block.self_attn.chunk else full, cache, lengths
             if self.checkpointing and self.training:
-                x, aux = checkpoint(block, x, *context, use_reentrant=False)
+                x, *routing = checkpoint(block, x, *context, use_reentrant=False)
             else:
-                x, aux = block(x, *context)
-            balance = balance + aux
+                x, *routing = block(x, *context)
+            if routing and self.training:  # here and not in the block: checkpointing runs a block twice
+                balance = balance + routing[0]
+                block.ffn.load += routing[1]
         if cache is not None:
             cache.lengths += 1 if cache.used else x.shape[1] if lengths is None else lengths
             cache.used += x.shape[1]

@@ -1,0 +1,432 @@
+"""model.py by itself: nothing leaks from the future, nothing is dead, nothing is drawn or counted wrongly.
+
+Each test names the mistake that it would catch; parity with transformers is in test_parity.py.
+"""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import PRESETS, Llama, LlamaConfig, pick, rope_frequencies
+
+VOCAB = 29
+
+
+def tiny(name, **changes):
+    """A preset's structure (grouping, ties, RoPE scaling, layer pattern, experts) at a size that runs in milliseconds."""
+    cfg = PRESETS[name]
+    group = min(cfg.n_head // cfg.n_kv_head, 4)
+    narrow = cfg.dim != cfg.n_head * cfg.head_dim
+    small = replace(cfg, vocab_size=VOCAB, n_layer=cfg.nope_every or 2, n_head=2 * group, n_kv_head=2, head_dim=8,
+                    dim=16 * group + 4 * narrow, ffn_dim=24, expert_dim=12, context=64, n_experts=min(cfg.n_experts, 8),
+                    chunk=8 if cfg.chunk else 0, floor_scale=3,
+                    rope_scaling=(*cfg.rope_scaling[:3], 16.0) if cfg.rope_scaling else ())
+    return replace(small, **changes)
+
+
+def distinct():
+    """Presets whose tiny versions differ in more than numbers: one name for each structure."""
+    seen = {}
+    for name in PRESETS:
+        cfg = tiny(name, rope_theta=1e4, norm_eps=1e-5)
+        seen.setdefault(repr(cfg), name)
+    return list(seen.values())
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(cfg, seed=0):
+    """A model in eval mode whose logits have unit scale: the default draw makes them so small that errors would hide."""
+    torch.manual_seed(seed)
+    model = Llama(cfg).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p)) if p.dim() == 1 else p
+        model.model.embed_tokens.weight.normal_()
+        model.lm_head.weight.normal_(std=cfg.dim ** -0.5)
+    return model
+
+
+# -- leaks -------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_token_moves_no_logit_before_itself_and_every_one_that_may_see_it(name):
+    cfg = tiny(name)
+    model, idx = build(cfg), tokens(2, 27)
+    before, _ = model(idx)
+    for j in (0, 7, 8, 9, 17, 26):
+        changed = idx.clone()
+        changed[:, j] = (changed[:, j] + 1) % VOCAB
+        moved = (model(changed)[0] - before).abs().amax((0, 2))
+        rounding = 1e-6 * before.abs().max() if cfg.n_experts else 0.0  # experts multiply groups of other sizes
+        assert (moved[:j] <= rounding).all(), f"token {j} reaches back"
+        seen = moved[j:] if not cfg.chunk or cfg.nope_every else moved[j:(j // cfg.chunk + 1) * cfg.chunk]
+        assert seen.min() > 1e-4, f"token {j} is invisible to a later position"
+
+
+@torch.no_grad()
+def test_chunks_hide_earlier_chunks_exactly():
+    cfg = tiny("llama-4-scout", nope_every=0, attn_scale=0.0, chunk=4, n_layer=3)
+    model, idx = build(cfg), tokens(1, 14)
+    changed = idx.clone()
+    changed[:, 5] += 1
+    moved = (model(changed % VOCAB)[0] - model(idx)[0]).abs().amax((0, 2))
+    assert moved[5:8].min() > 1e-4 and moved[8:].max() <= 1e-6 and moved[:5].max() <= 1e-6
+
+
+def fit(cfg, target, steps, seed=0):
+    """Loss on fresh data after training on iid random tokens; target(idx (B, T + 1)) makes inputs and targets."""
+    torch.manual_seed(seed)
+    model = Llama(cfg)
+    opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        x, y = target(tokens(16, 33, seed=1 + step))
+        loss = model(x, y)[1]
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    with torch.no_grad():
+        return model.eval()(*target(tokens(64, 33, seed=10**6)))[1].item()
+
+
+def honest(idx):
+    return idx[:, :-1], idx[:, 1:]
+
+
+@pytest.mark.parametrize("name", distinct())
+def test_random_tokens_cannot_be_predicted(name):
+    # 2,048 iid tokens: a calibrated model's loss scatters by far less than 0.02 around ln V
+    assert fit(tiny(name), honest, 25) > math.log(VOCAB) - 0.02
+
+
+def test_the_test_above_would_see_a_leak(monkeypatch):
+    cfg = tiny("llama-2-7b")
+    assert fit(cfg, lambda idx: (idx[:, 1:], idx[:, 1:]), 25) < math.log(VOCAB) - 1  # targets that were not shifted
+    attention = F.scaled_dot_product_attention
+
+    def reach(q, k, v, is_causal, **more):  # each position sees the next one, and none else
+        nearest = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1).tril(1)
+        nearest[-1, -1] = True
+        return attention(q, k, v, attn_mask=nearest, **more)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", reach)
+    assert fit(cfg, honest, 100) < math.log(VOCAB) - 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PRESETS)
+def test_cached_greedy_decoding_equals_the_full_forward(name):
+    model, idx = build(tiny(name)), tokens(3, 5)
+    out, cached = idx, model.generate(idx, 25, temperature=0)
+    for _ in range(25):
+        out = torch.cat((out, model(out)[0][:, -1:].argmax(-1)), 1)
+    assert torch.equal(out, cached)
+
+
+# -- nothing dead ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", distinct())
+def test_every_parameter_gets_a_gradient_and_every_expert_is_used(name):
+    cfg = tiny(name)
+    torch.manual_seed(0)
+    model = Llama(cfg).train()
+    model(*honest(tokens(16, 61)))[1].backward()
+    for name, p in model.named_parameters():
+        rows = p.grad.flatten(1).abs().sum(1) if p.dim() > 1 else p.grad.abs()  # each expert, neuron, token
+        assert rows.min() > 0, name
+    assert len(model.moe_layers()) == sum(cfg.is_moe(i) for i in range(cfg.n_layer))
+    for m in model.moe_layers():
+        assert m.load.min() > 0 and m.load.sum() == 16 * 60 * cfg.top_k
+
+
+@torch.no_grad()
+def test_eval_is_deterministic_and_training_helps_leave_no_trace_in_it():
+    plain = tiny("llama4-tiny")
+    helped = replace(plain, router_noise=1.0, router_aux=0.5, router_bias=0.1, dropout=0.3)
+    model, other, idx = Llama(plain).eval(), Llama(helped).eval(), tokens(4, 20)
+    other.load_state_dict(model.state_dict())
+    for m in other.moe_layers():
+        m.bias.normal_(std=9)
+    want = model(*honest(idx))
+    for _ in range(2):
+        got = other(*honest(idx))
+        assert torch.equal(want[0], got[0]) and want[1] == got[1]
+    other.train()
+    assert not torch.equal(other(idx)[0], other(idx)[0])
+
+
+# -- the router's help in training -------------------------------------------------------------------------------
+
+def router_model(**changes):
+    torch.manual_seed(0)
+    return Llama(tiny("scout-128m", **changes)).train()
+
+
+@torch.no_grad()
+def test_router_noise_only_selects():
+    model = router_model(router_noise=1.0, n_experts=2, top_k=2)  # every expert is selected, whatever the noise
+    idx = tokens(4, 20)
+    torch.testing.assert_close(model(idx)[0], model.eval()(idx)[0])
+    model = router_model(router_noise=1.0)
+    assert not torch.allclose(model(idx)[0], model(idx)[0])
+
+
+@torch.no_grad()
+def test_router_bias_only_selects_and_balances():
+    model, idx = router_model(router_bias=0.05), tokens(64, 40)
+    for m in model.moe_layers():
+        m.router.weight[0] *= 3  # unbalanced from the start
+    model(idx)
+    first = model.balance()
+    assert first.shape == (4, 8) and (first.sum(1) == 64 * 40).all()
+    assert all(m.load.sum() == 0 for m in model.moe_layers())
+    for m, row in zip(model.moe_layers(), first):
+        torch.testing.assert_close(m.bias, 0.05 * (row.mean() - row).sign())
+    for _ in range(60):
+        model(idx)
+        last = model.balance()
+    assert last.std(1).max() < 0.3 * first.std(1).min()
+    for m in model.moe_layers():
+        m.bias.fill_(-100)  # the same for all: the selection and the scores stay
+    torch.testing.assert_close(model(idx)[0], model.eval()(idx)[0])
+
+
+def test_router_aux_adds_the_balancing_loss_to_the_gradient_and_not_to_the_value():
+    idx, weight = tokens(8, 33), 0.7
+    plain, helped = router_model(), router_model(router_aux=weight)
+    losses = [m(*honest(idx))[1] for m in (plain, helped)]
+    assert losses[0].item() == losses[1].item()
+    routers = [[m.router.weight for m in model.moe_layers()] for model in (plain, helped)]
+    got = [h - p for p, h in zip(torch.autograd.grad(losses[0], routers[0]), torch.autograd.grad(losses[1], routers[1]))]
+
+    seen = []  # the inputs of each router, to write Switch's formula down a second time
+    hooks = [m.router.register_forward_hook(lambda _, inputs, out: seen.append(out)) for m in plain.moe_layers()]
+    plain(*honest(idx))
+    for h in hooks:
+        h.remove()
+    switch = 0.0
+    for logits in seen:
+        share = F.one_hot(logits.argmax(-1), 8).float().mean(0)
+        switch = switch + 8 * (share * logits.softmax(-1).mean(0)).sum()
+    want = torch.autograd.grad(weight * switch, routers[0])
+    assert all(w.norm() > 1e-3 for w in want)
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, atol=1e-6, rtol=1e-3)
+
+
+# -- draw of the weights -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ("llama-2-7b", "llama4-tiny"))
+def test_init_by_role(name):
+    cfg = tiny(name, vocab_size=512, n_layer=8, dim=160, n_head=8, head_dim=24, ffn_dim=320, expert_dim=200)
+    torch.manual_seed(0)
+    model, reads, writes = Llama(cfg), cfg.dim ** -0.5, 16 ** -0.5  # 16 writes to the stream in 8 layers
+    for name, p in model.named_parameters():
+        width = cfg.expert_dim if "expert" in name else cfg.ffn_dim
+        want = {"embed_tokens": 0.02, "lm_head": 0.02, "q_proj": reads, "k_proj": reads, "v_proj": reads,
+                "gate_proj": reads, "up_proj": reads, "gate_up_proj": reads, "router": reads,
+                "o_proj": writes * (cfg.n_head * cfg.head_dim) ** -0.5, "down_proj": writes * width ** -0.5}
+        role = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if role.endswith("norm"):
+            assert (p == 1).all()
+        else:
+            assert p.std().item() == pytest.approx(want[role], rel=0.05) and abs(p.mean()) < 0.05 * want[role], name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", (2, 32))
+def test_first_loss_is_ln_v_and_the_stream_does_not_grow_with_depth(depth):
+    torch.manual_seed(0)
+    model = Llama(tiny("llama-3-8b", n_layer=depth, dim=128, ffn_dim=256))
+    stream = []
+    model.model.norm.register_forward_hook(lambda _, inputs, out: stream.append(inputs[0].std().item()))
+    _, loss = model(*honest(tokens(8, 33)))
+    assert abs(loss.item() - math.log(VOCAB)) < 0.1 and 0.2 < stream[0] < 1.5
+
+
+# -- counts ------------------------------------------------------------------------------------------------------
+
+COUNTS = {
+    "stories15m": 15191712, "stories42m": 41689600, "stories110m": 109529856, "smollm2-135m": 134515008,
+    "smollm2-360m": 361821120, "smollm2-1.7b": 1711376384, "tinyllama-1.1b": 1100048384, "llama-1-7b": 6738415616,
+    "llama-2-7b": 6738415616, "llama-2-13b": 13015864320, "llama-2-70b": 68976648192, "llama-3-8b": 8030261248,
+    "llama-3.1-8b": 8030261248, "llama-3-70b": 70553706496, "llama-3.1-70b": 70553706496, "llama-3.3-70b": 70553706496,
+    "llama-3.1-405b": 405853388800, "llama-3.2-1b": 1235814400, "llama-3.2-3b": 3212749824,
+    "llama-4-scout": 107769861120, "llama-4-maverick": 400711848960, "scout-128m": 127785472, "mini-llama": 109529856}
+ACTIVE = {"llama-4-scout": 17.17e9, "llama-4-maverick": 17.17e9, "llama4-tiny": 139e6}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_counts(name):
+    with torch.device("meta"):
+        total, active = Llama(PRESETS[name]).counts()
+    if name == "llama4-tiny":
+        assert total == pytest.approx(224e6, rel=0.005)
+    else:
+        assert total == COUNTS[name]
+    assert active == pytest.approx(ACTIVE[name], rel=0.003) if name in ACTIVE else active == total or name == "scout-128m"
+
+
+@pytest.mark.parametrize("name", ("stories15m", "llama-3-8b"))
+def test_flops_are_those_that_torch_counts(name):
+    cfg, T = tiny(name), 16
+    model = Llama(cfg)
+    with FlopCounterMode(display=False) as counter:
+        model(*honest(tokens(1, T + 1)))[1].backward()
+    products = counter.get_total_flops() - sum(
+        flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
+    pairs = T * (T + 1) // 2  # what a causal query sees
+    attention = 12 * pairs * cfg.n_head * cfg.head_dim * cfg.n_layer
+    norms = 6 * T * cfg.dim * (2 * cfg.n_layer + 1)  # their weights count as one multiplication each
+    assert model.flops_per_token(T) * T == pytest.approx(products + attention + norms)
+
+
+@pytest.mark.parametrize("length", (5, 8, 27))
+def test_flops_of_chunks_count_the_keys_that_are_visible(length):
+    cfg = tiny("llama4-tiny")
+    model, pairs = Llama(cfg), 0
+    for layer in range(cfg.n_layer):
+        chunk = cfg.chunk_of(layer) or 10**9
+        pairs += sum(j // chunk == i // chunk for i in range(length) for j in range(i + 1))
+    _, active = model.counts()
+    want = 6 * (active - VOCAB * cfg.dim) + 12 * cfg.n_head * cfg.head_dim * pairs / length
+    assert model.flops_per_token(length) == pytest.approx(want)
+
+
+# -- config ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrong, names", [
+    (dict(arch="gpt2"), "arch"), (dict(dim=0), "dim"), (dict(n_layer=-1), "n_layer"), (dict(n_head=5), "n_head"),
+    (dict(n_head=6, head_dim=8, n_kv_head=4), "n_kv_head"), (dict(n_head=4, dim=12), "head_dim"),
+    (dict(rope_scaling=(8.0, 1.0)), "rope_scaling"), (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout"),
+    (dict(vocab_size=float("nan")), "vocab_size"), (dict(norm_eps=0.0), "norm_eps"), (dict(rope_theta=-1.0), "rope_theta"),
+    (dict(n_experts=4), "n_experts"), (dict(chunk=8), "chunk"), (dict(qk_norm=True), "qk_norm"),
+    (dict(nope_every=4), "nope_every"), (dict(arch="llama4", attn_scale=0.1), "attn_scale"),
+    (dict(arch="llama4", n_experts=2, top_k=3), "top_k"), (dict(arch="llama4", n_experts=2, moe_every=0), "moe_every"),
+])
+def test_a_shape_that_cannot_be_built_is_an_error_that_names_the_field(wrong, names):
+    with pytest.raises(ValueError, match=names):
+        LlamaConfig(**({"n_head": 4, "dim": 64} | wrong))
+
+
+def test_a_config_fills_in_what_follows_from_the_rest():
+    cfg = LlamaConfig(n_head=4, dim=64, eos_ids=[1, 2])
+    assert (cfg.n_kv_head, cfg.head_dim, cfg.expert_dim, cfg.eos_ids) == (4, 16, cfg.ffn_dim, (1, 2))
+
+
+# -- loss, documents, memory -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_the_loss_counts_only_real_targets():
+    model, (x, y) = build(tiny("llama-3.2-1b")), honest(tokens(3, 21))
+    hole = y.clone()
+    hole[0], hole[1, 4:9], hole[2, -1] = -100, -100, -100
+    logits, loss = model(x, hole)
+    logp = logits.log_softmax(-1).gather(2, y[..., None])[..., 0]
+    torch.testing.assert_close(loss, -logp[hole != -100].mean())
+    assert model(x)[1] is None and logits.shape == (3, 20, VOCAB)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny", "scout-128m"))
+def test_documents_in_a_row_do_not_see_each_other(name):
+    model, idx, cuts = build(tiny(name)), tokens(2, 40), ((11, 3, 26), (20, 17, 3))
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in cuts])
+    together, _ = model(idx, positions=positions)
+    for b, row in enumerate(cuts):
+        for part, alone in zip(together[b].split(row), idx[b].split(row)):
+            torch.testing.assert_close(part, model(alone[None])[0][0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny"))
+def test_checkpointing_changes_memory_and_nothing_else(name):
+    helps = dict(router_noise=0.5, router_aux=0.1, router_bias=0.1) if name == "llama4-tiny" else {}
+    cfg, found = tiny(name, dropout=0.2, **helps), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Llama(cfg).train()
+        model.model.checkpointing = checkpointing
+        torch.manual_seed(1)  # the same dropout and noise
+        loss = model(*honest(tokens(4, 33)))[1]
+        loss.backward()
+        found.append((loss.item(), [p.grad for p in model.parameters()], [m.load.clone() for m in model.moe_layers()]))
+    (loss, grads, loads), (loss2, grads2, loads2) = found
+    assert loss == loss2
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads2))
+    assert all(torch.equal(a, b) for a, b in zip(loads, loads2))
+
+
+@torch.no_grad()
+def test_embeddings_may_replace_tokens():
+    model, idx = build(tiny("llama4-tiny")), tokens(2, 12)
+    torch.testing.assert_close(model(embeds=model.model.embed_tokens(idx))[0], model(idx)[0])
+    text = list(model.stream(idx, 9, temperature=0))
+    seen = list(model.stream(embeds=model.model.embed_tokens(idx), max_new_tokens=9, temperature=0))
+    assert torch.equal(torch.stack(text), torch.stack(seen))
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------
+
+def test_half_precision_leaves_the_angles_of_rope_alone():
+    cfg = tiny("llama-3.1-8b")
+    rope = Llama(cfg).to(torch.bfloat16).half().model.rope
+    assert rope.freq.dtype == torch.float32 and torch.equal(rope.freq, rope_frequencies(cfg))
+
+
+@pytest.mark.parametrize("name", ("llama-3.1-8b", "llama-3.2-1b", "llama-4-scout", "llama-2-7b"))
+def test_rope_scaling_per_frequency(name):
+    cfg = PRESETS[name]
+    for i, got in enumerate(rope_frequencies(cfg).double().tolist()):
+        want = cfg.rope_theta ** (-2 * i / cfg.head_dim)
+        if cfg.rope_scaling:  # the published rule, in wavelengths
+            factor, low, high, original = cfg.rope_scaling
+            length = 2 * math.pi / want
+            if length > original / low:
+                want /= factor
+            elif length >= original / high and low != high:
+                smooth = (original / length - low) / (high - low)
+                want *= (1 - smooth) / factor + smooth
+        assert got == pytest.approx(want, rel=2e-6)
+
+
+def test_sampling_draws_from_the_cut_distribution():
+    p = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1])
+    logits = p.log()[None].repeat(40000, 1)
+    dice = torch.Generator().manual_seed(0)
+
+    def share(**how):
+        return pick(logits, generator=dice, **how).bincount(minlength=5) / 40000
+    cases = [({}, p), (dict(top_k=2), p * (p > 0.2001)), (dict(top_k=99), p), (dict(top_p=0.6), p * (p > 0.2001)),
+             (dict(top_p=0.66), p * (p > 0.1001)), (dict(top_p=1.0), p), (dict(top_p=1e-9), p * (p > 0.3)),
+             (dict(min_p=0.26), p * (p > 0.0999) * (p != 0.1)), (dict(temperature=0.5), p * p),
+             (dict(temperature=0), p * (p > 0.3)), (dict(top_k=3, min_p=0.6), p * (p > 0.2001))]
+    for how, want in cases:
+        want = want / want.sum()
+        got = share(**how)
+        assert ((got - want).abs() < 0.012).all() and not got[want == 0].any(), how
+
+
+@torch.no_grad()
+def test_generation_is_seeded_and_bounded():
+    model, idx = build(tiny("llama-3.2-1b")), tokens(2, 6)
+    a, b, c = (model.generate(idx, 30, seed=s) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (2, 36)
+    assert model.generate(idx, 1000).shape[1] == model.config.context  # it stops where the context is full
+    assert torch.equal(model.generate(idx, 0), idx)
+    for bad in (tokens(1, 0), tokens(1, model.config.context)):
+        with pytest.raises(ValueError, match="prompt"):
+            model.generate(bad, 1)
+    with pytest.raises(ValueError, match="empty"):
+        model.generate(idx, 1, mask=torch.tensor([[1] * 6, [0] * 6]))
+
+
+def test_loading_draws_nothing(monkeypatch, tmp_path):
+    model = build(tiny("llama-3.2-1b"))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(Llama, "init_weights", lambda self: pytest.fail("weights are drawn and then thrown away"))
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens(1, 9))[0], model(tokens(1, 9))[0])
