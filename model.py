@@ -584,7 +584,7 @@ class Llama(nn.Module):
         dtype None keeps the file's; overrides replace fields of the config (dropout=0.1). Raises FileNotFoundError
         when there is nothing to read, and ValueError, naming them, for missing, unexpected or mis-shaped tensors.
         """
-        path = Path(name) if Path(name).is_dir() else _download(str(name))
+        path = find(name)
         cfg = replace(config_from_hf(_read_json(path / "config.json")), **overrides)
         with torch.device("meta"):
             model = cls(cfg)
@@ -796,8 +796,13 @@ def _read_tensors(path, shapes, tied, dtype, device):
     return state
 
 
-def _download(name):
-    """The local directory of a Hugging Face hub model."""
+def find(name):
+    """The local directory of a checkpoint: name itself, or the copy of a Hugging Face hub model of that name.
+
+    Raises FileNotFoundError when there is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    name = str(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no directory {name}")
     from huggingface_hub import snapshot_download
