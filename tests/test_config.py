@@ -1,0 +1,123 @@
+"""Settings: what is accepted, what is refused and how, and that every default says its reason."""
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+
+import config
+from conftest import ROOT
+
+
+@dataclass
+class Settings:
+    """For these tests."""
+    dataset: str = "tales"  # a name
+    batch_size: int = 4  # a size
+    learning_rate: float = 1e-3  # a rate
+    compile: bool = False  # a flag
+    out_dir: str | None = None  # maybe
+    input: tuple[str, ...] = ()  # files
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+
+
+@pytest.mark.parametrize("argv, name, value", [
+    (["--batch_size=8"], "batch_size", 8),
+    (["--batch_size", "8"], "batch_size", 8),
+    (["--batch-size=1e3"], "batch_size", 1000),
+    (["--batch_size=32_768"], "batch_size", 32768),
+    (["--learning_rate=3"], "learning_rate", 3.0),
+    (["--compile"], "compile", True),
+    (["--compile", "False"], "compile", False),
+    (["--compile=no", "--batch_size=2"], "compile", False),
+    (["--out_dir=x=y"], "out_dir", "x=y"),
+    (["--out_dir=none"], "out_dir", None),
+    (["--dataset", "--batch_size=2"], None, "needs a value"),
+    (["--input", "a", "b", "--batch_size=2"], "input", ("a", "b")),
+    (["--input=a"], "input", ("a",)),
+    (["--batch_size=2.5"], None, "batch_size takes int, not '2.5'"),
+    (["--batch_size=1e400"], None, "batch_size takes int"),
+    (["--batch_size=0"], None, "batch_size must be at least 1"),
+    (["--compile=perhaps"], None, "compile takes bool"),
+    (["--bach_size=2"], None, "did you mean 'batch_size'"),
+    (["--zzzzzz=2"], None, "-h lists them all"),
+    (["batch_size=2"], None, "neither a config file"),
+    (["nowhere.py"], None, "no config file nowhere.py; there are config/scout.py"),
+])
+def test_command_line(argv, name, value):
+    if name is None:
+        with pytest.raises(config.Mistake) as e:
+            config.load(Settings, argv)
+        assert value in str(e.value) and "\n" not in str(e.value)
+    else:
+        assert getattr(config.load(Settings, argv), name) == value
+
+
+@pytest.mark.parametrize("text, expect", [
+    ("batch_size = 8\nlearning_rate = 1\n_private = 3\nimport math\n", {"batch_size": 8, "learning_rate": 1.0}),
+    ("batch_size = 64 // 8\n", {"batch_size": 8}),
+    ("batch_size = True\n", "batch_size takes int, not True"),
+    ("batch_size = 'eight'\n", "batch_size takes int"),
+    ("a = 1\nbatch_size = = 8\n", "line 2: invalid syntax"),
+    ("a_helper = 1\n", "unknown key 'a_helper'"),
+    ("x = 1 / 0\n", "line 1: ZeroDivisionError"),
+    ("bach_size = 8\n", "did you mean 'batch_size'"),
+])
+def test_file(tmp_path, text, expect):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    if isinstance(expect, str):
+        with pytest.raises(config.Mistake, match=expect.replace("'", ".")) as e:
+            config.load(Settings, [str(path)])
+        assert str(path) in str(e.value)
+    else:
+        cfg = config.load(Settings, [str(path)])
+        assert {k: getattr(cfg, k) for k in expect} == expect
+
+
+def test_command_line_beats_file_beats_default(tmp_path):
+    (tmp_path / "c.py").write_text("batch_size = 8\ndataset = 'b'\n")
+    cfg = config.load(Settings, [str(tmp_path / "c.py"), "--batch_size=16"])
+    assert (cfg.batch_size, cfg.dataset, cfg.learning_rate) == (16, "b", 1e-3)
+
+
+def test_keys_of_another_class():
+    cfg, other = config.load(Settings, ["--n_layer=3", "--batch_size=2", "--rope_scaling", "8", "1", "4", "8192"],
+                             also="model.py:LlamaConfig")
+    assert cfg.batch_size == 2 and other == {"n_layer": 3, "rope_scaling": (8.0, 1.0, 4.0, 8192.0)}
+
+
+@pytest.mark.parametrize("script, class_name", [
+    ("train.py", "TrainConfig"), ("sample.py", "SampleConfig"), ("model.py", "LlamaConfig")])
+def test_every_default_says_its_reason(script, class_name):
+    keys = config.keys_of((ROOT / script).read_text(), class_name)
+    assert len(keys) > 10 and all(len(k.why) > 3 for k in keys.values()), [k.name for k in keys.values() if len(k.why) <= 3]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_every_config_file_loads(path):
+    script, name = ("vlm.py", "VlmConfig") if path.stem.startswith("vlm") else ("train.py", "TrainConfig")
+    known = config.keys_of((ROOT / script).read_text(), name) | config.keys_of((ROOT / "model.py").read_text(), "LlamaConfig")
+    assert config._from_file(path, known)["dataset"]
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_does_not_import_torch(script):
+    """-h lists every key, and answers without loading torch (which alone takes more than a second)."""
+    code = (f"import sys, runpy; sys.argv = ['{script}', '-h']\ntry: runpy.run_path('{script}', run_name='__main__')\n"
+            "except SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    print(f"{script} -h took {time.perf_counter() - start:.2f} s")
+    assert done.returncode == 0, done.stderr
+    assert "--seed=1337" in done.stdout and "same seed" in done.stdout or "nanoGPT's" in done.stdout
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, "train.py", "--lerning_rate=1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: command line: unknown key 'lerning_rate'; did you mean 'learning_rate'?\n"
