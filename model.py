@@ -61,23 +61,21 @@ class LlamaConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.rope_scaling, self.eos_ids = tuple(self.rope_scaling), tuple(self.eos_ids)
-        self.expert_dim = self.expert_dim or self.ffn_dim
+        self.expert_dim = (self.expert_dim or self.ffn_dim) if self.n_experts else 0
 
         def need(ok, why):
             if not ok:
                 raise ValueError(why)
         need(self.arch in ("llama", "llama4"), f"arch must be 'llama' or 'llama4', not {self.arch!r}")
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "ffn_dim", "context", "floor_scale",
-                     "top_k", "moe_every", "expert_dim", "norm_eps", "rope_theta"):
+                     "top_k", "moe_every", "norm_eps", "rope_theta"):
             value = getattr(self, name)
             need(value > 0 and value < 2**40, f"{name} must be positive, not {value}")
-        for name in ("head_dim", "nope_every", "chunk", "n_experts", "attn_scale", "dropout", "router_noise",
-                     "router_aux", "router_bias"):
+        for name in ("head_dim", "nope_every", "chunk", "n_experts", "expert_dim", "attn_scale", "dropout",
+                     "router_noise", "router_aux", "router_bias"):
             need(0 <= getattr(self, name) < 2**40, f"{name} must not be negative, not {getattr(self, name)}")
-        if not self.head_dim:
-            need(self.dim % self.n_head == 0, f"dim={self.dim} is not divisible by n_head={self.n_head}; "
-                 "change one or give head_dim")
-            self.head_dim = self.dim // self.n_head
+        need(self.dim % self.n_head == 0, f"dim={self.dim} is not divisible by n_head={self.n_head}")
+        self.head_dim = self.head_dim or self.dim // self.n_head
         need(self.n_head % self.n_kv_head == 0,
              f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         need(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
@@ -662,7 +660,7 @@ def config_to_hf(cfg, dtype="float32"):
     if cfg.arch == "llama4":
         layers = range(cfg.n_layer)
         out |= {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"],
-                "num_local_experts": max(cfg.n_experts, 1), "attention_chunk_size": cfg.chunk or None,
+                "num_local_experts": max(cfg.n_experts, 1), "attention_chunk_size": cfg.chunk or cfg.context,
                 "moe_layers": [i for i in layers if cfg.is_moe(i)], "interleave_moe_layer_step": cfg.moe_every,
                 "no_rope_layers": [int(not cfg.is_nope(i)) for i in layers],  # 1 means that RoPE is used
                 "no_rope_layer_interval": cfg.nope_every or cfg.n_layer + 1,
@@ -678,17 +676,14 @@ def config_from_hf(hf):
     if kind not in ("llama", "llama4_text"):
         raise ValueError(f"config.json: model_type {kind!r} is not supported; 'llama', 'llama4' and 'llama4_text' are")
     arch = "llama" if kind == "llama" else "llama4"
-    defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "bos_token_id": 1, "max_position_embeddings": 2048}
-    if arch == "llama4":  # what a config.json leaves out has transformers' default
-        defaults |= {"rms_norm_eps": 1e-5, "num_local_experts": 16, "num_experts_per_tok": 1, "attention_chunk_size": 8192,
-                     "use_qk_norm": True, "floor_scale": 8192, "attn_scale": 0.1, "intermediate_size_mlp": 16384,
-                     "max_position_embeddings": 131072, "head_dim": 128}
-    values = {}
     names = NAMES | (NAMES4 if arch == "llama4" else {"ffn_dim": "intermediate_size"})
+    default = (vars(PRESETS["llama-1-7b"]) | {"n_kv_head": 0, "head_dim": 0, "bos_id": 1} if arch == "llama" else
+               vars(PRESETS["llama-4-scout"]) | {"context": 131072, "bos_id": 1})  # transformers' for what is left out
+    values = {}
     for f in fields(LlamaConfig):
         if f.name not in names:
             continue
-        value = hf.get(names[f.name], defaults.get(names[f.name]))
+        value = hf.get(names[f.name], default[f.name])
         if value is None and f.name in ("n_kv_head", "head_dim", "chunk"):
             value = 0
         wanted = (int, type(None)) if f.name == "bos_id" else (int, float) if f.type is float else (f.type,)
