@@ -1,0 +1,1 @@
+"""One script per data set, over two shared modules: tokenizer and shards."""
