@@ -158,7 +158,7 @@ class Writer:
     def _clear(self, keep):
         """Remove what an earlier data set left here, and nothing else."""
         for path in self.directory.iterdir():
-            ours = re.fullmatch(r"(train|val)_\d{3,}\.bin(\.tmp)?|(meta|progress|\.verified)\.json", path.name)
+            ours = re.fullmatch(r"((train|val)_\d{3,}\.bin|(meta|progress|\.verified)\.json(\.\d+)?)(\.tmp)?", path.name)
             if ours and path.name not in keep:
                 path.unlink()
 
@@ -186,7 +186,7 @@ class Writer:
             tail.close_shard()
         splits = {s: t.state() | ({"floor_bpb": floor_bpb[s]} if floor_bpb else {}) for s, t in self.tails.items()}
         meta = {"name": self.directory.resolve().name,
-                "tokenizer": {"kind": self.tok.kind, "file": self.tok.file, "fingerprint": self.tok.fingerprint},
+                "tokenizer": {"kind": self.tok.kind, "file": "tokenizer.json", "fingerprint": self.tok.fingerprint},
                 "vocab_size": self.tok.vocab_size, "dtype": self.dtype, **extra, "splits": splits}
         write_text(self.directory / "meta.json", json.dumps(meta, indent=1) + "\n")
         self._clear(keep={"meta.json"} | {shard["file"] for split in splits.values() for shard in split["shards"]})
@@ -194,9 +194,9 @@ class Writer:
 
 
 def _field(table, key, kind, where):
-    """table[key], which must be of this kind (an int: also 0 or more, and one a file can have)."""
+    """table[key], which must be of this kind; numbers are sizes, so 0 or more and of this world."""
     value = table.get(key) if isinstance(table, dict) else None
-    if type(value) is not kind or (kind is int and not 0 <= value < 1 << 48):
+    if type(value) is not kind or kind in (int, float) and not 0 <= value < 1 << 48:
         raise config.Mistake(f"{where}: '{key}' is missing or not as it should be; prepare the data again")
     return value
 

@@ -1,0 +1,19 @@
+"""Prepare Cosmopedia v2 (HuggingFaceTB/smollm-corpus): textbooks, stories and posts written by a language model.
+
+    python prepare/cosmopedia.py --limit 100000         # the first 100,000 of 39 million documents, from the hub
+    python prepare/cosmopedia.py --input FILES
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+import config  # noqa: E402
+from prepare import text  # noqa: E402
+
+
+def main():
+    text.prepare(config.load(text.Settings), "cosmopedia", ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2"))
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,615 @@
+"""Data sets: what the prepare scripts write, what the reader refuses, and that interruptions do not show."""
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import config
+from prepare import hellaswag, shards, text, tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script, *args, check=True, **environment):
+    """Run a prepare script as a user does."""
+    done = subprocess.run([sys.executable, ROOT / "prepare" / script, *map(str, args)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def prepare(*args):
+    """prepare/text.py within this process."""
+    text.prepare(config.load(text.Settings, [*map(str, args), "--workers=1"]), "text")
+
+
+def refusal(script, *args, **environment):
+    """The one line with which a script refuses."""
+    done = run(script, *args, check=False, **environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def bytes_of(directory):
+    """Everything a data set consists of, but for its name: {file: content}."""
+    return {p.name: p.read_bytes().replace(f'"name": "{directory.name}"'.encode(), b"") for p in directory.iterdir()
+            if p.name != shards.VERIFIED}
+
+
+def make_documents(n, seed=0, alphabet="abc déÜ🙂\n你 "):
+    """n different texts of 2 to 200 characters, without white space around them."""
+    draw = random.Random(seed)
+    return [f"{i}:" + "".join(draw.choices(alphabet, k=draw.randint(0, 200))) + "." for i in range(n)]
+
+
+def documents_in(directory, split):
+    """The texts of a split, read back from its shards."""
+    tok, data = tokenizer.load(directory), shards.Split(directory, split)
+    ids = data[:]
+    starts = [*np.flatnonzero(ids == tok.bos_id), len(ids)]
+    assert starts[0] == 0 and all(ids[j - 1] == tok.eos_id for j in starts[1:])
+    texts = [tok.decode(ids[i:j].tolist()) for i, j in zip(starts, starts[1:])]
+    assert (data.documents, data.bytes) == (len(texts), sum(len(t.encode()) for t in texts))
+    return texts
+
+
+def jsonl(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A data set of 7 shards of 1,000 ids (the last one shorter) and its ids; vocabulary of 258."""
+    ids = np.random.default_rng(0).integers(0, 258, 6500)
+    writer = shards.Writer(tmp_path / "small", tokenizer.byte(), shard_tokens=1000)
+    for part in np.split(ids, [1, 700, 700, 2500, 4000]):
+        writer.add("train", part, len(part))
+    writer.add("val", [1, 2, 3], 3)
+    writer.finish(floor_bpb={"train": 0.5, "val": 0.25}, source="random")
+    return tmp_path / "small", ids
+
+
+# -- writer and reader ------------------------------------------------------------------------------------------------
+
+def test_the_reader_returns_what_was_written_across_shards(small):
+    directory, ids = small
+    data = shards.Split(directory, "train")
+    assert [len(np.fromfile(p, np.uint16)) for p in sorted(directory.glob("train_*.bin"))] == [1000] * 6 + [500]
+    assert (len(data), data.tokens, data.documents, data.bytes) == (6500, 6500, 6, 6500)
+    assert (data.vocab_size, data.floor_bpb, data.meta["source"], data.meta["name"]) == (258, 0.5, "random", "small")
+    assert shards.Split(directory, "val").floor_bpb == 0.25
+    draw = random.Random(1)
+    spans = [(0, 6500), (999, 1000), (999, 1001), (1000, 1000), (500, 3700), (6499, 6500), (6500, 6500), (6000, 9000)]
+    for i, j in spans + [sorted(draw.choices(range(6501), k=2)) for _ in range(300)]:
+        assert data[i:j].dtype == np.uint16 and np.array_equal(data[i:j], ids[i:j])
+    assert np.array_equal(data[-700:], ids[-700:]) and len(data[5:3]) == 0
+    assert data[0] == ids[0] and data[-1] == ids[-1]
+    with pytest.raises(IndexError):
+        data[6500]
+
+
+def test_meta_is_written_last_and_nothing_else_stays(small):
+    directory, _ = small
+    assert {p.name for p in directory.iterdir()} == {
+        *(f"train_{i:03d}.bin" for i in range(7)), "val_000.bin", "meta.json", "tokenizer.json", "tokenizer_config.json"}
+    newest = max(directory.iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    assert newest.name == "meta.json"
+    for split in json.loads((directory / "meta.json").read_text())["splits"].values():
+        for shard in split["shards"]:
+            assert hashlib.sha256((directory / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+
+
+def test_a_new_data_set_replaces_the_old_one_and_spares_other_files(small):
+    directory, _ = small
+    (directory / "notes.txt").write_text("mine")
+    (directory / "train_set.bin").write_text("mine too")
+    writer = shards.Writer(directory, tokenizer.byte())
+    assert not (directory / "meta.json").exists()
+    writer.add("train", [7], 1)
+    writer.add("val", [8], 1)
+    writer.finish()
+    assert list(shards.Split(directory, "train")[:]) == [7]
+    assert {p.name for p in directory.iterdir()} == {
+        "train_000.bin", "val_000.bin", "meta.json", "tokenizer.json", "tokenizer_config.json", "notes.txt",
+        "train_set.bin", shards.VERIFIED}
+
+
+def test_vocabularies_over_65535_take_four_bytes(tmp_path):
+    for size, width in (65535, 2), (65536, 4), (70000, 4):
+        tok = tokenizer.char(map(chr, range(0x10000, 0x10000 + size)))
+        assert tok.vocab_size == size
+        writer = shards.Writer(tmp_path / str(size), tok, shard_tokens=2)
+        for split in shards.SPLITS:
+            writer.add(split, [0, size - 1, 1], 12)
+        writer.finish()
+        data = shards.Split(tmp_path / str(size), "train")
+        assert list(data[:]) == [0, size - 1, 1] and data[:].dtype.itemsize == width
+        assert (tmp_path / str(size) / "train_000.bin").stat().st_size == 2 * width
+
+
+def test_the_writer_refuses_ids_beyond_the_vocabulary(tmp_path):
+    writer = shards.Writer(tmp_path, tokenizer.byte())
+    for ids in [258], [-1], [0, 65536 + 3]:
+        with pytest.raises(ValueError, match="vocabulary of 258"):
+            writer.add("train", ids, 1)
+
+
+def test_truncated_altered_and_missing_shards_are_refused_by_name(small):
+    directory, _ = small
+    path = directory / "train_003.bin"
+    good = path.read_bytes()
+    for bad, word in (good[:-2], "truncated"), (good + b"\0\0", "truncated"), (b"\1\0" + good[2:], "altered"):
+        path.write_bytes(bad)
+        with pytest.raises(config.Mistake, match=f"train_003.bin.*{word}"):
+            shards.Split(directory, "train")
+        shards.Split(directory, "val")
+    path.unlink()
+    with pytest.raises(config.Mistake, match="train_003.bin is missing"):
+        shards.Split(directory, "train")
+    path.write_bytes(good)
+    assert len(shards.Split(directory, "train")) == 6500
+
+
+def test_a_shard_is_hashed_once_for_each_size_and_time(small, monkeypatch):
+    directory, _ = small
+    hashed, contents = [], shards._contents
+    monkeypatch.setattr(shards, "_contents", lambda path, dtype: hashed.append(path.name) or contents(path, dtype))
+    for _ in range(2):
+        shards.Split(directory, "train")
+    assert hashed == [f"train_{i:03d}.bin" for i in range(7)]
+    os.utime(directory / "train_005.bin", ns=(1, 1))
+    shards.Split(directory, "train")
+    assert hashed[7:] == ["train_005.bin"]
+    for nonsense in "{", "[]", '{"train_000.bin": 3, "train_001.bin": [1, 2, "x", null]}':
+        (directory / shards.VERIFIED).write_text(nonsense)
+        assert len(shards.Split(directory, "train")) == 6500
+
+
+def test_a_read_only_data_set_can_be_read(small, monkeypatch):
+    def refuse(path, text):
+        raise PermissionError(path)
+    monkeypatch.setattr(shards, "write_text", refuse)
+    assert len(shards.Split(small[0], "train")) == 6500
+
+
+def test_ids_beyond_the_vocabulary_are_refused(small):
+    directory, _ = small
+    meta = json.loads((directory / "meta.json").read_text())
+    (directory / "meta.json").write_text(json.dumps(meta | {"vocab_size": 257}))
+    with pytest.raises(config.Mistake, match="train_000.bin has ids up to 257, beyond the vocabulary of 257"):
+        shards.Split(directory, "train")
+
+
+def test_missing_data_names_the_script_to_run(tmp_path):
+    for name, script in ("tinystories", "prepare/tinystories.py"), ("mine", "prepare/text.py --input"):
+        with pytest.raises(config.Mistake, match=script):
+            shards.Split(tmp_path / name, "train")
+    writer = shards.Writer(tmp_path / "half", tokenizer.byte(), recipe="r")
+    writer.commit(None)
+    with pytest.raises(config.Mistake, match="half prepared"):
+        shards.Split(tmp_path / "half", "train")
+
+
+@pytest.mark.parametrize("path, value", [
+    ((), []), ((), 3), (("vocab_size",), "258"), (("vocab_size",), True), (("vocab_size",), 10**400), (("vocab_size",), -1),
+    (("dtype",), "float32"), (("dtype",), None), (("tokenizer",), None), (("tokenizer", "fingerprint"), 5),
+    (("splits",), None), (("splits", "train"), []), (("splits", "train", "tokens"), 10**30),
+    (("splits", "train", "tokens"), 6501), (("splits", "train", "bytes"), 1.5), (("splits", "train", "floor_bpb"), "x"),
+    (("splits", "train", "floor_bpb"), float("nan")), (("splits", "train", "shards"), {}),
+    (("splits", "train", "shards"), []), (("splits", "train", "shards", 0), None),
+    (("splits", "train", "shards", 0, "file"), "../small/train_000.bin"),
+    (("splits", "train", "shards", 0, "file"), "train_\0.bin"), (("splits", "train", "shards", 0, "file"), "."),
+    (("splits", "train", "shards", 0, "sha256"), 0), (("splits", "train", "shards", 0, "tokens"), -1000),
+], ids=lambda x: str(x)[:40])
+def test_a_damaged_meta_json_is_refused_in_one_line(small, path, value):
+    file = small[0] / "meta.json"
+    meta = json.loads(file.read_text())
+    if path:
+        place = meta
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+    file.write_text(json.dumps(meta if path else value))
+    with pytest.raises(config.Mistake):
+        shards.Split(small[0], "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"vocab_size": ' + b"9" * 5000 + b"}"],
+                         ids=["empty", "open", "utf-16", "deep", "huge"])
+def test_a_meta_json_that_is_no_json_is_refused(small, content):
+    (small[0] / "meta.json").write_bytes(content)
+    with pytest.raises(config.Mistake, match="meta.json"):
+        shards.Split(small[0], "train")
+
+
+def test_the_writer_goes_on_from_its_last_commit(tmp_path):
+    """Whatever is added after a commit and before a crash leaves no trace, wherever the crash falls among the shards."""
+    parts = [list(range(n)) for n in (3, 10, 0, 25, 7, 1, 40)]
+
+    def go_on(writer, stop):
+        for i in range(writer.position or 0, stop):
+            writer.add("train" if i % 3 else "val", parts[i], i)
+            if i % 2:
+                writer.commit(i + 1)
+
+    whole = shards.Writer(tmp_path / "whole", tokenizer.byte(), shard_tokens=10, recipe="r")
+    go_on(whole, len(parts))
+    whole.finish()
+    for crash in range(len(parts) + 1):
+        directory = tmp_path / f"crash{crash}"
+        first = shards.Writer(directory, tokenizer.byte(), shard_tokens=10, recipe="r")
+        go_on(first, crash)
+        if crash == len(parts):  # between the last rename and meta.json
+            for tail in first.tails.values():
+                tail.close_shard()
+        else:
+            for tail in first.tails.values():
+                if tail.file:
+                    tail.file.flush()
+        second = shards.Writer(directory, tokenizer.byte(), shard_tokens=10, recipe="r")
+        assert second.position == (crash // 2 * 2 or None)
+        go_on(second, len(parts))
+        second.finish()
+        assert bytes_of(directory) == bytes_of(tmp_path / "whole")
+
+
+def test_the_writer_starts_over_for_another_recipe_or_damaged_shards(tmp_path):
+    def begin(recipe):
+        return shards.Writer(tmp_path, tokenizer.byte(), shard_tokens=2, recipe=recipe)
+    first = begin("a")
+    first.add("train", [1, 2, 3], 3)
+    first.commit("here")
+    assert begin("a").position == "here"
+    assert begin("b").position is None and not list(tmp_path.glob("*.bin*"))
+    first = begin("a")
+    first.add("train", [1, 2, 3], 3)
+    first.commit("here")
+    (tmp_path / "train_000.bin").write_bytes(b"1")
+    assert begin("a").position is None
+    first = begin(None)
+    first.commit("here")
+    assert begin(None).position is None
+
+
+# -- the text pipeline ------------------------------------------------------------------------------------------------
+
+def test_every_format_gives_the_same_data(tmp_path):
+    texts = make_documents(300)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    lines = [json.dumps({"text": t}) for t in texts]
+    files = {"a.jsonl": "\n".join(lines), "a.json": json.dumps([{"text": t} for t in texts], indent=1),
+             "b.json": json.dumps(texts, ensure_ascii=False), "c.json": "\n".join(lines),
+             "a.txt": "\ufeff" + "\n<|endoftext|>\n".join(texts) + "<|endoftext|>\n"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.encode())
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    parquet.write_table(pyarrow.table({"text": texts, "score": range(300)}), tmp_path / "a.parquet", row_group_size=70)
+    folder = tmp_path / "folder/deeper"
+    folder.mkdir(parents=True)
+    for i in range(10):
+        (folder / f"{i}.txt").write_bytes("<|endoftext|>".join(texts[30 * i:30 * i + 30]).encode())
+    (folder / "0.md").write_text("not for us")
+    cfg = text.Settings()
+    for given in [*files, *(f"{name}.gz" for name in files), "a.parquet", "folder", "folder/*/*.txt", "folder/**/[0-9].txt"]:
+        assert list(text.documents(text.Files(text.find_files([str(tmp_path / given)]), cfg))) == texts, given
+
+
+def test_documents_come_back_whole_and_are_counted(tmp_path):
+    texts = make_documents(2000)
+    prepare("--input", jsonl(tmp_path / "in.jsonl", texts), "--out", tmp_path / "out", "--tokenizer=byte",
+            "--val_fraction=0.1")
+    train, val = documents_in(tmp_path / "out", "train"), documents_in(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(texts) and not set(train) & set(val)
+    assert 120 < len(val) < 280
+    assert train == [t for t in texts if t in set(train)], "in the order of the input"
+    prepare("--input", tmp_path / "in.jsonl", "--out", tmp_path / "few", "--tokenizer=byte", "--limit=50",
+            "--val_fraction=0.1")
+    assert sorted(documents_in(tmp_path / "few", "train") + documents_in(tmp_path / "few", "val")) == sorted(texts[:50])
+
+
+@pytest.mark.parametrize("kind", ["char", "sentencepiece", "file"])
+def test_documents_come_back_whole_with_other_tokenizers(tmp_path, data, kind):
+    texts = [t for t in make_documents(300) if not t.startswith("9:")]
+    options = {"char": ["--tokenizer=char"], "sentencepiece": ["--vocab_size=500"],
+               "file": [f"--tokenizer={data}/tokenizers/llama3_tokenizer.model"]}[kind]
+    jsonl(tmp_path / "in.jsonl", texts)
+    prepare("--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", *options)
+    train, val = documents_in(tmp_path / "out", "train"), documents_in(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(texts) and val
+    assert (shards.Split(tmp_path / "out", "val")[:].dtype == np.uint32) == (kind == "file")
+
+
+def test_processes_and_batches_do_not_show(tmp_path):
+    texts = make_documents(12_000)  # several batches
+    jsonl(tmp_path / "in.jsonl", texts)
+    for workers in 1, 2:
+        run("text.py", "--input", tmp_path / "in.jsonl", "--out", tmp_path / f"w{workers}", "--tokenizer=byte",
+            f"--workers={workers}")
+    assert bytes_of(tmp_path / "w1") == bytes_of(tmp_path / "w2")
+
+
+def test_a_document_that_comes_twice_is_on_one_side(tmp_path):
+    texts = make_documents(400)
+    jsonl(tmp_path / "in/a.jsonl", texts + texts[::-1])
+    (tmp_path / "in/b.txt").write_bytes("<|endoftext|>".join(texts).encode())
+    prepare("--input", tmp_path / "in", "--out", tmp_path / "out", "--tokenizer=byte", "--val_fraction=0.3")
+    train, val = documents_in(tmp_path / "out", "train"), documents_in(tmp_path / "out", "val")
+    assert not set(train) & set(val) and len(train) + len(val) == 1200 and len(val) % 3 == 0 and val
+
+
+def test_a_few_files_still_have_both_sides(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i, t in enumerate(["the first book", "the second book"]):
+        (folder / f"{i}.txt").write_text(t + "\n")
+    for fraction in 0.001, 0.999:
+        prepare("--input", folder, "--out", out, "--tokenizer=char", f"--val_fraction={fraction}")
+        assert sorted(documents_in(out, "train") + documents_in(out, "val")) == ["the first book", "the second book"]
+    (folder / "1.txt").write_text("the first book")
+    with pytest.raises(config.Mistake, match="--separator"):
+        prepare("--input", folder, "--out", tmp_path / "new", "--tokenizer=byte")
+    assert not (tmp_path / "new").exists()
+    (folder / "1.txt").write_bytes(b"one paragraph\n\ntwo\nlines\n\n\n\nthree\r\n\r\n")
+    prepare("--input", folder / "1.txt", "--out", out, "--tokenizer=char", r"--separator=\n\n")
+    assert sorted(documents_in(out, "train") + documents_in(out, "val")) == ["one paragraph", "three", "two\nlines"]
+    prepare("--input", folder / "0.txt", "--out", out, "--tokenizer=char", "--val_fraction=0")
+    assert documents_in(out, "train") == ["the first book"]
+    with pytest.raises(config.Mistake, match="no val tokens.*--val_fraction"):
+        shards.Split(out, "val")
+
+
+def test_results_among_the_input_are_not_read(tmp_path):
+    texts = make_documents(20)
+    jsonl(tmp_path / "in.jsonl", texts)
+    jsonl(tmp_path / ".hidden/other.jsonl", ["no"])
+    for _ in range(2):
+        prepare("--input", tmp_path, "--out", tmp_path / "out", "--tokenizer=byte")
+        assert sorted(documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")) == sorted(texts)
+
+
+def test_long_texts_are_read_piece_by_piece(tmp_path, monkeypatch):
+    texts = make_documents(300)
+    monkeypatch.setattr(text, "PIECE", 64)
+    (tmp_path / "a.txt").write_bytes("<|endoftext|>".join(["", *texts, "\n"]).encode())
+    whole = "".join(text.Files([tmp_path / "a.txt"], text.Settings()))
+    assert "".join(whole.split()) == "".join("".join(texts).split()), "only white space is lost where a document is cut"
+    short = [t[:40].strip() for t in texts]
+    (tmp_path / "a.txt").write_bytes("<|endoftext|>".join(short).encode())
+    assert list(text.Files([tmp_path / "a.txt"], text.Settings())) == short
+    (tmp_path / "a.json").write_bytes(json.dumps(texts).encode())
+    assert list(text.Files([tmp_path / "a.json"], text.Settings())) == texts
+    (tmp_path / "b.txt").write_bytes("\n".join(texts).encode())
+    pieces = list(text.Files([tmp_path / "b.txt"], text.Settings()))
+    assert len(pieces) > 100 and max(map(len, pieces)) <= 128
+    assert "".join("".join(pieces).split()) == "".join("".join(texts).split())
+
+
+def test_reading_goes_on_at_any_document(tmp_path):
+    texts = make_documents(60)
+    for i in range(3):
+        jsonl(tmp_path / f"{i}.jsonl", texts[20 * i:20 * i + 20])
+    files = text.Files(text.find_files([str(tmp_path)]), text.Settings())
+    places = [(list(files.position), files.fraction())]
+    for _ in files:
+        places.append((json.loads(json.dumps(files.position)), files.fraction()))
+    assert [f for _, f in places] == sorted(f for _, f in places) and places[-1][1] == 1
+    for n, (position, _) in enumerate(places):
+        again = text.Files(files.paths, text.Settings())
+        again.position = position
+        assert list(again) == texts[n:]
+
+
+def test_the_hub_goes_on_at_any_document(tmp_path, monkeypatch):
+    """Against the streams of `datasets` itself, only over local files instead of the hub's."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow
+    from pyarrow import parquet
+    texts = make_documents(1500)
+    for i in range(3):
+        parquet.write_table(pyarrow.table({"text": texts[500 * i:500 * i + 500]}), tmp_path / f"{i}.parquet", row_group_size=90)
+    monkeypatch.setattr(text, "open_hub", lambda *name: datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True))
+    hub = text.Hub("someone/something", None, text.Settings())
+    places = [hub.position]
+    for _ in hub:
+        places.append(json.loads(json.dumps(hub.position)))
+    assert len(places) == 1501
+    for n in 0, 1, 255, 256, 257, 499, 500, 700, 1023, 1024, 1499, 1500:
+        again = text.Hub("someone/something", None, text.Settings())
+        again.position = places[n]
+        assert list(again) == texts[n:] and again.position[2] == 1500
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_points_the_result_is_the_same(tmp_path, monkeypatch, workers):
+    texts = make_documents(1200)
+    jsonl(tmp_path / "in/0.jsonl", texts[:400])
+    (tmp_path / "in/1.txt").write_bytes("<|endoftext|>".join(texts[400:]).encode())
+    program = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); import config; from prepare import text\n"
+               "if __name__ == '__main__':\n"
+               "    text.BATCH, text.COMMIT_SECONDS, add = 2000, 0, text.shards.Writer.add\n"
+               "    text.shards.Writer.__init__.__defaults__ = 4999, None\n"
+               "    text.shards.Writer.add = lambda *a: (add(*a), time.sleep(0.01))\n"
+               "    config.run(text.main)\n")
+    (tmp_path / "slow.py").write_text(program)
+
+    def command(out):
+        return [sys.executable, tmp_path / "slow.py", ROOT, "--input", tmp_path / "in", "--out", out,
+                "--vocab_size=400", f"--workers={workers}"]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    assert len(list((tmp_path / "whole").glob("train_*.bin"))) > 10
+    draw, resumed, kills, code = random.Random(workers), 0, 0, None
+    while code != 0:
+        started = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        progress = tmp_path / "cut/progress.json"
+        before = progress.read_bytes() if progress.exists() else None
+        while kills < 5 and started.poll() is None and (not progress.exists() or progress.read_bytes() == before):
+            time.sleep(0.01)
+        try:
+            out = started.communicate(timeout=draw.uniform(0, 0.3) if kills < 5 else None)[0]
+        except subprocess.TimeoutExpired:
+            started.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            out, kills = started.communicate()[0], kills + 1
+        code = started.returncode
+        resumed += "going on after" in out
+    assert kills >= 3 and resumed >= 3
+    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+
+
+def test_a_changed_setting_or_input_starts_over(tmp_path):
+    file, cfg = jsonl(tmp_path / "in.jsonl", make_documents(500)), text.Settings(tokenizer="byte")
+    texts = make_documents(500)
+
+    def begin():
+        """An interrupted run: nonsense that a run that continues it would keep."""
+        writer = shards.Writer(tmp_path / "out", tokenizer.byte(), recipe=text.recipe(cfg, text.Files([file], cfg)))
+        writer.add("train", [256, 1, 257], 1)
+        writer.commit({"documents": 499, "fraction": 0.9, "source": [0, 499], "threshold": 0})
+
+    arguments = "--input", file, "--out", tmp_path / "out", "--tokenizer=byte"
+    begin()
+    prepare(*arguments)
+    assert documents_in(tmp_path / "out", "train") == ["\1", texts[-1]], "it does continue with the same settings"
+    for change in "--val_fraction=0.2", "--limit=400", "--tokenizer=char", "--workers=2", "touch":
+        begin()
+        if change == "touch":
+            os.utime(file, ns=(1, 1))
+        prepare(*arguments, *[change] * change.startswith("--"))
+        if change == "--workers=2":
+            assert len(documents_in(tmp_path / "out", "train")) == 2, "which changes nothing in the result"
+        else:
+            some = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")
+            assert sorted(some) == sorted(texts[:400] if "limit" in change else texts)
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
+    out = tmp_path / "out"
+    jsonl(tmp_path / "body.jsonl", ["x", "y"])
+    files = {"broken.jsonl": b'{"text": "a"}\n{"text": ', "cut.json": b'[{"text": "a"}, {"text": "b"}', "latin.txt": b"caf\xe9",
+             "torn.txt.gz": gzip.compress(b"some text" * 100)[:-20], "no.txt.gz": b"not compressed", "number.json": b"[1]",
+             "empty.txt": b" \n", "picture.png": b"", "no.parquet": b"PAR1"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(config.Mistake, match="0 documents" if name == "empty.txt" else name):
+            prepare("--input", tmp_path / name, "--out", out, "--tokenizer=byte")
+    cases = [([], "--input takes"), (["--input", tmp_path / "nowhere"], "nowhere"), (["--input", tmp_path / "*.tex"], "no such"),
+             (["--input", tmp_path / "body.jsonl", "--field=body"], "it has id, text"),
+             (["--input", tmp_path / "body.jsonl", "--val_fraction=1"], "val_fraction"),
+             (["--input", tmp_path / "body.jsonl", "--limit=0"], "limit"),
+             (["--input", tmp_path / "body.jsonl", "--workers=-1"], "workers"),
+             (["--input", tmp_path / "body.jsonl", "--separator="], "separator"),
+             (["--input", tmp_path / "body.jsonl", "--tokenizer=nowhere"], "nowhere")]
+    for arguments, words in cases:
+        with pytest.raises(config.Mistake, match=words):
+            text.prepare(config.load(text.Settings, [*map(str, arguments), f"--out={out}"]), "text")
+    assert "no.parquet" in refusal("text.py", "--input", tmp_path / "no.parquet", "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("script", ["tinystories.py", "fineweb_edu.py", "cosmopedia.py", "hellaswag.py", "shakespeare.py"])
+def test_offline_is_one_clear_line_at_once(tmp_path, script):
+    begin = time.monotonic()
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    line = refusal(script, "--out", tmp_path / "out", **nowhere)
+    assert "--input" in line and "python prepare/tales.py" in line and not (tmp_path / "out").exists()
+    assert time.monotonic() - begin < 10
+
+
+# -- the corpora ------------------------------------------------------------------------------------------------------
+
+def test_shakespeare_is_nanogpts(tmp_path, data):
+    file = data / "text/tinyshakespeare.txt"
+    run("shakespeare.py", "--input", file, "--out", tmp_path)
+    whole, tok = file.read_text(), tokenizer.load(tmp_path)
+    train, val = shards.Split(tmp_path, "train"), shards.Split(tmp_path, "val")
+    assert (train.tokens, val.tokens, train.vocab_size, tok.bos_id, tok.eos_id) == (1_003_854, 111_540, 65, None, None)
+    assert (train.bytes, val.bytes) == (1_003_854, 111_540)
+    chars = sorted(set(whole))  # nanoGPT's ids: characters in order
+    assert [chars[i] for i in val[:1000]] == list(whole[1_003_854:1_003_854 + 1000])
+    assert tok.decode(train[:].tolist()) + tok.decode(val[:].tolist()) == whole
+
+
+def test_tinystories_from_both_kinds_of_files(tmp_path, data):
+    head = (data / "text/tinystories_train.txt").read_text().split("<|endoftext|>")[:200]
+    (tmp_path / "train.txt").write_text("<|endoftext|>".join(head))
+    run("tinystories.py", "--input", tmp_path / "train.txt", "--out", tmp_path / "a", "--tokenizer",
+        data / "tokenizers/llama2_tokenizer.model")
+    texts = documents_in(tmp_path / "a", "train") + documents_in(tmp_path / "a", "val")
+    assert sorted(texts) == sorted(t.strip() for t in head)
+    run("tinystories.py", "--input", data / "text/tinystories_valid.txt", "--out", tmp_path / "b", "--tokenizer=byte", "--limit=50")
+    blocks = (data / "text/tinystories_valid.txt").read_text().split("\n\n")[:50]
+    assert sorted(documents_in(tmp_path / "b", "train") + documents_in(tmp_path / "b", "val")) == sorted(b.strip() for b in blocks)
+
+
+@pytest.mark.slow
+def test_tinystories_has_the_vocabulary_of_the_scout(tmp_path, data):
+    run("tinystories.py", "--input", data / "text/tinystories_train.txt", "--out", tmp_path)
+    train, val = shards.Split(tmp_path, "train"), shards.Split(tmp_path, "val")
+    assert train.vocab_size == 32768 and train.documents + val.documents == 10_266
+
+
+@pytest.mark.parametrize("script", ["fineweb_edu.py", "cosmopedia.py"])
+def test_web_documents(tmp_path, data, script):
+    file = data / "text/fineweb_sample.jsonl.gz"
+    run(script, "--input", file, "--out", tmp_path, "--tokenizer=byte", "--limit=300", "--workers=1")
+    with gzip.open(file) as f:
+        texts = [json.loads(line)["text"] for line in f][:300]
+    train, val = documents_in(tmp_path, "train"), documents_in(tmp_path, "val")
+    assert sorted(train + val) == sorted(texts) and not set(train) & set(val)
+    assert (tmp_path / "val_000.bin").exists() and val
+
+
+def test_hellaswag_raw_and_cleaned_items(tmp_path):
+    raw = {"ind": 1, "activity_label": "Health", "ctx_a": "How to rest [title] Lie down. [step] Take a  bed.", "label": "2",
+           "ctx_b": "the Bed", "ctx": "unused", "endings": ["[substeps] Sleep.", " sing [title] Loud", "rest.", "run"]}
+    clean = {"query": "Health: how. [x]", "endings": ["a", "b [c]", "c", "d"], "label": 0, "ctx": "how"}
+    wanted = [{"query": "Health: How to rest. Lie down. Take a bed. The bed",
+               "endings": [" Sleep.", "sing. Loud", "rest.", "run"], "label": 2},
+              {"query": "Health: how. [x]", "endings": ["a", "b [c]", "c", "d"], "label": 0}]
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, [raw, clean])).encode()))
+    run("hellaswag.py", "--input", tmp_path / "in.jsonl.gz", "--out", tmp_path / "out")
+    assert [json.loads(line) for line in (tmp_path / "out/val.jsonl").read_text().splitlines()] == wanted
+    for broken in {}, [], raw | {"label": ""}, raw | {"label": 4}, {k: v for k, v in raw.items() if k != "ctx_a"}, \
+            clean | {"endings": [1, 2]}, clean | {"query": None}:
+        with pytest.raises(config.Mistake, match="no HellaSwag item"):
+            hellaswag.normalise(broken)
+
+
+def test_hellaswag_whole(tmp_path, data):
+    run("hellaswag.py", "--input", data / "text/hellaswag_val.jsonl.gz", "--out", tmp_path)
+    items = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]
+    assert len(items) == 10_042 and all(len(i["endings"]) == 4 and 0 <= i["label"] < 4 for i in items)
+
+
+# -- size and speed ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_memory_stays_flat(tmp_path):
+    """Ten times the corpus, the same memory: peak of the parent and of its largest worker."""
+    peaks = {}
+    for millions in 20, 200:
+        with open(tmp_path / "in.jsonl", "w") as f:
+            draw, words = random.Random(0), [f"word{i}" for i in range(1000)]
+            while f.tell() < millions * 1_000_000:
+                f.write(json.dumps({"text": " ".join(draw.choices(words, k=300))}) + "\n")
+        program = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True)\n"
+                   "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+        done = subprocess.run([sys.executable, "-c", program, sys.executable, ROOT / "prepare/text.py", "--input",
+                               tmp_path / "in.jsonl", "--out", tmp_path / "out", "--tokenizer=byte", "--workers=2"],
+                              capture_output=True, text=True, check=True)
+        peaks[millions] = int(done.stdout.split()[-1]) / 1024
+    assert peaks[200] < peaks[20] * 1.2 + 30 and peaks[200] < 1024, peaks
