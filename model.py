@@ -461,7 +461,7 @@ class Llama(nn.Module):
                 depth = 2 * self.config.n_layer if role in ("o_proj", "down_proj") else 1
                 p.normal_(std=(inputs * depth) ** -0.5)
 
-    def forward(self, idx=None, targets=None, *, embeds=None, positions=None, cache=None, lengths=None):
+    def forward(self, idx=None, targets=None, positions=None, *, embeds=None, cache=None, lengths=None):
         """Logits at every position, and the loss.
 
         idx (B, T) int64, or embeds (B, T, D) in its place. targets (B, T): the token that follows each position,

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -83,7 +83,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from model import PRESETS, Llama, LlamaConfig  # noqa: E402
+from model import PRESETS, Llama  # noqa: E402
 from prepare import shards, tokenizer  # noqa: E402
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux", "router_bias")  # fields no checkpoint carries
@@ -335,11 +335,11 @@ def latest(out):
     return found[-1] if found else None
 
 
-def publish(source, directory, names=None):
+def publish(source, directory, skip=()):
     """Link (or copy) the files of a checkpoint into directory, each replacing the old one whole."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if names is None or path.name in names or not path.name.endswith(".pt"):
+        if path.name not in skip:
             tmp = directory / (path.name + ".tmp")
             tmp.unlink(missing_ok=True)
             try:
@@ -349,26 +349,28 @@ def publish(source, directory, names=None):
             os.replace(tmp, directory / path.name)
 
 
-def save(out, model, tok, state, keep, best):
-    """Write a checkpoint; publish it as the run's own files and, if it is the best one, in best/."""
+def save(out, write, state, keep, best):
+    """Make a checkpoint of what write(directory) writes and of `state`; publish it as the run's own files, and in
+    best/ if it is the best. Raises `Mistake`, with the earlier checkpoints as they were, when the disk is full."""
     final, tmp = out / "checkpoints" / f"step_{state['step']:08d}", out / "checkpoints" / ".writing"
     try:
         shutil.rmtree(tmp, ignore_errors=True)
-        model.save_pretrained(tmp)
-        tok.save(tmp)
-        torch.save(state, tmp / "train_state.pt")
-        with open(tmp / "train_state.pt", "rb") as f:
+        tmp.mkdir(parents=True)
+        write(tmp)
+        with open(tmp / "train_state.pt", "wb") as f:
+            torch.save(state, f)
+            f.flush()
             os.fsync(f.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
-        publish(final, out, names=("train_state.pt",))
+        publish(final, out)
         if best:
-            publish(final, out / "best")
-    except OSError as e:
+            publish(final, out / "best", skip=("train_state.pt",))
+    except (OSError, RuntimeError) as e:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(tmp, ignore_errors=True)
         before = latest(out)
-        raise config.Mistake(f"cannot save to {out}: {e.strerror or e}; "
-                             + (f"the checkpoint of {before.name} is intact" if before else "there is no checkpoint yet")) from e
+        raise config.Mistake(f"cannot save to {out}: {str(e).splitlines()[0]}; "
+                             + (f"the checkpoint {before.name} is intact" if before else "there is no checkpoint yet")) from e
     for old in sorted((out / "checkpoints").glob("step_*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -380,37 +382,35 @@ def read_state(path):
 
 
 def read_log(path):
-    """The objects of a log.jsonl; a line cut short by a crash is left out."""
+    """The objects of a log.jsonl; a line that a crash cut short ends it."""
     lines = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 lines.append(json.loads(line))
             except ValueError:
-                continue
+                break
     return lines
 
 
-def plot(log, path, floor, unit):
-    """Draw the training and validation curves. floor: loss that no model can beat, or None."""
+def plot(log, path, floor=None):
+    """Draw the training and validation curves of a log. floor: nats per token that no model can beat, or None."""
     from matplotlib.figure import Figure
-    train = [(r["step"], r["train_loss"]) for r in log if r.get("train_loss") is not None]
-    val = [(r["step"], r["val_loss"]) for r in log if r.get("val_loss") is not None]
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    if train:
-        axes.plot(*zip(*train), color="#9db4d0", linewidth=1, label="training")
-    if val:
-        axes.plot(*zip(*val), color="#c0392b", linewidth=2, marker="o", markersize=3,
-                  label=f"validation, {val[-1][1]:.3f} at the end")
+    axes, values = figure.add_subplot(), []
+    for key, name, style in (("train_loss", "training", dict(color="#9db4d0", linewidth=1)),
+                             ("val_loss", "validation", dict(color="#c0392b", linewidth=2, marker="o", markersize=3))):
+        points = [(r["step"], r[key]) for r in log if key in r]
+        if points:
+            axes.plot(*zip(*points), label=f"{name}, {points[-1][1]:.3f} at the end", **style)
+            values += [v for _, v in points]
     if floor is not None:
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.3f}")
-    values = [v for _, v in train + val]
     if values and max(values) > 3 * min(values) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set(xlabel="optimizer step", ylabel=unit, title=f"{path.parent.name}: loss")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=path.parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
     tmp = path.with_name(path.name + ".tmp")
@@ -418,7 +418,7 @@ def plot(log, path, floor, unit):
     os.replace(tmp, path)
 
 
-def facts_of_run(cfg, model):
+def facts_of_run(cfg, model_config):
     """What run.json records: every setting, versions, hardware, code."""
     def git(*words):
         try:
@@ -426,11 +426,142 @@ def facts_of_run(cfg, model):
         except (OSError, subprocess.TimeoutExpired):
             return ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"command": sys.argv, "settings": asdict(cfg), "model": asdict(model.config), "processes": WORLD,
+    return {"command": sys.argv, "settings": asdict(cfg), "model": asdict(model_config), "processes": WORLD,
             "git_commit": git("rev-parse", "HEAD"), "git_changed": bool(git("status", "--porcelain")),
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "gpu": gpu,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def start_directory(out, cfg, model_config, log):
+    """Make the run directory, or move an earlier run out of the way; write run.json and the log so far."""
+    with config.mistakes(OSError, prefix="cannot write the run directory: "):
+        if cfg.init_from != "resume" and latest(out):
+            aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
+            out.rename(aside)
+            say(f"{out} held an earlier run, which is now {aside}")
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in (("log.jsonl", "".join(json.dumps(r) + "\n" for r in log)),
+                           ("run.json", json.dumps(facts_of_run(cfg, model_config), indent=1) + "\n")):
+            (out / f"{name}.tmp").write_text(text, encoding="utf-8")
+            os.replace(out / f"{name}.tmp", out / name)
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------
+
+def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_step, flops_per_token, floor=None):
+    """Train `model` for cfg.max_iters steps, in the run directory `out`, from its last checkpoint if cfg says so.
+
+    batches(step): this process's micro-batches, each the arguments of model(...), whose second result is the loss.
+    validate(model): evaluates on every process and returns {"val_loss": nats per token, ...} for the log.
+    write(directory): writes the model's own files. `model` may have `moe_layers` and `balance` like a Llama.
+    """
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    optimizers = make_optimizers(model, cfg, device, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
+    experts, first, seconds, best, log = model.moe_layers(), 0, 0.0, math.inf, []
+    if cfg.init_from == "resume":
+        state = read_state(latest(out))
+        first, seconds, best = state["step"], state["seconds"], state["best"]
+        with config.mistakes(ValueError, prefix=f"{latest(out)} was made by another optimizer: "):
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+        for layer, saved in zip(experts, state["router_bias"], strict=True):
+            layer.bias.copy_(saved)
+        log = [r for r in read_log(out / "log.jsonl") if r["step"] <= first]
+    if RANK == 0:
+        start_directory(out, cfg, model.config, log)
+    compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
+    step_model = compiled
+    if WORLD > 1:
+        step_model = torch.nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
+    peak = peak_flops(device) * WORLD
+    memory = memory_estimate(model, cfg, dtype.itemsize, optimizers)
+    say(f"run        {out}, compile {'off' if compiled is model else 'on'}, about {memory / 2**30:.1f} GiB"
+        + (f", resumed after step {first}" if first else ""))
+
+    def record(entry):
+        log.append(entry)
+        if RANK == 0:
+            with open(out / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
+
+    stop = []  # a signal asks to stop after the step; a second Ctrl-C does so at once
+
+    def ask(number, _):
+        stop.append(number)
+        signal.signal(number, before[number])
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    skipped, times, clock = 0, [], time.perf_counter()
+    for step in range(first, cfg.max_iters):
+        rate = learning_rate(step, cfg)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        torch.manual_seed(int(draws(cfg.seed, 1, step, RANK).integers(2**63)))  # dropout and router noise
+        micro_batches, loss_sum = batches(step), 0.0
+        for i, batch in enumerate(micro_batches):
+            waiting = step_model.no_sync() if WORLD > 1 and i < len(micro_batches) - 1 else nullcontext()
+            with waiting:
+                with autocast:
+                    loss = step_model(*to_device(device, *batch))[1] / len(micro_batches)
+                scaler.scale(loss).backward()
+            loss_sum = loss_sum + loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips bad steps of its own
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            skipped = 0
+        else:
+            skipped += 1
+            say(f"step {step + 1}: the gradient is {norm}; step skipped")
+            if skipped == 5:
+                raise config.Mistake(f"5 steps in a row had no finite gradient: try --learning_rate={cfg.learning_rate / 3:.2g}, "
+                                     "a longer --warmup_iters, or --dtype=float32; the last checkpoint is kept")
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        load = model.balance() if experts else None
+
+        now, done = time.perf_counter(), step + 1
+        elapsed, clock = now - clock, now
+        seconds, times = seconds + elapsed, (times + [elapsed])[-50:]
+        last, stopping = done == cfg.max_iters, total(len(stop))[0] > 0
+        if done % cfg.log_interval == 0 or done == first + 1 or last:
+            typical = float(np.median(times))
+            speed, left = tokens_per_step / typical, int((cfg.max_iters - done) * typical)
+            entry = {"step": done, "tokens": done * tokens_per_step, "train_loss": total(float(loss_sum))[0] / WORLD, "lr": rate,
+                     "grad_norm": norm, "tokens_per_s": round(speed), "mfu": round(flops_per_token * speed / peak, 4) if peak else 0.0,
+                     "seconds": round(seconds, 3)}
+            if experts:  # tokens of the least and most loaded expert, relative to the mean of its layer
+                share = load / load.mean(1, keepdim=True)
+                entry |= {"expert_load": [round(share.min().item(), 3), round(share.max().item(), 3)]}
+            record(entry)
+            say(f"step {done:>6}/{cfg.max_iters}  loss {entry['train_loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
+                f"{elapsed * 1e3:.0f} ms  {speed:,.0f} tok/s  mfu {100 * entry['mfu']:.1f}%"
+                + (f"  expert load {entry['expert_load'][0]:.2f} to {entry['expert_load'][1]:.2f}" if experts else "")
+                + f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+        if done % cfg.eval_interval == 0 or last or stopping:
+            improved = False
+            if not stopping:
+                found = validate(compiled)
+                improved, best = found["val_loss"] < best, min(found["val_loss"], best)
+                record({"step": done, "tokens": done * tokens_per_step, **found, "seconds": round(seconds, 3)})
+            if RANK == 0:
+                save(out, write, {"step": done, "seconds": seconds, "best": best, "scaler": scaler.state_dict(),
+                                  "optimizers": [o.state_dict() for o in optimizers],
+                                  "router_bias": [m.bias for m in experts]}, cfg.keep, improved)
+                plot(log, out / "loss.png", floor)
+            clock = time.perf_counter()
+        if stopping:
+            say(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")
+            break
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def memory_estimate(model, cfg, itemsize, optimizers):
@@ -457,7 +588,7 @@ def shape_from(base, given):
 
 
 def build_model(cfg, shape, data, tok, out):
-    """(model, checkpoint directory it comes from or None). Refuses what does not fit the data."""
+    """The Llama that cfg.init_from names. Refuses one that does not fit the data."""
     if cfg.init_from == "scratch":
         if cfg.model not in PRESETS:
             raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(PRESETS)}")
@@ -469,7 +600,7 @@ def build_model(cfg, shape, data, tok, out):
         if cfg.block_size > c.context:
             raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={c.context}")
         torch.manual_seed(cfg.seed)
-        return Llama(c), None
+        return Llama(c)
     source = latest(out) if cfg.init_from == "resume" else Path(cfg.init_from)
     if source is None:
         raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint")
@@ -486,7 +617,7 @@ def build_model(cfg, shape, data, tok, out):
                              f"{source} ({have.kind}, {have.vocab_size}); prepare it with --tokenizer={source}")
     if model.config.vocab_size < data.vocab_size:
         raise config.Mistake(f"the data set has ids up to {data.vocab_size - 1}, the model {model.config.vocab_size} embeddings")
-    return model, source
+    return model
 
 
 def main(cfg, shape):
@@ -495,11 +626,7 @@ def main(cfg, shape):
         raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
                              f"{WORLD} processes, which share them")
     device = pick_device(cfg.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     dtype, why = pick_dtype(cfg.dtype, device)
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     folder = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / folder.name
     val = shards.Split(folder, "val")
@@ -509,11 +636,12 @@ def main(cfg, shape):
         raise config.Mistake("doc_mask needs documents that begin with BOS; this tokenizer has none")
     if len(data) < 2 * cfg.block_size and not cfg.eval_only:
         raise config.Mistake(f"the training split has {len(data)} tokens, too few for block_size={cfg.block_size}")
-    model, source = build_model(cfg, shape, val, tok, out)
-    model.to(device).train()
+    model = build_model(cfg, shape, val, tok, out).to(device).train()
     model.model.checkpointing = cfg.checkpointing
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    floor = val.floor_bpb and val.floor_bpb * math.log(2) * val.bytes / val.tokens  # nats per token
+    floor = val.floor_bpb and val.floor_bpb * math.log(2) * val.bytes / val.tokens  # bits per byte -> nats per token
 
     def summary(loss):
         text = f"val loss {loss:.4f}"
@@ -526,143 +654,41 @@ def main(cfg, shape):
         say(f"{summary(loss)}  perplexity {math.exp(loss):.3f}  over {len(val) - 1:,} tokens of {folder}")
         return
 
-    optimizers = make_optimizers(model, cfg, device, dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
-    first, seconds, best, log = 0, 0.0, math.inf, []
-    if cfg.init_from == "resume":
-        state = read_state(source)
-        first, seconds, best = state["step"], state["seconds"], state["best"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            with config.mistakes(ValueError, prefix=f"{source} has another optimizer: "):
-                optimizer.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
-        for layer, saved in zip(model.moe_layers(), state["router_bias"], strict=True):
-            layer.bias.copy_(saved)
-        log = [r for r in read_log(out / "log.jsonl") if r["step"] <= first]
-    elif RANK == 0 and latest(out):
-        aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
-        say(f"{out} holds an earlier run, which is now {aside}")
-        out.rename(aside)
-    compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
-    step_model = compiled
-    if WORLD > 1:
-        step_model = torch.nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    # what all of this means, before the first step
     accumulate = cfg.gradient_accumulation_steps // WORLD
     tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
     parameters, active = model.counts()
-    flops, peak = model.flops_per_token(cfg.block_size), peak_flops(device) * WORLD
-    memory = memory_estimate(model, cfg, dtype.itemsize, optimizers)
-    epochs = cfg.max_iters * tokens_per_step / len(data)
     say(f"model      {parameters:,} parameters" + (f", {active:,} active per token" if active != parameters else "")
         + f" ({model.config.arch}, {model.config.n_layer} layers, dim {model.config.dim})")
     say(f"data       {folder.name}: {len(data):,} training tokens, {len(val):,} validation, vocabulary {val.vocab_size:,}")
-    say(f"step       {tokens_per_step:,} tokens = {cfg.batch_size} sequences x {cfg.block_size} x {accumulate} passes x {WORLD} processes")
-    say(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}, "
-        f"{cfg.warmup_iters} warmup, {cfg.schedule} to {cfg.min_lr:g}")
-    say(f"hardware   {device}, {str(dtype).removeprefix('torch.')} ({why}), compile {'on' if compiled is not model else 'off'}, "
-        f"about {memory / 2**30:.1f} GiB")
-    say(f"run        {out}" + (f", resumed at step {first}" if first else ""))
-    if RANK == 0:
-        with config.mistakes(OSError, prefix="cannot write the run directory: "):
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log), encoding="utf-8")
-            (out / "run.json").write_text(json.dumps(facts_of_run(cfg, model), indent=1) + "\n", encoding="utf-8")
+    say(f"step       {tokens_per_step:,} tokens = {cfg.batch_size} sequences x {cfg.block_size} tokens x {accumulate} passes x "
+        f"{WORLD} process{'es' * (WORLD > 1)}")
+    say(f"schedule   {cfg.max_iters:,} steps ({cfg.max_iters * tokens_per_step / len(data):.2f} epochs), {cfg.optimizer}, "
+        f"lr {cfg.learning_rate:g} after {cfg.warmup_iters} of warmup, {cfg.schedule} to {cfg.min_lr:g}")
+    say(f"hardware   {device}, {str(dtype).removeprefix('torch.')} ({why})")
 
-    stop = []  # a signal asks to stop; a second Ctrl-C does so at once
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    def batches(step):
+        starts = window_starts(cfg, len(data), step)[RANK * accumulate * cfg.batch_size:]
+        for i in range(accumulate):
+            x, y = read_windows(data, starts[i * cfg.batch_size:][:cfg.batch_size], cfg.block_size)
+            yield x, y, restarts(x, tok.bos_id) if cfg.doc_mask else None
 
-    def record(**entry):
-        log.append(entry)
-        if RANK == 0:
-            with open(out / "log.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
+    def validate(compiled):
+        loss = evaluate(compiled, val, cfg, device, autocast, tok.bos_id)
+        say(f"{summary(loss)}")
+        if cfg.sample_tokens and RANK == 0:
+            start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(val[0])]], device=device)
+            with autocast:
+                ids = model.eval().generate(start, cfg.sample_tokens, eos_id=tok.stop_ids or None, seed=cfg.seed)[0].tolist()
+            model.train()
+            say("  | " + tok.decode(ids).strip().replace("\n", "\n  | "))
+        return {"val_loss": loss} | ({"val_bpb": bits_per_byte(loss, val)} if val.bytes else {})
 
-    def checkpoint(step, improved):
-        state = {"step": step, "seconds": seconds, "best": best, "scaler": scaler.state_dict(),
-                 "optimizers": [o.state_dict() for o in optimizers], "router_bias": [m.bias for m in model.moe_layers()]}
-        if RANK == 0:
-            save(out, model, tok, state, cfg.keep, improved)
-            plot(log, out / "loss.png", floor, "loss, nats per token")
+    def write(directory):
+        model.save_pretrained(directory)
+        tok.save(directory)
 
-    skipped, times, clock = 0, [], time.perf_counter()
-    for step in range(first, cfg.max_iters):
-        rate = learning_rate(step, cfg)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        torch.manual_seed(int(draws(cfg.seed, 1, step, RANK).integers(2**63)))  # dropout and router noise
-        starts = window_starts(cfg, len(data), step)[RANK * accumulate * cfg.batch_size:][:accumulate * cfg.batch_size]
-        loss_sum = 0.0
-        for micro in range(accumulate):
-            x, y = read_windows(data, starts[micro * cfg.batch_size:][:cfg.batch_size], cfg.block_size)
-            x, y, positions = to_device(device, x, y, restarts(x, tok.bos_id) if cfg.doc_mask else None)
-            waiting = step_model.no_sync() if WORLD > 1 and micro < accumulate - 1 else nullcontext()
-            with waiting:
-                with autocast:
-                    loss = step_model(x, y, positions=positions)[1] / accumulate
-                scaler.scale(loss).backward()
-            loss_sum = loss_sum + loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        if math.isfinite(norm.item()) or scaler.is_enabled():  # the scaler skips bad steps of its own
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scaler.update()
-            skipped = 0
-        else:
-            skipped += 1
-            say(f"step {step + 1}: the gradient is {norm.item()}; step skipped")
-            if skipped == 5:
-                raise config.Mistake(f"5 steps in a row had no finite gradient: try --learning_rate={cfg.learning_rate / 3:.2g}, "
-                                     "a longer --warmup_iters, or --dtype=float32; the last checkpoint is kept")
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        load = model.balance() if model.moe_layers() else None
-
-        now = time.perf_counter()
-        elapsed, clock, done = now - clock, now, step + 1
-        seconds, times = seconds + elapsed, (times + [elapsed])[-50:]
-        last = done == cfg.max_iters
-        (stopping,) = total(len(stop))
-        if done % cfg.log_interval == 0 or done == first + 1 or last:
-            mean_loss = total(float(loss_sum))[0] / WORLD
-            speed = tokens_per_step / float(np.median(times))
-            mfu = flops * speed / peak if peak else 0.0
-            left = (cfg.max_iters - done) * float(np.median(times))
-            entry = {"step": done, "tokens": done * tokens_per_step, "train_loss": mean_loss, "lr": rate,
-                     "grad_norm": norm.item(), "tokens_per_s": round(speed), "mfu": round(mfu, 4), "seconds": round(seconds, 3)}
-            if load is not None:  # 1 is balanced; the worst layer counts
-                share = load / load.mean(1, keepdim=True)
-                entry |= {"expert_load_max": round(share.max().item(), 3), "expert_load_min": round(share.min().item(), 3)}
-            record(**entry)
-            say(f"step {done:>6}/{cfg.max_iters}  loss {mean_loss:.4f}  lr {rate:.2e}  norm {norm.item():.2f}  "
-                f"{elapsed * 1e3:.0f} ms  {speed:,.0f} tok/s  mfu {100 * mfu:.1f}%"
-                + (f"  load {entry['expert_load_min']:.2f}..{entry['expert_load_max']:.2f}" if load is not None else "")
-                + f"  left {int(left) // 3600:d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}")
-        if done % cfg.eval_interval == 0 or last or stopping:
-            improved = False
-            if not stopping:
-                loss = evaluate(compiled, val, cfg, device, autocast, tok.bos_id)
-                improved, best = loss < best, min(loss, best)
-                record(step=done, tokens=done * tokens_per_step, val_loss=loss, val_bpb=bits_per_byte(loss, val),
-                       seconds=round(seconds, 3))
-                say(f"step {done:>6}  {summary(loss)}" + ("  best so far" if improved else ""))
-                if cfg.sample_tokens and RANK == 0:
-                    start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(val[0])]], device=device)
-                    count = min(cfg.sample_tokens, model.config.context - 1)
-                    with autocast:
-                        ids = model.eval().generate(start, count, eos_id=tok.stop_ids or None, seed=cfg.seed)[0].tolist()
-                    model.train()
-                    say("  | " + tok.decode(ids).strip().replace("\n", "\n  | "))
-            checkpoint(done, improved)
-            clock = time.perf_counter()
-        if stopping:
-            say(f"stopped by a signal after step {done}; go on with --init_from=resume and the same settings")
-            break
+    fit(cfg, model, out, device, dtype, lambda step: list(batches(step)), validate, write, tokens_per_step,
+        model.flops_per_token(cfg.block_size), floor)
     if WORLD > 1:
         dist.destroy_process_group()
 

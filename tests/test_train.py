@@ -1,0 +1,356 @@
+"""The training loop: data order, exact resume, processes, optimizers, evaluation, the run directory."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import train
+from conftest import ROOT
+from model import PRESETS, Llama
+from prepare import shards, tokenizer
+
+TIMES = ("seconds", "tokens_per_s", "mfu")  # what may differ between two runs of the same settings
+DENSE = dict(n_layer=2, n_head=4, n_kv_head=2, dim=32, head_dim=8, ffn_dim=48)
+SPARSE = DENSE | dict(arch="llama4", nope_every=2, chunk=8, qk_norm=True, attn_scale=0.1, n_experts=4, top_k=2, expert_dim=24)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A char-level data set: words drawn at random, with an order that can be learned."""
+    rng = np.random.default_rng(0)
+    nouns = ["llama", "alpaca", "vicuna", "guanaco"]
+    text = " ".join(f"the {nouns[i]} eats {nouns[(i + 1) % 4]} grass." for i in rng.integers(4, size=1500))
+    folder = tmp_path_factory.mktemp("data") / "words"
+    tok = tokenizer.char(text)
+    writer = shards.Writer(folder, tok)
+    cut = int(len(text) * 0.9)
+    for split, part in ("train", text[:cut]), ("val", text[cut:]):
+        writer.add(split, tok.encode(part), len(part.encode()))
+    writer.finish()
+    return folder
+
+
+def settings(words, out, **more):
+    return train.TrainConfig(**dict(dataset=str(words), out_dir=str(out), batch_size=4, block_size=32, max_iters=20,
+                                    warmup_iters=4, eval_interval=10, log_interval=1, sample_tokens=0, eval_tokens=512,
+                                    device="cpu", dtype="float32") | more)
+
+
+def log_of(out):
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in train.read_log(out / "log.jsonl")]
+
+
+def states(out, step):
+    folder = out / "checkpoints" / f"step_{step:08d}"
+    return Llama.from_pretrained(folder).state_dict(), train.read_state(folder)
+
+
+def same(a, b):
+    """Bit for bit equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("shape", [DENSE | dict(dropout=0.1), SPARSE | dict(router_noise=1.0, router_aux=0.01, router_bias=1e-3)],
+                         ids=["dense", "moe"])
+def test_resume_is_exact(words, tmp_path, shape, optimizer):
+    """20 steps equal 10 + resume + 10: weights, optimizer, balancing, log, bit for bit."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train.main(settings(words, whole, optimizer=optimizer), shape)
+    (halves / "checkpoints").mkdir(parents=True)
+    (whole / "checkpoints" / "step_00000010").rename(halves / "checkpoints" / "step_00000010")
+    (halves / "log.jsonl").write_text((whole / "log.jsonl").read_text()[:-40])  # a later, cut log: its tail is redone
+    train.main(settings(words, halves, optimizer=optimizer, init_from="resume"), {k: v for k, v in shape.items() if k in train.TRAINING_ONLY})
+    (weights, state), (weights2, state2) = states(whole, 20), states(halves, 20)
+    assert same(weights, weights2)
+    assert same({k: v for k, v in state.items() if k != "seconds"}, {k: v for k, v in state2.items() if k != "seconds"})
+    assert log_of(whole) == log_of(halves)
+    steps = [r["step"] for r in log_of(halves) if "train_loss" in r]
+    assert steps == list(range(1, 21))
+
+
+def test_a_run_learns_and_leaves_a_checkpoint(words, tmp_path, capsys):
+    train.main(settings(words, tmp_path / "run", max_iters=60, learning_rate=1e-2, sample_tokens=20), DENSE)
+    out, log = tmp_path / "run", log_of(tmp_path / "run")
+    vocab = shards.Split(words, "val").vocab_size
+    assert abs(log[0]["train_loss"] - math.log(vocab)) < 0.1  # starts from knowing nothing
+    val = [r for r in log if "val_loss" in r]
+    assert val[-1]["val_loss"] < 0.6 * math.log(vocab)
+    assert val[-1]["val_bpb"] == pytest.approx(val[-1]["val_loss"] / math.log(2), rel=1e-6)  # one byte a character
+    assert set(train.read_log(out / "log.jsonl")[0]) == {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds"}
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "train_state.pt", "run.json", "loss.png", "best/model.safetensors"):
+        assert (out / name).stat().st_size > 0, name
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((out / "run.json").read_text())["settings"]["max_iters"] == 60
+    assert tokenizer.load(out).fingerprint == tokenizer.load(words).fingerprint
+    said = capsys.readouterr().out
+    assert "bits/byte" in said and "  | " in said and "left 0:00:0" in said
+    assert len(list((out / "checkpoints").iterdir())) == 2  # keep=2
+
+
+def test_best_keeps_the_lowest_validation_loss(words, tmp_path):
+    """Weights that get worse do not reach best/."""
+    out = tmp_path / "run"
+    train.main(settings(words, out, max_iters=20), DENSE)
+    good = (out / "best/model.safetensors").read_bytes()
+    assert good == (out / "model.safetensors").read_bytes()
+    cfg = settings(words, out, init_from="resume", max_iters=30, learning_rate=3.0, warmup_iters=0, grad_clip=0.0, optimizer="muon")
+    train.main(cfg, {})
+    assert log_of(out)[-1]["val_loss"] > min(r["val_loss"] for r in log_of(out) if "val_loss" in r)
+    assert (out / "best/model.safetensors").read_bytes() == good != (out / "model.safetensors").read_bytes()
+
+
+def test_an_earlier_run_is_moved_aside(words, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(settings(words, out, max_iters=2), DENSE)
+    before = (out / "model.safetensors").read_bytes()
+    train.main(settings(words, out, max_iters=2, seed=1), DENSE)
+    assert (tmp_path / "run.1/model.safetensors").read_bytes() == before != (out / "model.safetensors").read_bytes()
+    assert "is now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [DENSE, SPARSE], ids=["dense", "moe"])
+def test_two_processes_do_what_one_does(words, tmp_path, shape):
+    """Same losses within 1e-5 over 20 steps, evaluation included; a checkpoint of one world size serves another."""
+    args = [f"--{k}={v}" for k, v in dict(dataset=words, batch_size=4, gradient_accumulation_steps=4, block_size=32, max_iters=20,
+            warmup_iters=4, eval_interval=10, log_interval=1, sample_tokens=0, device="cpu", dtype="float32", **shape).items()]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for n in (1, 2):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py",
+                               f"--out_dir={tmp_path / str(n)}", *args], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = log_of(tmp_path / "1"), log_of(tmp_path / "2")
+    assert len(one) == len(two) == 22
+    for a, b in zip(one, two):
+        for key in ("train_loss", "val_loss", "val_bpb"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a, b)
+    moved = tmp_path / "3"
+    (moved / "checkpoints").mkdir(parents=True)
+    (tmp_path / "2/checkpoints/step_00000010").rename(moved / "checkpoints/step_00000010")
+    train.main(settings(words, moved, gradient_accumulation_steps=4, eval_tokens=0, init_from="resume"), {})
+    for a, b in zip([r for r in one if r["step"] > 10], log_of(moved)):
+        assert a.get("train_loss") == pytest.approx(b.get("train_loss"), abs=1e-5)
+
+
+def test_a_signal_saves_and_resume_goes_on(words, tmp_path):
+    out = tmp_path / "run"
+    args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=out, batch_size=4, block_size=32, max_iters=100000, log_interval=1,
+            eval_interval=100000, device="cpu", dtype="float32", **DENSE).items()]
+    run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in run.stdout:
+            if line.startswith("step      3/"):
+                break
+        run.send_signal(signal.SIGTERM)
+        rest, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 0 and errors == ""
+    assert "--init_from=resume" in rest
+    saved = train.read_state(train.latest(out))["step"]
+    assert saved >= 3 and train.read_log(out / "log.jsonl")[-1]["step"] == saved
+
+
+def test_batches_depend_on_seed_and_step_alone(words):
+    data = shards.Split(words, "train")
+    cfg = settings(words, "unused", batch_size=4, gradient_accumulation_steps=2)
+    starts = [train.window_starts(cfg, len(data), s) for s in range(2 * len(data) // 32 // 8 + 1)]
+    assert all((a == train.window_starts(cfg, len(data), s)).all() for s, a in enumerate(starts))
+    per_epoch = len(data) // 32 - 1
+    drawn = np.concatenate(starts)
+    for e in range(2):  # an epoch has no window twice, and windows do not overlap
+        epoch = np.sort(drawn[e * per_epoch:(e + 1) * per_epoch])
+        assert (np.diff(epoch) % 32 == 0).all() and (np.diff(epoch) > 0).all()
+    assert (drawn[:per_epoch] != drawn[per_epoch:2 * per_epoch]).any()
+    assert (train.window_starts(replace(cfg, seed=1), len(data), 0) != starts[0]).any()
+    x, y = train.read_windows(data, starts[0], 32)
+    assert torch.equal(x[:, 1:], y[:, :-1]) and (y >= 0).all()
+    assert data[int(starts[0][3]):int(starts[0][3]) + 33].tolist() == [*x[3].tolist(), y[3, -1].item()]
+
+
+def test_evaluation_counts_each_token_once(words):
+    """The whole split, whatever the batch size, equals the loss added up window by window in float64."""
+    val = shards.Split(words, "val")
+    torch.manual_seed(0)
+    model = Llama(train.shape_from(PRESETS["stories15m"], DENSE | dict(vocab_size=val.vocab_size, context=32)))
+    nats = 0.0
+    for start in range(0, len(val) - 1, 32):
+        ids = torch.from_numpy(val[start:start + 33].astype(np.int64))[None]
+        p = model(ids[:, :-1])[0].double().log_softmax(-1)
+        nats -= p.gather(2, ids[:, 1:, None]).sum().item()
+    for batch_size in (1, 7):
+        cfg = settings(words, "unused", batch_size=batch_size, eval_tokens=0)
+        loss = train.evaluate(model, val, cfg, torch.device("cpu"), nullcontext())
+        assert loss == pytest.approx(nats / (len(val) - 1), rel=1e-6)
+    assert model.training
+
+
+def test_positions_restart_at_documents():
+    x = torch.tensor([[5, 1, 7, 8, 1, 1, 9]])
+    assert train.restarts(x, bos_id=1).tolist() == [[0, 0, 1, 2, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (5, 24, 64)])
+def test_muon_orthogonalizes(shape):
+    """Singular values near 1, singular vectors kept; a stack is treated matrix by matrix."""
+    torch.manual_seed(0)
+    muon = train.Muon([torch.nn.Parameter(torch.zeros(shape))], 0.1, 0.95, 0.0, torch.float32)
+    g = torch.randn(shape).view(-1, *shape[-2:])
+    out = muon.orthogonalize(g)
+    for a, b in zip(g, out):
+        u, s, v = torch.linalg.svd(a, full_matrices=False)
+        mapped = u.T @ b @ v.T  # diagonal if the singular vectors are kept
+        assert torch.allclose(mapped, torch.diag(mapped.diag()), atol=1e-4)
+        assert mapped.diag().min() > 0.6 and mapped.diag().max() < 1.3
+
+
+def test_muon_step_is_the_formula():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(3, 8, 12))
+    muon, before = train.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32), p.detach().clone()
+    p.grad = torch.randn_like(p)
+    muon.step()
+    momentum = 0.1 * p.grad
+    update = muon.orthogonalize(0.1 * p.grad + 0.9 * momentum)
+    assert torch.allclose(p, before * (1 - 0.05) - 0.1 * 0.2 * 12 ** 0.5 * update, atol=1e-6)
+    assert 0.15 < (0.2 * 12 ** 0.5 * update).pow(2).mean().sqrt() < 0.25  # the size of an AdamW update
+
+
+def test_learning_rate_schedules(words):
+    cfg = settings(words, "unused", max_iters=100, warmup_iters=10, learning_rate=1.0, min_lr=0.1)
+    rates = [train.learning_rate(s, cfg) for s in range(101)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 and rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    flat = [train.learning_rate(s, replace(cfg, schedule="wsd", decay_frac=0.2)) for s in range(101)]
+    assert flat[10:81] == [1.0] * 71 and flat[90] == pytest.approx(0.55) and flat[100] == pytest.approx(0.1)
+
+
+def test_optimizers_hold_every_parameter_once(words):
+    model = Llama(train.shape_from(PRESETS["llama4-tiny"], SPARSE | dict(vocab_size=50, moe_every=2, chunk=8, context=32)))
+    for name in ("muon", "adamw"):
+        made = train.make_optimizers(model, settings(words, "unused", optimizer=name), torch.device("cpu"), torch.float32)
+        held = [p for o in made for g in o.param_groups for p in g["params"]]
+        assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
+        decayed = {id(p) for o in made for g in o.param_groups if g["weight_decay"] for p in g["params"]}
+        assert all((id(p) in decayed) == (p.dim() > 1) for p in model.parameters())
+    hidden = {id(p) for p in train.make_optimizers(model, settings(words, "unused"), torch.device("cpu"), torch.float32)[1].param_groups[0]["params"]}
+    assert not any(id(p) in hidden for n, p in model.named_parameters() if "embed" in n or "lm_head" in n or "router" in n or "norm" in n)
+    assert all(id(p) in hidden for n, p in model.named_parameters() if "proj" in n)
+
+
+def test_fine_tuning_starts_from_the_checkpoint(words, tmp_path):
+    train.main(settings(words, tmp_path / "a", max_iters=20), DENSE)
+    train.main(settings(words, tmp_path / "b", max_iters=1, init_from=str(tmp_path / "a"), eval_tokens=0, learning_rate=0.0), {})
+    a, b = (Llama.from_pretrained(tmp_path / n).state_dict() for n in "ab")
+    assert same(a, b)
+
+
+def test_a_step_without_finite_gradient_is_skipped(words, tmp_path, monkeypatch, capsys):
+    """One infinite gradient changes no weight; five in a row stop the run and say what to try."""
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def broken(parameters, limit):
+        calls.append(1)
+        norm = real(parameters, limit)
+        return torch.tensor(math.inf) if len(calls) in (3, 7, 8, 9, 10, 11) else norm
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    with pytest.raises(config.Mistake, match="learning_rate"):
+        train.main(settings(words, tmp_path / "run"), DENSE)
+    assert len(calls) == 11
+    assert "step 3: the gradient is inf; step skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--dataset=nowhere"], "run `python prepare/"),
+    (["--block_size=0"], "block_size must be at least 1"),
+    (["--n_head=4", "--n_kv_head=3"], "n_head=4 is not divisible by n_kv_head=3"),
+    (["--model=llama-9"], "no preset 'llama-9'"),
+    (["--context=16", "--block_size=32"], "beyond the model's context=16"),
+    (["--init_from=resume"], "nothing to resume"),
+    (["--init_from=/nowhere/at/all"], "no directory /nowhere/at/all"),
+    (["--block_size=100000"], "too few for block_size"),
+    (["--doc_mask"], "doc_mask needs documents"),
+    (["--vocab_size=3"], "the data set has"),
+    (["--device=tpu7"], "cannot be used here"),
+    (["--out_dir=/proc/nothing"], "cannot write the run directory"),
+])
+def test_mistakes_are_one_line(words, tmp_path, args, message):
+    """Exit code 2, one line, no traceback, nothing written."""
+    out = tmp_path / "run"
+    done = subprocess.run([sys.executable, "train.py", f"--dataset={words}", f"--out_dir={out}", "--dim=32", "--max_iters=2",
+                           "--n_head=2", "--n_layer=1", "--ffn_dim=32", *args], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert not out.exists()
+
+
+def test_checkpoint_of_another_shape_or_tokenizer_is_refused(words, tmp_path):
+    train.main(settings(words, tmp_path / "a", max_iters=1), DENSE)
+    with pytest.raises(config.Mistake, match="has dim=32, not 64"):
+        train.main(settings(words, tmp_path / "a", init_from="resume"), {"dim": 64})
+    other = tmp_path / "other"
+    writer = shards.Writer(other, tok := tokenizer.byte())
+    for split in ("train", "val"):
+        writer.add(split, tok.encode("abc" * 100), 300)
+    writer.finish()
+    with pytest.raises(config.Mistake, match="another tokenizer"):
+        train.main(settings(other, tmp_path / "b", init_from=str(tmp_path / "a")), {})
+
+
+def test_eval_only_prints_the_whole_split(words, tmp_path, capsys):
+    train.main(settings(words, tmp_path / "a", max_iters=3), DENSE)
+    capsys.readouterr()
+    train.main(settings(words, tmp_path / "b", init_from=str(tmp_path / "a"), eval_only=True), {})
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    val = shards.Split(words, "val")
+    model = Llama.from_pretrained(tmp_path / "a")
+    loss = train.evaluate(model, val, settings(words, "unused", eval_tokens=0), torch.device("cpu"), nullcontext())
+    assert f"val loss {loss:.4f}" in line and f"perplexity {math.exp(loss):.3f}" in line and f"{len(val) - 1:,} tokens" in line
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes(words, tmp_path):
+    """SIGKILL at 20 random moments, saving most of the time: every resume starts from a complete checkpoint."""
+    out, rng = tmp_path / "run", np.random.default_rng(0)
+    args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=out, batch_size=4, block_size=32, max_iters=100000, log_interval=1,
+            eval_interval=2, eval_tokens=128, sample_tokens=0, device="cpu", dtype="float32").items()]
+    shape = [f"--{k}={v}" for k, v in DENSE.items()]
+    reached = 0
+    for attempt in range(20):
+        resume = ["--init_from=resume"] if train.latest(out) else shape
+        run = subprocess.Popen([sys.executable, "train.py", *args, *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for line in run.stdout:
+            if line.startswith("step"):
+                break
+        else:
+            pytest.fail(run.stderr.read())
+        time.sleep(float(rng.uniform(0, 1.0)))
+        run.kill()
+        run.communicate()
+        if found := train.latest(out):
+            state = train.read_state(found)
+            Llama.from_pretrained(found)
+            assert state["step"] >= reached
+            reached = state["step"]
+    assert reached > 20
+    steps = [r["step"] for r in train.read_log(out / "log.jsonl") if "train_loss" in r]
+    assert steps == list(range(1, len(steps) + 1))
