@@ -87,6 +87,7 @@ from model import PRESETS, Llama  # noqa: E402
 from prepare import shards, tokenizer  # noqa: E402
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux", "router_bias")  # fields no checkpoint carries
+NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "conv_proj", "pos_embedding")  # matrices that Muon is not meant for
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
 
 
@@ -263,12 +264,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, cfg, device, dtype):
-    """[AdamW] or [AdamW, Muon] over the parameters of a Llama."""
+    """[AdamW] or [AdamW, Muon] over the parameters of a Llama (and of what vlm.py puts around it) that are to learn."""
     hidden, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         if p.dim() == 1:
             vectors.append(p)
-        elif cfg.optimizer == "muon" and not any(part in name for part in ("embed_tokens", "lm_head", "router")):
+        elif cfg.optimizer == "muon" and not any(part in name for part in NOT_HIDDEN):
             hidden.append(p)
         else:
             matrices.append(p)

@@ -67,8 +67,15 @@ def keys_of(source, class_name):
 
 
 def _keys(cls):
-    """The settings of a dataclass and its bases."""
+    """The settings of a dataclass and its bases; of "file.py:Class" without importing it, bases written file.Class too."""
     found = {}
+    if isinstance(cls, str):
+        file, name = cls.split(":")
+        source = (ROOT / file).read_text(encoding="utf-8")
+        tree = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+        for base in tree.bases:
+            found |= _keys(f"{base.value.id}.py:{base.attr}")
+        return found | keys_of(source, name)
     for base in reversed(cls.__mro__[:-1]):
         found |= keys_of(textwrap.dedent(inspect.getsource(base)), base.__name__)
     return found
@@ -170,24 +177,23 @@ def _help(doc, own, other):
 def load(cls, argv=None, also=None):
     """Settings of dataclass `cls` from its defaults, the config files (*.py) and --keys in argv (default: sys.argv).
 
-    also: "file.py:Class", a dataclass (read without importing it) whose fields are accepted too.
+    also: "file.py:Class", a dataclass (read without importing it) whose fields are accepted too. cls may be given
+    in this way as well, where its bases are slow to import; then {field: value given} stands for the instance.
     Returns cls(...), or (cls(...), {field of the other class: value given}) when `also` is set. Values
     that `cls.__post_init__` refuses with ValueError, unknown keys and wrong types raise `Mistake`;
     -h prints the keys and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    own, other = _keys(cls), {}
-    if also:
-        file, name = also.split(":")
-        other = keys_of((ROOT / file).read_text(encoding="utf-8"), name)
+    own, other = _keys(cls), _keys(also) if also else {}
     if {"-h", "--help"} & set(argv):
-        _help(sys.modules[cls.__module__].__doc__, own, other)
+        _help(sys.modules["__main__" if isinstance(cls, str) else cls.__module__].__doc__, own, other)
         sys.exit(0)
     known = other | own
     values = {}
     while argv and argv[0].endswith(".py") and not argv[0].startswith("--"):  # config files come first
         values |= _from_file(argv.pop(0), known)
     values |= _from_args(argv, known)
+    given = {k: v for k, v in values.items() if k in own}
     with mistakes(ValueError):
-        cfg = cls(**{k: v for k, v in values.items() if k in own})
+        cfg = given if isinstance(cls, str) else cls(**given)
     return (cfg, {k: v for k, v in values.items() if k not in own}) if also else cfg
