@@ -21,7 +21,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import config
@@ -37,6 +36,7 @@ class TrainConfig:
     batch_size: int = 32  # sequences in one forward pass on each process; what memory allows
     gradient_accumulation_steps: int = 1  # forward passes per step, over all processes together
     block_size: int = 256  # tokens in a sequence; a story fits
+    whole_docs: bool = False  # True: windows begin with a document and hold whole ones; for documents shorter than one
     doc_mask: bool = False  # True: no attention across documents, positions restart; slower, cleaner for short ones
     max_iters: int = 2000  # optimizer steps
     optimizer: str = "muon"  # "muon" for the hidden matrices (AdamW for the rest) learns faster; "adamw" for all
@@ -175,33 +175,59 @@ def draws(seed, *counters):
     return np.random.default_rng([seed, *counters])
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed, epoch, length, block_size):
-    """Starts of one epoch's windows in drawing order: all of them, side by side from a random offset, shuffled."""
-    rng = draws(seed, 0, epoch)
-    offset = int(rng.integers(min(block_size, length - block_size)))
-    starts = np.arange(offset, length - block_size, block_size)
-    rng.shuffle(starts)
-    return starts
+class Windows:
+    """A split cut into windows of at most block_size + 1 tokens, neighbours sharing one token, the first's last target.
 
+    They lie side by side wherever they fall, in training from an offset that changes with each epoch; or, if
+    cfg.whole_docs, each begins with a document and holds as many whole ones as fit (longer ones are cut).
+    """
 
-def window_starts(cfg, length, step):
-    """Where the windows of this step's whole batch (over all processes) start, (sequences,)."""
-    n = cfg.batch_size * cfg.gradient_accumulation_steps
-    per_epoch = length // cfg.block_size - 1  # what every offset leaves room for
-    index = np.arange(step * n, (step + 1) * n)
-    return np.array([epoch_order(cfg.seed, int(e), length, cfg.block_size)[i]
-                     for e, i in zip(index // per_epoch, index % per_epoch)])
+    def __init__(self, split, cfg, bos_id):
+        self.split, self.cfg, self.cut, self.cached = split, cfg, None, (None, None)
+        if cfg.whole_docs:
+            begins = np.concatenate([i + np.flatnonzero(split[i:i + 2**24] == bos_id) for i in range(0, len(split), 2**24)])
+            self.cut = self.pack([*begins.tolist(), len(split)])
+        self.per_epoch = len(split) // cfg.block_size - 1 if self.cut is None else len(self.cut)
+        self.fill = 1.0 if self.cut is None else float((np.diff(self.cut).mean() - 1) / cfg.block_size)
 
+    def pack(self, edges):
+        """[start, end) of windows over the documents between these edges, (n, 2)."""
+        spans, start, end = [], edges[0], edges[0]
+        for edge in edges[1:]:
+            if edge - start > self.cfg.block_size + 1 and end > start:
+                spans.append((start, end))
+                start = end
+            while edge - start > self.cfg.block_size + 1:
+                spans.append((start, start + self.cfg.block_size + 1))
+                start += self.cfg.block_size
+            end = edge
+        return np.array([*spans, (start, end)])
 
-def read_windows(split, starts, block_size):
-    """Inputs and targets at these starts, (len(starts), block_size) int64 each; past the end, targets are -100."""
-    x = np.zeros((len(starts), block_size), np.int64)
-    y = np.full((len(starts), block_size), -100, np.int64)
-    for row, start in enumerate(starts):
-        ids = split[start:start + block_size + 1].astype(np.int64)
-        x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
-    return torch.from_numpy(x), torch.from_numpy(y)
+    def epoch(self, number):
+        """[start, end) of an epoch's windows in drawing order, (n, 2); number None: all of the split, in order."""
+        if self.cached[0] != number or self.cached[1] is None:
+            T, length, rng = self.cfg.block_size, len(self.split), draws(self.cfg.seed, 0, number or 0)
+            spans = self.cut
+            if spans is None:
+                starts = np.arange(0, length - 1, T) if number is None else np.arange(rng.integers(T), length - T, T)
+                spans = np.stack((starts, np.minimum(starts + T + 1, length)), 1)
+            self.cached = number, spans if number is None else rng.permutation(spans)
+        return self.cached[1]
+
+    def step(self, step):
+        """[start, end) of the windows of a step's whole batch, over all processes, (sequences, 2)."""
+        n = self.cfg.batch_size * self.cfg.gradient_accumulation_steps
+        index = np.arange(step * n, (step + 1) * n)
+        return np.stack([self.epoch(int(e))[i] for e, i in zip(index // self.per_epoch, index % self.per_epoch)])
+
+    def read(self, spans):
+        """Inputs and targets of these windows, (len(spans), block_size) int64 each; targets past the end are -100."""
+        x = torch.zeros(len(spans), self.cfg.block_size, dtype=torch.long)
+        y = torch.full_like(x, -100)
+        for row, (start, end) in enumerate(spans):
+            ids = torch.from_numpy(self.split[start:end].astype(np.int64))
+            x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
+        return x, y
 
 
 def restarts(x, bos_id):
@@ -298,36 +324,36 @@ def learning_rate(step, cfg):
 # -- evaluation --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, split, cfg, device, autocast, bos_id=None, progress=False):
-    """Mean loss in nats per token over a fixed set of validation windows, side by side; every process takes a share.
+def evaluate(model, windows, device, autocast, bos_id=None, limit=0, progress=False):
+    """Mean loss in nats per token over the windows of a split, of which each process takes a share.
 
-    Each token of the set is predicted exactly once (but the first of the split), from its own window only."""
-    was, windows = model.training, np.arange(0, len(split) - 1, cfg.block_size)
-    wanted = -(-cfg.eval_tokens // cfg.block_size) if cfg.eval_tokens else len(windows)
-    if wanted < len(windows):
-        windows = windows[np.linspace(0, len(windows) - 1, wanted).astype(int)]
-    mine, nats, count = windows[RANK::WORLD], 0.0, 0
-    batches = range(0, len(mine), cfg.batch_size)
+    limit: take about this many tokens, spread evenly and always the same; 0: each token but the first, exactly once.
+    """
+    cfg, spans, was, nats, count = windows.cfg, windows.epoch(None), model.training, 0.0, 0
+    wanted = -(-limit // cfg.block_size) if limit else len(spans)
+    if wanted < len(spans):
+        spans = spans[np.linspace(0, len(spans) - 1, wanted).astype(int)]
+    spans = spans[RANK::WORLD]
+    batches = range(0, len(spans), cfg.batch_size)
     if progress and RANK == 0:
         from tqdm import tqdm
         batches = tqdm(batches, desc="evaluating", unit="batch", leave=False)
     model.eval()
     for i in batches:
-        x, y = read_windows(split, mine[i:i + cfg.batch_size], cfg.block_size)
-        positions = restarts(x, bos_id) if cfg.doc_mask else None
+        x, y = windows.read(spans[i:i + cfg.batch_size])
         n = int((y != -100).sum())
-        x, y, positions = to_device(device, x, y, positions)
+        x, y, positions = to_device(device, x, y, restarts(x, bos_id) if cfg.doc_mask else None)
         with autocast:
-            nats += model(x, y, positions=positions)[1].item() * n
+            nats += model(x, y, positions)[1].item() * n if n else 0.0
         count += n
     model.train(was)
     nats, count = total(nats, count)
     return nats / count
 
 
-def bits_per_byte(loss, split):
-    """Nats per token -> bits per byte of the text, which does not depend on the tokenizer."""
-    return loss / math.log(2) * split.tokens / split.bytes if split.bytes else float("nan")
+def bits_per_byte(loss, windows):
+    """Nats per token over these windows -> bits per byte of the text, which does not depend on the tokenizer."""
+    return loss / math.log(2) * (np.diff(windows.epoch(None)) - 1).sum().item() / windows.split.bytes
 
 
 # -- the run directory -------------------------------------------------------------------------------------------
@@ -635,8 +661,8 @@ def main(cfg, shape):
     val = shards.Split(folder, "val")
     data = val if cfg.eval_only else shards.Split(folder, "train")
     tok = tokenizer.load(folder)
-    if cfg.doc_mask and tok.bos_id is None:
-        raise config.Mistake("doc_mask needs documents that begin with BOS; this tokenizer has none")
+    if (cfg.doc_mask or cfg.whole_docs) and tok.bos_id is None:
+        raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
     if len(data) < 2 * cfg.block_size and not cfg.eval_only:
         raise config.Mistake(f"the training split has {len(data)} tokens, too few for block_size={cfg.block_size}")
     model = build_model(cfg, shape, val, tok, out).to(device).train()
@@ -644,39 +670,41 @@ def main(cfg, shape):
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    floor = val.floor_bpb and val.floor_bpb * math.log(2) * val.bytes / val.tokens  # bits per byte -> nats per token
+    held_out = Windows(val, cfg, tok.bos_id)
 
     def summary(loss):
         text = f"val loss {loss:.4f}"
         if val.bytes:
-            text += f"  {bits_per_byte(loss, val):.4f} bits/byte" + (f" (floor {val.floor_bpb:.4f})" if floor else "")
+            text += f"  {bits_per_byte(loss, held_out):.4f} bits/byte"
+            text += f" (floor {val.floor_bpb:.4f})" if val.floor_bpb else ""
         return text
 
     if cfg.eval_only:
-        loss = evaluate(model, val, replace(cfg, eval_tokens=0), device, autocast, tok.bos_id, progress=True)
+        loss = evaluate(model, held_out, device, autocast, tok.bos_id, progress=True)
         say(f"{summary(loss)}  perplexity {math.exp(loss):.3f}  over {len(val) - 1:,} tokens of {folder}")
         return
 
     accumulate = cfg.gradient_accumulation_steps // WORLD
-    tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+    windows = Windows(data, cfg, tok.bos_id)
+    tokens_per_step = int(cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * windows.fill)
     parameters, active = model.counts()
     say(f"model      {parameters:,} parameters" + (f", {active:,} active per token" if active != parameters else "")
         + f" ({model.config.arch}, {model.config.n_layer} layers, dim {model.config.dim})")
     say(f"data       {folder.name}: {len(data):,} training tokens, {len(val):,} validation, vocabulary {val.vocab_size:,}")
-    say(f"step       {tokens_per_step:,} tokens = {cfg.batch_size} sequences x {cfg.block_size} tokens x {accumulate} passes x "
+    say(f"step       {tokens_per_step:,} tokens = {cfg.batch_size} sequences x {cfg.block_size * windows.fill:.0f} tokens x {accumulate} passes x "
         f"{WORLD} process{'es' * (WORLD > 1)}")
     say(f"schedule   {cfg.max_iters:,} steps ({cfg.max_iters * tokens_per_step / len(data):.2f} epochs), {cfg.optimizer}, "
         f"lr {cfg.learning_rate:g} after {cfg.warmup_iters} of warmup, {cfg.schedule} to {cfg.min_lr:g}")
     say(f"hardware   {device}, {str(dtype).removeprefix('torch.')} ({why})")
 
     def batches(step):
-        starts = window_starts(cfg, len(data), step)[RANK * accumulate * cfg.batch_size:]
+        spans = windows.step(step)[RANK * accumulate * cfg.batch_size:]
         for i in range(accumulate):
-            x, y = read_windows(data, starts[i * cfg.batch_size:][:cfg.batch_size], cfg.block_size)
+            x, y = windows.read(spans[i * cfg.batch_size:][:cfg.batch_size])
             yield x, y, restarts(x, tok.bos_id) if cfg.doc_mask else None
 
     def validate(compiled):
-        loss = evaluate(compiled, val, cfg, device, autocast, tok.bos_id)
+        loss = evaluate(compiled, held_out, device, autocast, tok.bos_id, cfg.eval_tokens)
         say(f"{summary(loss)}")
         if cfg.sample_tokens and RANK == 0:
             start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(val[0])]], device=device)
@@ -684,12 +712,13 @@ def main(cfg, shape):
                 ids = model.eval().generate(start, cfg.sample_tokens, eos_id=tok.stop_ids or None, seed=cfg.seed)[0].tolist()
             model.train()
             say("  | " + tok.decode(ids).strip().replace("\n", "\n  | "))
-        return {"val_loss": loss} | ({"val_bpb": bits_per_byte(loss, val)} if val.bytes else {})
+        return {"val_loss": loss} | ({"val_bpb": bits_per_byte(loss, held_out)} if val.bytes else {})
 
     def write(directory):
         model.save_pretrained(directory)
         tok.save(directory)
 
+    floor = val.floor_bpb / bits_per_byte(1.0, held_out) if val.floor_bpb else None  # nats per token
     fit(cfg, model, out, device, dtype, lambda step: list(batches(step)), validate, write, tokens_per_step,
         model.flops_per_token(cfg.block_size), floor)
     if WORLD > 1:

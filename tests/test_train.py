@@ -92,7 +92,7 @@ def test_a_run_learns_and_leaves_a_checkpoint(words, tmp_path, capsys):
     assert abs(log[0]["train_loss"] - math.log(vocab)) < 0.1  # starts from knowing nothing
     val = [r for r in log if "val_loss" in r]
     assert val[-1]["val_loss"] < 0.6 * math.log(vocab)
-    assert val[-1]["val_bpb"] == pytest.approx(val[-1]["val_loss"] / math.log(2), rel=1e-6)  # one byte a character
+    assert val[-1]["val_bpb"] == pytest.approx(val[-1]["val_loss"] / math.log(2), rel=1e-3)  # one byte a character
     assert set(train.read_log(out / "log.jsonl")[0]) == {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds"}
     for name in ("config.json", "model.safetensors", "tokenizer.json", "train_state.pt", "run.json", "loss.png", "best/model.safetensors"):
         assert (out / name).stat().st_size > 0, name
@@ -170,18 +170,44 @@ def test_a_signal_saves_and_resume_goes_on(words, tmp_path):
 def test_batches_depend_on_seed_and_step_alone(words):
     data = shards.Split(words, "train")
     cfg = settings(words, "unused", batch_size=4, gradient_accumulation_steps=2)
-    starts = [train.window_starts(cfg, len(data), s) for s in range(2 * len(data) // 32 // 8 + 1)]
-    assert all((a == train.window_starts(cfg, len(data), s)).all() for s, a in enumerate(starts))
-    per_epoch = len(data) // 32 - 1
-    drawn = np.concatenate(starts)
+    windows = train.Windows(data, cfg, None)
+    n, per_epoch = 2 * windows.per_epoch // 8 + 1, windows.per_epoch
+    drawn = np.stack([windows.step(s) for s in range(n)])  # (steps, 8, 2)
+    assert all((drawn[s] == train.Windows(data, cfg, None).step(s)).all() for s in (n - 1, 0, n // 2, 1))
+    assert (np.diff(drawn) == 33).all()
+    starts = drawn[..., 0].flatten()
     for e in range(2):  # an epoch has no window twice, and windows do not overlap
-        epoch = np.sort(drawn[e * per_epoch:(e + 1) * per_epoch])
+        epoch = np.sort(starts[e * per_epoch:(e + 1) * per_epoch])
         assert (np.diff(epoch) % 32 == 0).all() and (np.diff(epoch) > 0).all()
-    assert (drawn[:per_epoch] != drawn[per_epoch:2 * per_epoch]).any()
-    assert (train.window_starts(replace(cfg, seed=1), len(data), 0) != starts[0]).any()
-    x, y = train.read_windows(data, starts[0], 32)
+    assert (starts[:per_epoch] != starts[per_epoch:2 * per_epoch]).any()
+    assert (train.Windows(data, replace(cfg, seed=1), None).step(0) != drawn[0]).any()
+    x, y = windows.read(drawn[0])
     assert torch.equal(x[:, 1:], y[:, :-1]) and (y >= 0).all()
-    assert data[int(starts[0][3]):int(starts[0][3]) + 33].tolist() == [*x[3].tolist(), y[3, -1].item()]
+    assert data[int(drawn[0, 3, 0]):int(drawn[0, 3, 1])].tolist() == [*x[3].tolist(), y[3, -1].item()]
+
+
+def test_windows_of_whole_documents(words):
+    """Each begins with BOS, none cuts a document that would fit, and every target is there exactly once."""
+    rng = np.random.default_rng(0)
+    lengths = [1, 5, 3, 40, 2, 9, 8, 25, 33, 34, 100, 7] + rng.integers(1, 30, 200).tolist()
+    ids = np.concatenate([[1, *range(2, n + 1)] for n in lengths])
+    windows = train.Windows(ids, settings(words, "unused", block_size=32, whole_docs=True), bos_id=1)
+    spans, edges = windows.epoch(None), np.flatnonzero(ids == 1)
+    targets = [t for start, end in spans for t in range(start + 1, end)]
+    inside = [t for t in range(1, len(ids)) if ids[t] != 1]  # BOS is a target only between documents of one window
+    assert sorted(set(targets)) == sorted(targets) and set(inside) <= set(targets)
+    for start, end in spans:
+        assert 1 <= end - start <= 33
+        if end - start == 33 and ids[start] != 1:
+            continue  # the middle of a long document
+        cut = end < len(ids) and ids[end] != 1
+        assert not cut or end - start == 33
+    starting = [s for s, _ in spans if ids[s] == 1]
+    for s in starting:  # a document that fits is never cut
+        ends = edges[edges > s]
+        assert len(ends) == 0 or ends[0] - s > 33 or any(a <= s and b >= ends[0] for a, b in spans)
+    assert sorted(map(tuple, windows.epoch(3).tolist())) == sorted(map(tuple, spans.tolist()))
+    assert windows.fill == pytest.approx(len(targets) / len(spans) / 32)
 
 
 def test_evaluation_counts_each_token_once(words):
@@ -195,8 +221,8 @@ def test_evaluation_counts_each_token_once(words):
         p = model(ids[:, :-1])[0].double().log_softmax(-1)
         nats -= p.gather(2, ids[:, 1:, None]).sum().item()
     for batch_size in (1, 7):
-        cfg = settings(words, "unused", batch_size=batch_size, eval_tokens=0)
-        loss = train.evaluate(model, val, cfg, torch.device("cpu"), nullcontext())
+        windows = train.Windows(val, settings(words, "unused", batch_size=batch_size), None)
+        loss = train.evaluate(model, windows, torch.device("cpu"), nullcontext())
         assert loss == pytest.approx(nats / (len(val) - 1), rel=1e-6)
     assert model.training
 
@@ -321,7 +347,7 @@ def test_eval_only_prints_the_whole_split(words, tmp_path, capsys):
     line = capsys.readouterr().out.strip().splitlines()[-1]
     val = shards.Split(words, "val")
     model = Llama.from_pretrained(tmp_path / "a")
-    loss = train.evaluate(model, val, settings(words, "unused", eval_tokens=0), torch.device("cpu"), nullcontext())
+    loss = train.evaluate(model, train.Windows(val, settings(words, "unused"), None), torch.device("cpu"), nullcontext())
     assert f"val loss {loss:.4f}" in line and f"perplexity {math.exp(loss):.3f}" in line and f"{len(val) - 1:,} tokens" in line
     assert not (tmp_path / "b").exists()
 
@@ -334,7 +360,7 @@ def test_killed_at_any_moment_it_resumes(words, tmp_path):
             eval_interval=2, eval_tokens=128, sample_tokens=0, device="cpu", dtype="float32").items()]
     shape = [f"--{k}={v}" for k, v in DENSE.items()]
     reached = 0
-    for attempt in range(20):
+    for _ in range(20):
         resume = ["--init_from=resume"] if train.latest(out) else shape
         run = subprocess.Popen([sys.executable, "train.py", *args, *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
