@@ -26,7 +26,7 @@ BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {
     b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
-# How a text is cut into words before merging, as published with GPT-2, Llama 3 and Llama 4; and into characters.
+# How a text is cut before merging: into words, as published with GPT-2, Llama 3 and Llama 4, or into characters.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -35,70 +35,53 @@ LLAMA4_WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm
                 r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
                 r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
                 r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-CHARACTERS = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+CHARACTERS = r"[\s\S]"
 PROBE = "It's 12345.67  HELLO'S größer e\u0301 你好🙂\n\n\tx+=y; /* a */\r\n    end "  # shows how words are cut
-TIKTOKEN_LIMIT = 400_000  # characters in a text; its regex overflows its stack on longer runs of spaces
+TIKTOKEN_LIMIT = 400_000  # characters in a text: on longer runs of spaces its regex overflows its stack
 
-BOS_NAMES = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # the first that exists, where no config names one
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # the first that exists, where no settings name one
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>")
 STOP_NAMES = {*EOS_NAMES, "<|eot|>", "<|eot_id|>", "<|eom|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
 
 
-def llama3_special():
-    """Llama 3's 256 special tokens in the order of their ids (meta-llama/llama-models, models/llama3/tokenizer.py)."""
-    named = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-             "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
-             "python_tag", "image"]
-    return [f"<|{n}|>" for n in named + [f"reserved_special_token_{i}" for i in range(2, 246)]]
-
-
-def llama4_special():
-    """Llama 4's 2,048 special tokens in the order of their ids (llama-models, models/llama4/tokenizer.py)."""
-    def reserved(kind, *span):
-        return [f"{kind}_reserved_special_token_{i}" for i in range(*span)]
-    named = ["begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix",
-             "header_start", "header_end", "eom", "eot", "step", *reserved("text_post_train", 6),
-             "python_start", "python_end", "finetune_right_pad", *reserved("text_post_train", 8, 69),
-             "image_start", "image_end", *reserved("vision", 2), "tile_x_separator", "tile_y_separator",
-             *reserved("vision", 2, 6), "image", *reserved("vision", 6, 7), "patch", *reserved("vision", 7, 1048),
-             *reserved("reasoning", 8), "reasoning_thinking_start", "reasoning_thinking_end"]
-    return [f"<|{n}|>" for n in named + [f"reserved_special_token_{i}" for i in range(2048 - len(named))]]
-
-
-RANK_FILES = {128_000: (LLAMA3_WORDS, llama3_special), 200_000: (LLAMA4_WORDS, llama4_special)}
-
-
 class Tokenizer:
-    """Text to ids and back.
+    """Text to ids and back. Make one with `char`, `byte`, `train_sentencepiece` or `load`.
 
-    spec: the content of a tokenizer.json; settings: of its tokenizer_config.json; model: the SentencePiece file that
-    it came from, as bytes, which `save` hands on. kind: char | byte | sentencepiece | tiktoken | json, by how it works.
-    vocab_size: the largest id + 1. special: {text: id}. bos_id, eos_id: int or None. stop_ids: ids that end a
+    spec: what its tokenizer.json holds; settings: its tokenizer_config.json; model: the SentencePiece file it came
+    from, as bytes, which `save` hands on. kind: char | byte | sentencepiece | tiktoken | json, by how it works.
+    vocab_size: the largest id + 1. special: {text: id}. bos_id, eos_id: int or None. stop_ids: the ids that end a
     generation. chat_template: jinja text or None.
     """
     file = "tokenizer.json"
 
     def __init__(self, spec, settings=None, model=None):
-        self.spec, self.model = spec | {"truncation": None, "padding": None}, model
+        self.spec, self.model, settings = spec | {"truncation": None, "padding": None}, model, settings or {}
         vocab, added = spec["model"]["vocab"], spec.get("added_tokens") or []
         self.vocab = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
         self.special = {t["content"]: t["id"] for t in added if t["special"]}
-        ids = self.vocab | {t["content"]: t["id"] for t in added}
-        if len(set(ids.values())) < len(ids) or not all(type(i) is int and 0 <= i < 1 << 31 for i in ids.values()):
-            raise ValueError("ids must be different whole numbers from 0 up")
+        self.ids = self.vocab | {t["content"]: t["id"] for t in added}
+        taken = set(self.ids.values())
+        if len(taken) < len(self.ids) or not all(type(i) is int and 0 <= i < 1 << 31 for i in taken):
+            raise ValueError("its ids are not different whole numbers from 0 up")
+        self.vocab_size = max(taken) + 1
         self.kind, self._words = _kind(spec, self.vocab, added)
         self._bytes, self._drops_space = _decoder(spec, self.vocab)
         self._bytes |= {t["id"]: t["content"].encode() for t in added}
-        hidden = set(self.special.values())
-        self._plain = {i: b for i, b in self._bytes.items() if i not in hidden}
-        self.vocab_size = max(ids.values()) + 1
-        settings = settings or {}
-        bos, eos = _name(settings, "bos_token", BOS_NAMES, ids), _name(settings, "eos_token", EOS_NAMES, ids)
-        self.bos_id, self.eos_id = ids.get(bos), ids.get(eos)
+        self._plain = dict(self._bytes)  # without the special tokens
+        for i in self.special.values():
+            del self._plain[i]
+        self.settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}  # AutoTokenizer reads the spec alone
+        for key, names in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES)):
+            self.settings.setdefault(key, next((n for n in names if n in self.ids), None))
+        self.settings.setdefault("clean_up_tokenization_spaces", False)
+        self.bos_id, self.eos_id = self.ids.get(self._name("bos_token")), self.ids.get(self._name("eos_token"))
         self.stop_ids = {i for t, i in self.special.items() if t in STOP_NAMES} | {self.eos_id} - {None}
         self.chat_template = settings.get("chat_template")
-        self.settings = {"bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False} | settings | {
-            "tokenizer_class": "PreTrainedTokenizerFast"}  # AutoTokenizer then reads tokenizer.json and nothing else
+
+    def _name(self, key):
+        """The text of the token that the settings call `key`, or None."""
+        token = self.settings.get(key)
+        return token["content"] if isinstance(token, dict) else token
 
     @functools.cached_property
     def fingerprint(self):
@@ -113,10 +96,14 @@ class Tokenizer:
 
     @functools.cached_property
     def _library(self):
-        """The `tokenizers` engine, set to take special tokens in a text for text."""
+        """The `tokenizers` engine, set to take the names of special tokens in a text for text."""
         import tokenizers
-        with config.mistakes(Exception, prefix="not a tokenizer.json: "):  # the library raises nothing narrower
+        try:
             engine = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
+        except BaseException as e:  # the library raises plain Exceptions, and panics, which are not even those
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise config.Mistake(" ".join(str(e).split())) from e
         engine.encode_special_tokens = True
         return engine
 
@@ -126,7 +113,7 @@ class Tokenizer:
         ranks = {piece: i for i, piece in self._plain.items()}
         return tiktoken.Encoding("everyllama", pat_str=self._words, mergeable_ranks=ranks, special_tokens={})
 
-    def _ids(self, texts):
+    def _encode(self, texts):
         """Ids of each text, with nothing around them. The libraries use all cores, or one where the environment says
         TOKENIZERS_PARALLELISM=false."""
         if self.kind == "byte":
@@ -135,47 +122,47 @@ class Tokenizer:
             try:
                 return [[self.vocab[c] for c in t] for t in texts]
             except KeyError as e:
-                raise config.Mistake(f"the character {e.args[0]!r} is not in this vocabulary of "
-                                     f"{len(self._plain)} characters") from None
+                raise config.Mistake(f"the character {e.args[0]!r} is not among the {len(self._plain)} of this "
+                                     "vocabulary") from None
         if self.kind == "tiktoken":
             threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count()
             short = [t if len(t) <= TIKTOKEN_LIMIT else "" for t in texts]
             batch = self._tiktoken.encode_ordinary_batch(short, num_threads=threads)
             return [self._library.encode(t, add_special_tokens=False).ids if len(t) > TIKTOKEN_LIMIT else ids
                     for t, ids in zip(texts, batch)]
-        return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+        engine = self._library
+        with config.mistakes(Exception, prefix="this tokenizer cannot encode that: "):
+            return [e.ids for e in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_batch(self, texts, bos=False, eos=False):
         """Ids of many texts at once: list[str] -> list[list[int]].
 
         bos, eos: put that token around each text, if this tokenizer has one. Names of special tokens in the texts are
         plain text. Lone surrogates, which UTF-8 cannot hold, become U+FFFD. A char tokenizer raises `config.Mistake`
-        for a character that it does not have.
+        at a character that it does not have.
         """
-        try:
-            batch = self._ids(texts)
-        except UnicodeEncodeError:
-            batch = self._ids([t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts])
-        first, last = self._ends(bos, eos)
+        batch = self._encode([_valid(t) for t in texts])
+        first, last = self._around(bos, eos)
         return [first + ids + last for ids in batch] if first or last else batch
 
     def encode(self, text, bos=False, eos=False, special=False):
         """Ids of one text, as in `encode_batch`. special=True takes the names of special tokens for those tokens."""
         if not special:
             return self.encode_batch([text], bos, eos)[0]
-        first, last = self._ends(bos, eos)
+        first, last = self._around(bos, eos)
         return first + self._join(self._names.split(text)) + last
 
-    def _ends(self, bos, eos):
+    def _around(self, bos, eos):
         return [self.bos_id] * (bos and self.bos_id is not None), [self.eos_id] * (eos and self.eos_id is not None)
 
     @functools.cached_property
     def _names(self):
-        """Matches the special tokens, longest first, with the white space that they swallow."""
-        tokens = sorted((t for t in self.spec.get("added_tokens") or [] if t["special"]), key=lambda t: -len(t["content"]))
-        return re.compile("(" + ("|".join(
-            r"\s*" * t.get("lstrip", False) + re.escape(t["content"]) + r"\s*" * t.get("rstrip", False)
-            for t in tokens) or r"(?!)") + ")")
+        """Matches the special tokens, the longest first, with the white space that they swallow."""
+        tokens = sorted((t for t in self.spec.get("added_tokens") or [] if t["special"]),
+                        key=lambda t: -len(t["content"]))
+        patterns = ((r"\s*" if t.get("lstrip") else "") + re.escape(t["content"]) + (r"\s*" if t.get("rstrip") else "")
+                    for t in tokens)
+        return re.compile(f"({'|'.join(patterns) or '(?!)'})")
 
     def _join(self, parts):
         """Ids of [text, name, text, ..., name, text], as `_names.split` gives them."""
@@ -213,17 +200,16 @@ class Tokenizer:
             raise jinja2.TemplateError(message)
 
         said = json.dumps(messages, ensure_ascii=False)
-        mark = next(chr(c) for c in range(0xE000, 0xF900) if chr(c) not in said)  # breaks the names within messages
-        messages = _each_text(messages, lambda t: self._names.sub(lambda name: mark.join(name[0]), t))
+        mark = next(chr(c) for c in range(0xE000, 0xF900) if chr(c) not in said)  # breaks names until they are encoded
+        messages = _each_text(messages, lambda text: self._names.sub(lambda name: mark.join(name[0]), text))
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=["jinja2.ext.loopcontrols"])
         env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
         env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        ids = self.vocab | self.special
-        names = {key: _name(self.settings, key, (), ids) for key in self.settings if key.endswith("_token")}
+        names = {key: self._name(key) for key in self.settings if key.endswith("_token")}
         with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
             text = env.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **names)
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **names)
         return self._join([part.replace(mark, "") for part in self._names.split(text)])
 
     def save(self, directory):
@@ -231,8 +217,8 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         files = {"tokenizer.model": self.model} if self.model else {}
-        files |= {"tokenizer_config.json": json.dumps(self.settings, indent=2, ensure_ascii=False).encode(),
-                  "tokenizer.json": json.dumps(self.spec, ensure_ascii=False).encode()}
+        files |= {"tokenizer_config.json": json.dumps(self.settings, indent=2).encode(),
+                  "tokenizer.json": json.dumps(self.spec).encode()}
         for name, data in files.items():
             (directory / f"{name}.tmp").write_bytes(data)
             os.replace(directory / f"{name}.tmp", directory / name)
@@ -258,11 +244,13 @@ class Stream:
         return self.utf8.decode(b"", final=True)
 
 
-def _name(settings, key, names, ids):
-    """The text of the token that settings call `key`, else the first of names that exists; None if there is none."""
-    token = settings[key] if key in settings else next((n for n in names if n in ids), None)
-    token = token["content"] if isinstance(token, dict) else token
-    return token if token in ids else None
+def _valid(text):
+    """text with U+FFFD for surrogates that are not in pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _each_text(x, change):
@@ -274,40 +262,41 @@ def _each_text(x, change):
 
 def _steps(node):
     """The steps of a normalizer, pre-tokenizer or decoder of a tokenizer.json, its sequences laid flat."""
-    if not node:
-        return []
-    if node["type"] == "Sequence":
-        return [step for v in node.values() if isinstance(v, list) for inner in v for step in _steps(inner)]
-    return [node]
+    if node and node["type"] == "Sequence":
+        return [step for inner in node.values() if isinstance(inner, list) for n in inner for step in _steps(n)]
+    return [node] if node else []
 
 
 def _kind(spec, vocab, added):
     """(kind, pattern that cuts words or None) of a tokenizer.json.
 
-    It is "tiktoken" if merging by rank gives the same ids: the merges come in the order of the ids that they make and
+    It is "tiktoken" if merging by rank gives the same ids: its merges come in the order of the ids that they make and
     make every token, so that the lowest id that two neighbours form is also the first merge that applies to them.
     """
-    model, cut, undo = spec["model"], _steps(spec.get("pre_tokenizer")), [s["type"] for s in _steps(spec.get("decoder"))]
-    special = {t["id"] for t in added}
+    model, cut, undo = spec["model"], _steps(spec.get("pre_tokenizer")), _steps(spec.get("decoder"))
+    undo, special = [step["type"] for step in undo], {t["id"] for t in added}
     plain = {t: i for t, i in vocab.items() if i not in special}
-    exact = not spec.get("normalizer") and all(t["special"] for t in added)  # nothing happens to a text before it is cut
-    if model["type"] == "WordLevel" and cut == [CHARACTERS] and undo == ["Fuse"] and exact and set(map(len, plain)) <= {1}:
-        return "char", None
-    if model["type"] == "BPE" and model.get("byte_fallback"):
+    as_it_comes = not spec.get("normalizer") and all(t["special"] for t in added)  # the text, before it is cut
+    kind = model.get("type", "BPE" if "merges" in model else None)  # old files leave it out
+    if kind == "WordLevel" and as_it_comes and cut == [_split(CHARACTERS)] and undo == ["Fuse"]:
+        return "char" if {len(t) for t in plain} <= {1} else "json", None
+    if kind != "BPE":
+        return "json", None
+    if model.get("byte_fallback"):
         return "sentencepiece", None
     *before, last = cut or [{"type": None}]
-    if model["type"] != "BPE" or undo != ["ByteLevel"] or not exact or model.get("dropout") \
-            or last["type"] != "ByteLevel" or last["add_prefix_space"]:
+    if undo != ["ByteLevel"] or last["type"] != "ByteLevel" or last["add_prefix_space"] or not as_it_comes:
         return "json", None
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    if not merges and not before and plain == CHAR_TO_BYTE:
+    if not before and plain == CHAR_TO_BYTE:
         return "byte", None
+    merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
     made = [vocab[a + b] for a, b in merges]
-    if made == sorted(made) and set(plain.values()) == {vocab[c] for c in CHAR_TO_BYTE} | set(made):
-        if not before and last["use_regex"]:
+    if made == sorted(made) and set(plain.values()) == {vocab.get(c) for c in CHAR_TO_BYTE}.union(made):
+        if not before and last.get("use_regex", True):
             return "tiktoken", GPT2_WORDS
-        if len(before) == 1 and not last["use_regex"] and before[0] == CHARACTERS | {"pattern": before[0]["pattern"]}:
-            return "tiktoken", before[0]["pattern"]["Regex"]
+        for words in (LLAMA3_WORDS, LLAMA4_WORDS):
+            if before == [_split(words)] and not last.get("use_regex", True):
+                return "tiktoken", words
     return "json", None
 
 
@@ -323,7 +312,18 @@ def _decoder(spec, vocab):
     table = {i: piece.replace(space, " ").encode() for piece, i in vocab.items()}
     if "ByteFallback" in steps:
         table |= {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256) if f"<0x{b:02X}>" in vocab}
-    return table, "Strip" in steps or steps.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
+    prefix = steps["Metaspace"].get("prepend_scheme", "always") if "Metaspace" in steps else "never"
+    return table, "Strip" in steps or prefix != "never"
+
+
+def _spec(model, special, cut, undo, normalizer=None, bos=None):
+    """A tokenizer.json. special: {text: id}; bos: the special token that AutoTokenizer puts in front of a text."""
+    front = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    post = {"type": "TemplateProcessing", "single": front + [first], "pair": front + [first] + front + [second],
+            "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}}} if bos else None
+    return {"version": "1.0", "added_tokens": [_added(t, i) for t, i in special.items()], "normalizer": normalizer,
+            "pre_tokenizer": cut, "post_processor": post, "decoder": undo, "model": model}
 
 
 def _added(text, id, special=True):
@@ -331,22 +331,14 @@ def _added(text, id, special=True):
             "special": special}
 
 
-def _spec(model, special, cut, undo, normalizer=None, bos=None):
-    """A tokenizer.json. special: {text: id}; bos: the special token that AutoTokenizer puts in front of a text."""
-    front = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
-    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    return {"version": "1.0", "added_tokens": [_added(t, i) for t, i in special.items()], "normalizer": normalizer,
-            "pre_tokenizer": cut, "decoder": undo, "model": model,
-            "post_processor": {"type": "TemplateProcessing", "single": front + [first],
-                               "pair": front + [first] + front + [second],
-                               "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}}
-                               } if bos else None}
-
-
 def _bpe(vocab, merges, **more):
     return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
             "vocab": vocab, "merges": merges, **more}
+
+
+def _split(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _byte_level(use_regex):
@@ -358,14 +350,10 @@ def _merges(ranks):
     merges = []
     for piece in sorted(ranks, key=ranks.get):
         if len(piece) > 1000:
-            raise ValueError(f"a piece of {len(piece)} characters")
+            raise ValueError(f"it has a piece of {len(piece)} characters")
         pairs = [[piece[:i], piece[i:]] for i in range(1, len(piece)) if piece[:i] in ranks and piece[i:] in ranks]
         merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return merges
-
-
-def _ends(special):
-    return {"bos_token": next(iter(special), None), "eos_token": next(reversed(special), None)}
 
 
 def char(text, special=()):
@@ -373,14 +361,15 @@ def char(text, special=()):
     document and the last ends it; without any there is neither BOS nor EOS."""
     vocab = {c: i for i, c in enumerate(sorted(set(text)))}
     special = {t: len(vocab) + i for i, t in enumerate(special)}
+    bos, eos = [*special, None][0], [None, *special][-1]
     model = {"type": "WordLevel", "vocab": vocab | special, "unk_token": "<unk>"}
-    return Tokenizer(_spec(model, special, CHARACTERS, {"type": "Fuse"}), _ends(special))
+    return Tokenizer(_spec(model, special, _split(CHARACTERS), {"type": "Fuse"}, bos=bos), {"bos_token": bos, "eos_token": eos})
 
 
-def byte(special=("<s>", "</s>")):
-    """The 256 bytes, each its own id, then special tokens as in `char`."""
-    special = {t: 256 + i for i, t in enumerate(special)}
-    return Tokenizer(_spec(_bpe(CHAR_TO_BYTE, []), special, _byte_level(False), _byte_level(False)), _ends(special))
+def byte():
+    """The 256 bytes, each its own id, then BOS <s> and EOS </s>."""
+    special, step = {"<s>": 256, "</s>": 257}, _byte_level(False)
+    return Tokenizer(_spec(_bpe(CHAR_TO_BYTE, []), special, step, step, bos="<s>"))
 
 
 def train_sentencepiece(texts, vocab_size):
@@ -459,13 +448,39 @@ def _read_sentencepiece(data):
     ranks = {text: (-struct.unpack("<f", p[2])[0], vocab[text]) for text, p, t in zip(texts, pieces, types)
              if t in (NORMAL, USER_DEFINED)}
     special = {text: vocab[text] for text, t in zip(texts, types) if t in (UNKNOWN, CONTROL)}
-    bos, eos = (texts[i] if i < len(texts) and types[i] == CONTROL else None for i in (trainer.get(41, 1), trainer.get(42, 2)))
+    bos, eos = (texts[i] if i < len(texts) and types[i] == CONTROL else None
+                for i in (trainer.get(41, 1), trainer.get(42, 2)))
     unk, prefix = texts[types.index(UNKNOWN)], bool(normalizer.get(3, 1))
-    undo = [{"type": "ByteFallback"}, {"type": "Fuse"}] + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
+    undo = [{"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     spec = _spec(_bpe(vocab, _merges(ranks), unk_token=unk, fuse_unk=True, byte_fallback=True), special, None,
-                 {"type": "Sequence", "decoders": undo}, {"type": "Prepend", "prepend": " "} if prefix else None, bos)
+                 {"type": "Sequence", "decoders": undo[:2 + prefix]},
+                 {"type": "Prepend", "prepend": " "} if prefix else None, bos)
     spec["added_tokens"] += [_added(text, vocab[text], False) for text, t in zip(texts, types) if t == USER_DEFINED]
     return spec, {"bos_token": bos, "eos_token": eos, "unk_token": unk, "add_prefix_space": prefix}
+
+
+def _llama3_special():
+    """Llama 3's 256 special tokens in the order of their ids (meta-llama/llama-models, models/llama3/tokenizer.py)."""
+    named = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+             "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
+             "python_tag", "image"]
+    return [f"<|{n}|>" for n in named + [f"reserved_special_token_{i}" for i in range(2, 246)]]
+
+
+def _llama4_special():
+    """Llama 4's 2,048 special tokens in the order of their ids (llama-models, models/llama4/tokenizer.py)."""
+    def reserved(kind, *span):
+        return [f"{kind}_reserved_special_token_{i}" for i in range(*span)]
+    named = ["begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix",
+             "header_start", "header_end", "eom", "eot", "step", *reserved("text_post_train", 6),
+             "python_start", "python_end", "finetune_right_pad", *reserved("text_post_train", 8, 69),
+             "image_start", "image_end", *reserved("vision", 2), "tile_x_separator", "tile_y_separator",
+             *reserved("vision", 2, 6), "image", *reserved("vision", 6, 7), "patch", *reserved("vision", 7, 1048),
+             *reserved("reasoning", 8), "reasoning_thinking_start", "reasoning_thinking_end"]
+    return [f"<|{n}|>" for n in named + [f"reserved_special_token_{i}" for i in range(2048 - len(named))]]
+
+
+RANK_FILES = {128_000: (LLAMA3_WORDS, _llama3_special), 200_000: (LLAMA4_WORDS, _llama4_special)}
 
 
 def _read_ranks(data):
@@ -480,7 +495,7 @@ def _read_ranks(data):
         raise ValueError("ranks or bytes are missing")
     words, names = RANK_FILES[len(ranks)]
     special = {name: len(ranks) + i for i, name in enumerate(names())}
-    cut = {"type": "Sequence", "pretokenizers": [CHARACTERS | {"pattern": {"Regex": words}}, _byte_level(False)]}
+    cut = {"type": "Sequence", "pretokenizers": [_split(words), _byte_level(False)]}
     return _spec(_bpe(ranks, _merges(ranks), ignore_merges=True), special, cut, _byte_level(True), bos=BOS_NAMES[0])
 
 
@@ -521,12 +536,13 @@ def load(path):
     if not path.is_file():
         raise config.Mistake(f"{path}: there is no tokenizer (tokenizer.json, tokenizer.model, or encoder.json and "
                              "vocab.bpe)")
-    wrong = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error, OSError)
-    with config.mistakes(*wrong, config.Mistake, prefix=f"{path} is no tokenizer that can be used: "):
+    wrong = (ValueError, TypeError, AttributeError, IndexError, RecursionError, struct.error, OSError, config.Mistake)
+    with config.mistakes(*wrong, prefix=f"{path} is no tokenizer that can be used: "), \
+            config.mistakes(KeyError, prefix="it lacks "):
         data, settings, model = path.read_bytes(), {}, None
-        start, pair = next(((path.name.removesuffix(name), pair) for pair in PAIRS for name in pair
-                            if path.name.endswith(name)), (None, None))
+        pair = next((p for p in PAIRS if path.name.endswith(p)), None)
         if pair:
+            start = path.name.removesuffix(pair[0]).removesuffix(pair[1])
             spec = _read_gpt2(*(path.with_name(start + name).read_bytes() for name in pair))
         elif data.lstrip()[:1] == b"{":
             spec = json.loads(data)
@@ -539,5 +555,5 @@ def load(path):
         if path.name in ("tokenizer.json", "tokenizer.model"):
             settings = settings | _read_settings(path.parent)
         tok = Tokenizer(spec, settings, model)
-        tok.encode("a" if tok.kind != "char" else "")  # an engine that cannot be built says so now
+        tok.encode_batch([])  # an engine that cannot be built says so now
     return tok
