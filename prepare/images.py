@@ -8,6 +8,7 @@ A prepared data set is a folder with {train,val,test}.jsonl, one record a line, 
 `image` is a path (absolute or from the folder), a row of the folder's images.npy (N, H, W, 3), or a list of those;
 without it the record is text only. Other keys are left alone.
 """
+import hashlib
 import json
 import os
 import warnings
@@ -122,6 +123,38 @@ def load(folder, split):
         known = (config.ROOT / script).is_file()
         raise config.Mistake(f"no {path}: run `python {script}` first" if known else f"no {path}: there is no such data set")
     return read_json(path)
+
+
+def json_of(path):
+    """What a JSON file holds."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def from_hub(name, folder, limit, words):
+    """{split: records} of a hub data set with a column `image`, whose pictures are kept in folder/images.
+
+    words(row): the record's other keys. Rows of one picture, side by side, become one record."""
+    from datasets import Image, load_dataset
+    from tqdm import tqdm
+    records, place = {}, Path(folder) / "images"
+    place.mkdir(parents=True, exist_ok=True)
+    for split, theirs in (("train", "train"), ("val", "validation"), ("test", "test")):
+        with config.mistakes(Exception, prefix=f"the hub did not give {name} (use --input FOLDER instead): "):
+            rows = load_dataset(name, split=theirs, streaming=True).cast_column("image", Image(decode=False))
+            found, last = [], None
+            for row in tqdm(rows, desc=f"{name} {split}", unit=" rows"):
+                data = row["image"]["bytes"]
+                path = place / f"{hashlib.sha256(data).hexdigest()[:20]}.jpg"
+                if path.name == last:
+                    found[-1]["captions"] += words(row)["captions"]
+                    continue
+                if len(found) == limit:
+                    break
+                path.write_bytes(data)
+                found.append({"image": f"images/{path.name}", **words(row)})
+                last = path.name
+        records[split] = found
+    return records
 
 
 def read_json(path):
