@@ -138,10 +138,10 @@ class Tokenizer:
         """Ids of many texts at once: list[str] -> list[list[int]].
 
         bos, eos: put that token around each text, if this tokenizer has one. Names of special tokens in the texts are
-        plain text. Lone surrogates, which UTF-8 cannot hold, become U+FFFD. A char tokenizer raises `config.Mistake`
-        at a character that it does not have.
+        plain text. Lone surrogates become U+FFFD. A char tokenizer raises `config.Mistake` at a character that it does
+        not have.
         """
-        batch = self._encode([_valid(t) for t in texts])
+        batch = self._encode([valid(t) for t in texts])
         first, last = self._around(bos, eos)
         return [first + ids + last for ids in batch] if first or last else batch
 
@@ -185,6 +185,21 @@ class Tokenizer:
             stream.feed(i)
         return stream
 
+    @functools.cached_property
+    def _template(self):
+        """The chat template, compiled."""
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message):
+            raise jinja2.TemplateError(message)
+
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=["jinja2.ext.loopcontrols"])
+        env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+        env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        return env.from_string(self.chat_template)
+
     def chat(self, messages, add_generation_prompt=True):
         """Ids of a conversation [{"role": ..., "content": ...}, ...] in the form that the model was trained on.
 
@@ -193,22 +208,12 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat")
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message):
-            raise jinja2.TemplateError(message)
-
         said = json.dumps(messages, ensure_ascii=False)
         mark = next(chr(c) for c in range(0xE000, 0xF900) if chr(c) not in said)  # breaks names until they are encoded
         messages = _each_text(messages, lambda text: self._names.sub(lambda name: mark.join(name[0]), text))
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-        env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         names = {key: self._name(key) for key in self.settings if key.endswith("_token")}
         with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
-            text = env.from_string(self.chat_template).render(
+            text = self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **names)
         return self._join([part.replace(mark, "") for part in self._names.split(text)])
 
@@ -244,8 +249,8 @@ class Stream:
         return self.utf8.decode(b"", final=True)
 
 
-def _valid(text):
-    """text with U+FFFD for surrogates that are not in pairs."""
+def valid(text):
+    """text with U+FFFD for lone surrogates, which UTF-8 cannot hold: what `encode` sees of a text."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -313,7 +318,7 @@ def _decoder(spec, vocab):
     if "ByteFallback" in steps:
         table |= {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256) if f"<0x{b:02X}>" in vocab}
     prefix = steps["Metaspace"].get("prepend_scheme", "always") if "Metaspace" in steps else "never"
-    return table, "Strip" in steps or prefix != "never"
+    return table, prefix != "never" or steps.get("Strip", {}).get("start", 0) > 0
 
 
 def _spec(model, special, cut, undo, normalizer=None, bos=None):
@@ -359,11 +364,14 @@ def _merges(ranks):
 def char(text, special=()):
     """One token for each character that text has, then the special tokens, of which the first (say "<s>") begins a
     document and the last ends it; without any there is neither BOS nor EOS."""
+    if not text:
+        raise config.Mistake("a character tokenizer needs a text to take its characters from")
     vocab = {c: i for i, c in enumerate(sorted(set(text)))}
     special = {t: len(vocab) + i for i, t in enumerate(special)}
     bos, eos = [*special, None][0], [None, *special][-1]
     model = {"type": "WordLevel", "vocab": vocab | special, "unk_token": "<unk>"}
-    return Tokenizer(_spec(model, special, _split(CHARACTERS), {"type": "Fuse"}, bos=bos), {"bos_token": bos, "eos_token": eos})
+    spec = _spec(model, special, _split(CHARACTERS), {"type": "Fuse"}, bos=bos)
+    return Tokenizer(spec, {"bos_token": bos, "eos_token": eos})
 
 
 def byte():
@@ -389,15 +397,15 @@ def train_sentencepiece(texts, vocab_size):
     except RuntimeError as e:
         reason = str(e).rpartition("] ")[2].strip() or "there is no text to train on"
         raise config.Mistake(f"cannot train a vocabulary of {vocab_size} tokens: {reason}") from e
-    model = out.getvalue()
-    for i in range(vocab_size - sum(number == 1 for number, _ in _fields(model))):
+    trained = sum(number == 1 for number, _ in _fields(out.getvalue()))
+    for i in range(vocab_size - trained):
         name = f"<unused_{i}>".encode()  # a protobuf message grows by appending to it
         piece = b"\n" + bytes([len(name)]) + name + b"\x18" + bytes([UNUSED])
-        model += b"\n" + bytes([len(piece)]) + piece
-    return Tokenizer(*_read_sentencepiece(model), model)
+        out.write(b"\n" + bytes([len(piece)]) + piece)
+    return Tokenizer(*_read_sentencepiece(out.getvalue()), out.getvalue())
 
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces in sentencepiece_model.proto
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in sentencepiece_model.proto
 
 
 def _fields(data):
@@ -419,9 +427,9 @@ def _fields(data):
         if wire == 0:
             yield number, varint()
         else:
-            size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-            if at + size > len(data):
-                raise ValueError("it ends too early")
+            size = varint() if wire == 2 else {1: 8, 5: 4}.get(wire)
+            if size is None or at + size > len(data):
+                raise ValueError("a field without end")
             yield number, data[at:at + size]
             at += size
 
@@ -434,7 +442,7 @@ def _read_sentencepiece(data):
     """
     fields = list(_fields(data))
     trainer, normalizer = ({k: v for n, m in fields if n == number for k, v in _fields(m)} for number in (2, 3))
-    pieces = [{2: bytes(4), 3: NORMAL} | dict(_fields(m)) for n, m in fields if n == 1]
+    pieces = [{1: b"", 2: bytes(4), 3: NORMAL} | dict(_fields(m)) for n, m in fields if n == 1]
     types = [p[3] for p in pieces]
     if trainer.get(3) != 2 or UNKNOWN not in types:
         raise ValueError("it is not a SentencePiece BPE model")
@@ -551,7 +559,8 @@ def load(path):
         elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
             spec = _read_ranks(data)
         else:
-            (spec, settings), model = _read_sentencepiece(data), data
+            with config.mistakes(*wrong, prefix="read as a SentencePiece model: "):
+                (spec, settings), model = _read_sentencepiece(data), data
         if path.name in ("tokenizer.json", "tokenizer.model"):
             settings = settings | _read_settings(path.parent)
         tok = Tokenizer(spec, settings, model)
