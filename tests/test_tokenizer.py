@@ -83,7 +83,7 @@ def test_round_trips_are_exact(name):
 def test_all_of_unicode_survives(name):
     t, points = tok(name), [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     random.Random(0).shuffle(points)
-    texts = ["".join(points[i:i + 500]) for i in range(0, 60_000, 500)] + ["".join(map(chr, range(0x3000)))]
+    texts = ["".join(points[i:i + 500]) for i in range(0, 20_000, 500)] + ["".join(map(chr, range(0x3000)))]
     assert [t.decode(ids) for ids in t.encode_batch(texts)] == texts
 
 
@@ -160,7 +160,7 @@ def test_char():
 
 def test_lone_surrogates_become_replacement_characters():
     for name in OWN:
-        assert tok(name).decode(tok(name).encode("a\ud800b")) == "a\ufffdb"
+        assert tok(name).decode(tok(name).encode("a\ud800b")) == "a\ufffdb" == tokenizer.valid("a\ud800b")
 
 
 def test_decode_takes_any_integers_and_ignores_foreign_ids():
@@ -302,6 +302,8 @@ def test_training_is_deterministic_even_across_processes():
 def test_training_that_cannot_work_says_why(capfd):
     with pytest.raises(config.Mistake, match="no text to train on"):
         tokenizer.train_sentencepiece([], 1000)
+    with pytest.raises(config.Mistake, match="take its characters from"):
+        tokenizer.char("")
     with pytest.raises(config.Mistake, match="vocabulary of 100 tokens: .*smaller"):
         tokenizer.train_sentencepiece([SOURCE], 100)
     assert capfd.readouterr().err == ""
@@ -412,9 +414,10 @@ def trained_with(**options):
     """A SentencePiece model, as bytes, made with other options than this project's."""
     import sentencepiece
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(**dict(
-        sentence_iterator=iter(SOURCE.split("\n")), model_writer=out, model_type="bpe", vocab_size=500, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True) | options)
+    options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+               "remove_extra_whitespaces": False} | options
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SOURCE.split("\n")), model_writer=out,
+                                             vocab_size=500, minloglevel=2, **options)
     return out.getvalue()
 
 
@@ -448,4 +451,4 @@ def test_importing_it_is_light():
     heavy = "torch sentencepiece tiktoken tokenizers transformers jinja2 numpy"
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from prepare import tokenizer;"
             f"tokenizer.byte().encode('x'); print([m for m in {heavy.split()} if m in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
