@@ -84,7 +84,7 @@ def write(model, tok, ids, cfg, seed):
     if not ids or room < 1:
         raise config.Mistake("the prompt is empty" if not ids else f"the prompt has {len(ids)} tokens, and the model's "
                              f"context holds {model.config.context}: shorten it by at least {1 - room}")
-    text, new = tok.stream(), []
+    text, new = tok.stream(after=ids), []
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
     for token in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p,
                               tok.stop_ids or None, seed):
