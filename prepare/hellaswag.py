@@ -1,4 +1,4 @@
-"""Prepare HellaSwag (Zellers et al. 2019, Rowan/hellaswag): 10,042 beginnings, each with four endings, one of them right.
+"""Prepare HellaSwag (Zellers et al. 2019, Rowan/hellaswag): 10,042 beginnings with four endings each, one of them true.
 
     python prepare/hellaswag.py                         # the validation split from the hub
     python prepare/hellaswag.py --input FILES           # jsonl, json (each also .gz) or parquet
@@ -31,7 +31,7 @@ def clean(words):
 
 
 def normalise(item):
-    """{"query", "endings", "label"} of a raw item (activity_label, ctx_a, ctx_b, endings, label) or of a cleaned one."""
+    """{"query", "endings", "label"} of a raw item (activity_label, ctx_a, ctx_b, endings, label) or a cleaned one."""
     try:
         if "query" in item:
             query, endings = item["query"], list(item["endings"])

@@ -1,4 +1,5 @@
-"""A data set on disk: shards of token ids and meta.json. Written so that a crash costs nothing, read so that damage shows.
+"""A data set on disk: shards of token ids and meta.json, written so that a crash costs nothing, and read so that
+damage shows.
 
     data/<name>/train_000.bin, val_000.bin, ...   ids, little-endian uint16 (uint32 for vocabularies over 65,535)
     data/<name>/meta.json                         tokenizer, vocabulary, counts, sha256 of each shard; written last
@@ -28,7 +29,7 @@ VERIFIED = ".verified.json"  # what the reader found in each shard, so that it h
 @dataclass
 class Settings:
     """What the prepare scripts share."""
-    input: tuple[str, ...] = ()  # files, folders or globs of txt, jsonl, json (each also .gz) and parquet; none: the hub
+    input: tuple[str, ...] = ()  # files, folders, globs of txt, jsonl, json (each also .gz) and parquet; none: the hub
     out: str | None = None  # folder to write; None: data/<name of the script>, which train.py finds by that name
     tokenizer: str | None = None  # a tokenizer's file or folder, 'byte' or 'char'; None: train a SentencePiece BPE
     vocab_size: int = 32768  # tokens of that BPE: a multiple of 128, and ids fit in two bytes
@@ -158,8 +159,8 @@ class Writer:
     def _clear(self, keep):
         """Remove what an earlier data set left here, and nothing else."""
         for path in self.directory.iterdir():
-            ours = re.fullmatch(r"((train|val)_\d{3,}\.bin|(meta|progress|\.verified)\.json(\.\d+)?)(\.tmp)?", path.name)
-            if ours and path.name not in keep:
+            ours = r"((train|val)_\d{3,}\.bin|(meta|progress|\.verified)\.json(\.\d+)?)(\.tmp)?"
+            if re.fullmatch(ours, path.name) and path.name not in keep:
                 path.unlink()
 
     def add(self, split, ids, n_bytes, documents=1):
@@ -180,8 +181,8 @@ class Writer:
         write_text(self.directory / "progress.json", json.dumps(state))
 
     def finish(self, floor_bpb=None, **extra):
-        """Close the last shards and write meta.json. floor_bpb: {split: exact bits per byte}; extra: more for meta.json.
-        Returns what was written."""
+        """Close the last shards, write meta.json and return it. floor_bpb: {split: exact bits per byte}; extra: more
+        for meta.json."""
         for tail in self.tails.values():
             tail.close_shard()
         splits = {s: t.state() | ({"floor_bpb": floor_bpb[s]} if floor_bpb else {}) for s, t in self.tails.items()}
@@ -211,7 +212,7 @@ def read_meta(directory):
         if not (config.ROOT / script).is_file():
             script = f"prepare/text.py --input YOUR_FILES --out {directory}"
         raise config.Mistake(f"no data in {directory}: run `python {script}` first")
-    with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} cannot be read, prepare the data again: "):
+    with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} is damaged, prepare the data again: "):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -236,14 +237,16 @@ class Split:
         if dtype is None:
             raise config.Mistake(f"{where}: dtype should be one of {', '.join(DTYPES)}")
         mine = _field(_field(self.meta, "splits", dict, where), split, dict, where)
-        self.tokens, self.documents, self.bytes = (_field(mine, k, int, where) for k in ("tokens", "documents", "bytes"))
+        self.tokens, self.documents = _field(mine, "tokens", int, where), _field(mine, "documents", int, where)
+        self.bytes = _field(mine, "bytes", int, where)
         self.floor_bpb = _field(mine, "floor_bpb", float, where) if mine.get("floor_bpb") is not None else None
         shards = _field(mine, "shards", list, where)
         lengths = [_field(s, "tokens", int, where) for s in shards]
         if sum(lengths) != self.tokens:
-            raise config.Mistake(f"{where}: {split} has {self.tokens} tokens but its shards {sum(lengths)}; prepare again")
+            raise config.Mistake(f"{where}: {split} should have {self.tokens} tokens, its shards have {sum(lengths)}: "
+                                 "prepare the data again")
         if not self.tokens:
-            raise config.Mistake(f"{self.directory} has no {split} tokens: prepare it again with another --val_fraction")
+            raise config.Mistake(f"{directory} has no {split} tokens: prepare it again with another --val_fraction")
         self.starts, self.maps = [0, *accumulate(lengths)], []
         known = _verified(self.directory)
         for shard, length in zip(shards, lengths):

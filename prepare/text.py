@@ -4,9 +4,11 @@ Reads txt, jsonl, json (each also .gz) and parquet as a stream, so memory does n
 the tokenizing over processes; goes on after an interruption where it stopped. Neither the processes nor the
 interruptions show in the result. Each document gets the tokenizer's BOS before it and EOS after it. Which side of
 the split a document falls on is decided by a hash of its text, so a text that comes twice is not on both sides.
-A .txt file is one document unless it contains the separator; white space around its documents is dropped.
+A .txt file is one document unless it contains the separator; a file alone is also cut at its blank lines. White space
+around the documents of a .txt file is dropped.
 The other scripts for text (tinystories, fineweb_edu, cosmopedia) are this one with other settings.
 """
+import copy
 import glob
 import gzip
 import hashlib
@@ -46,7 +48,7 @@ COMMIT_SECONDS = 2  # at most so much work is done again after an interruption
 
 @dataclass
 class Settings(shards.Settings):
-    separator: tuple[str, ...] = ("<|endoftext|>",)  # between the documents of a .txt file: the first of these it contains
+    separator: tuple[str, ...] = ("<|endoftext|>",)  # between documents of a .txt file: the first of these it contains
     field: str = "text"  # where a record of jsonl, json or parquet has its text
 
     def __post_init__(self):
@@ -98,7 +100,7 @@ def txt_documents(f, separators):
 
 
 def json_values(f):
-    """The elements of a JSON array, or JSON values one after another, with little of the file in memory."""
+    """The elements of a JSON array, or JSON values one after another (as in jsonl), with little of f in memory."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*")
     text, at, more = f.read(PIECE), 0, True
     array, between = text.lstrip().startswith("["), ""
@@ -109,10 +111,10 @@ def json_values(f):
             if end == len(text) and more:
                 raise ValueError("may go on")
         except ValueError:
-            if not more and text[at + len(between):]:
-                raise
-            if not more:
+            if not more and at + len(between) == len(text):
                 break
+            if not more or len(text) > 64 * PIECE:  # broken, rather than cut off where the piece ends
+                raise
             chunk = f.read(max(PIECE, len(text) - at))
             text, at, more = text[at:] + chunk, 0, bool(chunk)
             continue
@@ -166,10 +168,8 @@ def records(path, raw, separators=()):
     f = io.TextIOWrapper(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, "utf-8-sig", newline="")
     if kind == "txt":
         yield from (text.strip() for text in txt_documents(f, separators))
-    elif kind == "json":
-        yield from json_values(f)
     else:
-        yield from (json.loads(line) for line in f if line.strip())
+        yield from json_values(f)
 
 
 def text_of(record, field):
@@ -187,7 +187,9 @@ class Files:
     """The documents of files, in order. `position`, [file, documents read of it], can be set before reading."""
 
     def __init__(self, paths, cfg):
-        self.paths, self.cfg, self.position = paths, cfg, [0, 0]
+        self.paths, self.field, self.separators, self.position = paths, cfg.field, cfg.separator, [0, 0]
+        if len(paths) == 1:  # one book alone would have nothing to validate on
+            self.separators += ("\n\n", "\r\n\r\n")
         self.sizes = [path.stat().st_size for path in paths]
         self.raw = None
 
@@ -202,18 +204,20 @@ class Files:
 
     def parts(self):
         """Each file as a source of its own, in an order that has nothing to do with their names."""
-        paths = random.Random(0).sample(self.paths, len(self.paths))
-        return [Files([path], self.cfg) for path in paths]
+        for i in random.Random(0).sample(range(len(self.paths)), len(self.paths)):
+            part = copy.copy(self)
+            part.paths, part.sizes = [self.paths[i]], [self.sizes[i]]
+            yield part
 
     def __iter__(self):
         first, skip = self.position
         for i, path in list(enumerate(self.paths))[first:]:
             with config.mistakes(OSError, EOFError, ValueError, RecursionError, zlib.error, prefix=f"{path}: "), \
                     open(path, "rb") as self.raw:
-                for n, record in enumerate(records(path, self.raw, self.cfg.separator), 1):
+                for n, record in enumerate(records(path, self.raw, self.separators), 1):
                     if n > skip:
                         self.position = [i, n]
-                        yield text_of(record, self.cfg.field)
+                        yield text_of(record, self.field)
             self.position, skip = [i + 1, 0], 0
 
 
@@ -221,7 +225,7 @@ class Hub:
     """The documents of a data set on the Hugging Face hub, streamed. `position` can be set before reading."""
 
     def __init__(self, repository, name, cfg):
-        self.repository, self.name, self.cfg = repository, name, cfg
+        self.repository, self.name, self.field = repository, name, cfg.field
         self.position = [None, 0, 0]  # state of the stream, documents read since then, and in all
         self.total = None
 
@@ -232,7 +236,7 @@ class Hub:
         return min(self.position[2] / self.total, 1) if self.total else 0
 
     def parts(self):
-        return [Hub(self.repository, self.name, self.cfg)]
+        yield self
 
     def __iter__(self):
         state, skip, before = self.position
@@ -246,7 +250,7 @@ class Hub:
                 for n, record in enumerate(rows_of(columns), 1):
                     if n > skip:
                         self.position = [state, n, before + n]
-                        yield text_of(record, self.cfg.field)
+                        yield text_of(record, self.field)
                 state, skip, before = data.state_dict(), 0, before + n
 
 
@@ -267,8 +271,8 @@ def hold_out(source, cfg):
         return 0
     hashes = {hash_of(text) for text in documents(source, min(HEAD, cfg.limit or HEAD))}
     if len(hashes) < 2:
-        raise config.Mistake(f"the input has {len(hashes)} documents, which cannot be split into training and validation"
-                             ": --separator='\\n\\n' cuts a text at its blank lines, --val_fraction=0 holds nothing out")
+        raise config.Mistake(f"the input has {len(hashes)} documents, too few to train on some and validate on others: "
+                             "--separator='\\n\\n' cuts texts at their blank lines, --val_fraction=0 holds nothing out")
     return min(max(int(cfg.val_fraction * 2**64), min(hashes) + 1), max(hashes))
 
 
@@ -278,15 +282,18 @@ def new_tokenizer(source, cfg, threshold):
         return tokenizer.byte()
     if cfg.tokenizer == "char":
         return tokenizer.char(set().union(*documents(source, cfg.limit)), special=("<s>", "</s>"))
-    sample, parts, size = [], source.parts(), 0
+    sample, size = [], 0
+    parts = [source] if cfg.limit else list(source.parts())
     for part in parts:
-        left = min(max(SAMPLE // len(parts), PIECE), SAMPLE - size)
+        most = min(size + max(SAMPLE // len(parts), PIECE), SAMPLE)
         for text in documents(part, cfg.limit):
-            if left <= 0:
+            if size >= most:
                 break
             if hash_of(text) >= threshold:
                 sample.append(text)
-                left, size = left - len(text), size + len(text)
+                size += len(text)
+        if size >= SAMPLE:
+            break
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {size / 1e6:.1f} million characters", flush=True)
     return tokenizer.train_sentencepiece(sample, cfg.vocab_size)
 
@@ -380,7 +387,8 @@ def prepare(cfg, name, hub=None):
         print(f"{out}: going on after {at['documents']:,} documents")
     workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     left = cfg.limit and cfg.limit - at["documents"]
-    bar = tqdm(total=1, initial=at["fraction"], bar_format="{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]")
+    style = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]"
+    bar = tqdm(total=1, initial=at["fraction"], bar_format=style)
     begin, last, new = time.monotonic(), time.monotonic(), 0
     try:
         for result, n, position, fraction in encoded(batches(reading, left), workers, tok, out, threshold):

@@ -16,7 +16,7 @@ from prepare import text  # noqa: E402
 
 @dataclass
 class Settings(text.Settings):
-    separator: tuple[str, ...] = ("<|endoftext|>", "\n\n")  # between stories: the mark, or blank lines in a file without
+    separator: tuple[str, ...] = ("<|endoftext|>", "\n\n")  # between stories: the mark, or blank lines without it
 
 
 def main():

@@ -52,15 +52,23 @@ def make_documents(n, seed=0, alphabet="abc déÜ🙂\n你 "):
     return [f"{i}:" + "".join(draw.choices(alphabet, k=draw.randint(0, 200))) + "." for i in range(n)]
 
 
-def documents_in(directory, split):
+def documents_in(directory, split, tok=None):
     """The texts of a split, read back from its shards."""
-    tok, data = tokenizer.load(directory), shards.Split(directory, split)
+    tok, data = tok or tokenizer.load(directory), shards.Split(directory, split)
     ids = data[:]
     starts = [*np.flatnonzero(ids == tok.bos_id), len(ids)]
     assert starts[0] == 0 and all(ids[j - 1] == tok.eos_id for j in starts[1:])
     texts = [tok.decode(ids[i:j].tolist()) for i, j in zip(starts, starts[1:])]
     assert (data.documents, data.bytes) == (len(texts), sum(len(t.encode()) for t in texts))
     return texts
+
+
+def all_documents(directory):
+    """The texts of both splits, sorted; none may be on both sides."""
+    tok = tokenizer.load(directory)
+    train, val = documents_in(directory, "train", tok), documents_in(directory, "val", tok)
+    assert train and val and not set(train) & set(val)
+    return sorted(train + val)
 
 
 def jsonl(path, texts):
@@ -102,8 +110,8 @@ def test_the_reader_returns_what_was_written_across_shards(small):
 
 def test_meta_is_written_last_and_nothing_else_stays(small):
     directory, _ = small
-    assert {p.name for p in directory.iterdir()} == {
-        *(f"train_{i:03d}.bin" for i in range(7)), "val_000.bin", "meta.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in directory.iterdir()} == {"meta.json", "tokenizer.json", "tokenizer_config.json",
+                                                     "val_000.bin", *(f"train_{i:03d}.bin" for i in range(7))}
     newest = max(directory.iterdir(), key=lambda p: p.stat().st_mtime_ns)
     assert newest.name == "meta.json"
     for split in json.loads((directory / "meta.json").read_text())["splits"].values():
@@ -203,7 +211,8 @@ def test_missing_data_names_the_script_to_run(tmp_path):
 
 
 @pytest.mark.parametrize("path, value", [
-    ((), []), ((), 3), (("vocab_size",), "258"), (("vocab_size",), True), (("vocab_size",), 10**400), (("vocab_size",), -1),
+    ((), []), ((), 3), (("vocab_size",), "258"), (("vocab_size",), True), (("vocab_size",), 10**400),
+    (("vocab_size",), -1),
     (("dtype",), "float32"), (("dtype",), None), (("tokenizer",), None), (("tokenizer", "fingerprint"), 5),
     (("splits",), None), (("splits", "train"), []), (("splits", "train", "tokens"), 10**30),
     (("splits", "train", "tokens"), 6501), (("splits", "train", "bytes"), 1.5), (("splits", "train", "floor_bpb"), "x"),
@@ -235,7 +244,7 @@ def test_a_meta_json_that_is_no_json_is_refused(small, content):
 
 
 def test_the_writer_goes_on_from_its_last_commit(tmp_path):
-    """Whatever is added after a commit and before a crash leaves no trace, wherever the crash falls among the shards."""
+    """What is added after a commit and before a crash leaves no trace, wherever the crash falls among the shards."""
     parts = [list(range(n)) for n in (3, 10, 0, 25, 7, 1, 40)]
 
     def go_on(writer, stop):
@@ -303,7 +312,8 @@ def test_every_format_gives_the_same_data(tmp_path):
         (folder / f"{i}.txt").write_bytes("<|endoftext|>".join(texts[30 * i:30 * i + 30]).encode())
     (folder / "0.md").write_text("not for us")
     cfg = text.Settings()
-    for given in [*files, *(f"{name}.gz" for name in files), "a.parquet", "folder", "folder/*/*.txt", "folder/**/[0-9].txt"]:
+    zipped = [f"{name}.gz" for name in files]
+    for given in [*files, *zipped, "a.parquet", "folder", "folder/*/*.txt", "folder/**/[0-9].txt"]:
         assert list(text.documents(text.Files(text.find_files([str(tmp_path / given)]), cfg))) == texts, given
 
 
@@ -317,7 +327,7 @@ def test_documents_come_back_whole_and_are_counted(tmp_path):
     assert train == [t for t in texts if t in set(train)], "in the order of the input"
     prepare("--input", tmp_path / "in.jsonl", "--out", tmp_path / "few", "--tokenizer=byte", "--limit=50",
             "--val_fraction=0.1")
-    assert sorted(documents_in(tmp_path / "few", "train") + documents_in(tmp_path / "few", "val")) == sorted(texts[:50])
+    assert all_documents(tmp_path / "few") == sorted(texts[:50])
 
 
 @pytest.mark.parametrize("kind", ["char", "sentencepiece", "file"])
@@ -327,8 +337,7 @@ def test_documents_come_back_whole_with_other_tokenizers(tmp_path, data, kind):
                "file": [f"--tokenizer={data}/tokenizers/llama3_tokenizer.model"]}[kind]
     jsonl(tmp_path / "in.jsonl", texts)
     prepare("--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", *options)
-    train, val = documents_in(tmp_path / "out", "train"), documents_in(tmp_path / "out", "val")
-    assert sorted(train + val) == sorted(texts) and val
+    assert all_documents(tmp_path / "out") == sorted(texts)
     assert (shards.Split(tmp_path / "out", "val")[:].dtype == np.uint32) == (kind == "file")
 
 
@@ -357,14 +366,17 @@ def test_a_few_files_still_have_both_sides(tmp_path):
         (folder / f"{i}.txt").write_text(t + "\n")
     for fraction in 0.001, 0.999:
         prepare("--input", folder, "--out", out, "--tokenizer=char", f"--val_fraction={fraction}")
-        assert sorted(documents_in(out, "train") + documents_in(out, "val")) == ["the first book", "the second book"]
+        assert all_documents(out) == ["the first book", "the second book"]
     (folder / "1.txt").write_text("the first book")
     with pytest.raises(config.Mistake, match="--separator"):
-        prepare("--input", folder, "--out", tmp_path / "new", "--tokenizer=byte")
+        prepare("--input", folder, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     (folder / "1.txt").write_bytes(b"one paragraph\n\ntwo\nlines\n\n\n\nthree\r\n\r\n")
-    prepare("--input", folder / "1.txt", "--out", out, "--tokenizer=char", r"--separator=\n\n")
-    assert sorted(documents_in(out, "train") + documents_in(out, "val")) == ["one paragraph", "three", "two\nlines"]
+    paragraphs = ["one paragraph", "three", "two\nlines"]
+    prepare("--input", folder, "--out", out, "--tokenizer=char", r"--separator=\n\n")
+    assert all_documents(out) == sorted(["the first book", *paragraphs])
+    prepare("--input", folder / "1.txt", "--out", out, "--tokenizer=char")
+    assert all_documents(out) == paragraphs, "a file alone"
     prepare("--input", folder / "0.txt", "--out", out, "--tokenizer=char", "--val_fraction=0")
     assert documents_in(out, "train") == ["the first book"]
     with pytest.raises(config.Mistake, match="no val tokens.*--val_fraction"):
@@ -377,7 +389,7 @@ def test_results_among_the_input_are_not_read(tmp_path):
     jsonl(tmp_path / ".hidden/other.jsonl", ["no"])
     for _ in range(2):
         prepare("--input", tmp_path, "--out", tmp_path / "out", "--tokenizer=byte")
-        assert sorted(documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")) == sorted(texts)
+        assert all_documents(tmp_path / "out") == sorted(texts)
 
 
 def test_long_texts_are_read_piece_by_piece(tmp_path, monkeypatch):
@@ -391,6 +403,9 @@ def test_long_texts_are_read_piece_by_piece(tmp_path, monkeypatch):
     assert list(text.Files([tmp_path / "a.txt"], text.Settings())) == short
     (tmp_path / "a.json").write_bytes(json.dumps(texts).encode())
     assert list(text.Files([tmp_path / "a.json"], text.Settings())) == texts
+    (tmp_path / "a.json").write_bytes(b'[{"text": "x"}, {"text" "y"}' + json.dumps(texts).encode() * 50)
+    with pytest.raises(config.Mistake, match="a.json"):
+        list(text.Files([tmp_path / "a.json"], text.Settings()))
     (tmp_path / "b.txt").write_bytes("\n".join(texts).encode())
     pieces = list(text.Files([tmp_path / "b.txt"], text.Settings()))
     assert len(pieces) > 100 and max(map(len, pieces)) <= 128
@@ -419,7 +434,8 @@ def test_the_hub_goes_on_at_any_document(tmp_path, monkeypatch):
     from pyarrow import parquet
     texts = make_documents(1500)
     for i in range(3):
-        parquet.write_table(pyarrow.table({"text": texts[500 * i:500 * i + 500]}), tmp_path / f"{i}.parquet", row_group_size=90)
+        table = pyarrow.table({"text": texts[500 * i:500 * i + 500]})
+        parquet.write_table(table, tmp_path / f"{i}.parquet", row_group_size=90)
     monkeypatch.setattr(text, "open_hub", lambda *name: datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True))
     hub = text.Hub("someone/something", None, text.Settings())
@@ -492,21 +508,21 @@ def test_a_changed_setting_or_input_starts_over(tmp_path):
         if change == "--workers=2":
             assert len(documents_in(tmp_path / "out", "train")) == 2, "which changes nothing in the result"
         else:
-            some = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")
-            assert sorted(some) == sorted(texts[:400] if "limit" in change else texts)
+                assert all_documents(tmp_path / "out") == sorted(texts[:400] if "limit" in change else texts)
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     out = tmp_path / "out"
     jsonl(tmp_path / "body.jsonl", ["x", "y"])
-    files = {"broken.jsonl": b'{"text": "a"}\n{"text": ', "cut.json": b'[{"text": "a"}, {"text": "b"}', "latin.txt": b"caf\xe9",
-             "torn.txt.gz": gzip.compress(b"some text" * 100)[:-20], "no.txt.gz": b"not compressed", "number.json": b"[1]",
-             "empty.txt": b" \n", "picture.png": b"", "no.parquet": b"PAR1"}
+    files = {"broken.jsonl": b'{"text": "a"}\n{"text": ', "cut.json": b'[{"text": "a"}, {"text": "b"}',
+             "latin.txt": b"caf\xe9", "torn.txt.gz": gzip.compress(b"some text" * 100)[:-20], "no.txt.gz": b"not gzip",
+             "number.json": b"[1]", "empty.txt": b" \n", "picture.png": b"", "no.parquet": b"PAR1"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(config.Mistake, match="0 documents" if name == "empty.txt" else name):
             prepare("--input", tmp_path / name, "--out", out, "--tokenizer=byte")
-    cases = [([], "--input takes"), (["--input", tmp_path / "nowhere"], "nowhere"), (["--input", tmp_path / "*.tex"], "no such"),
+    cases = [([], "--input takes"), (["--input", tmp_path / "nowhere"], "nowhere"),
+             (["--input", tmp_path / "*.tex"], "no such"),
              (["--input", tmp_path / "body.jsonl", "--field=body"], "it has id, text"),
              (["--input", tmp_path / "body.jsonl", "--val_fraction=1"], "val_fraction"),
              (["--input", tmp_path / "body.jsonl", "--limit=0"], "limit"),
@@ -520,11 +536,11 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("script", ["tinystories.py", "fineweb_edu.py", "cosmopedia.py", "hellaswag.py", "shakespeare.py"])
+@pytest.mark.parametrize("script", ["tinystories", "fineweb_edu", "cosmopedia", "hellaswag", "shakespeare"])
 def test_offline_is_one_clear_line_at_once(tmp_path, script):
     begin = time.monotonic()
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    line = refusal(script, "--out", tmp_path / "out", **nowhere)
+    nowhere = dict.fromkeys(("HF_ENDPOINT", "https_proxy", "http_proxy"), "http://127.0.0.1:9")
+    line = refusal(f"{script}.py", "--out", tmp_path / "out", **nowhere)
     assert "--input" in line and "python prepare/tales.py" in line and not (tmp_path / "out").exists()
     assert time.monotonic() - begin < 10
 
@@ -546,13 +562,13 @@ def test_shakespeare_is_nanogpts(tmp_path, data):
 def test_tinystories_from_both_kinds_of_files(tmp_path, data):
     head = (data / "text/tinystories_train.txt").read_text().split("<|endoftext|>")[:200]
     (tmp_path / "train.txt").write_text("<|endoftext|>".join(head))
-    run("tinystories.py", "--input", tmp_path / "train.txt", "--out", tmp_path / "a", "--tokenizer",
+    run("tinystories.py", "--input", tmp_path / "train.txt", "--out", tmp_path / "a", "--workers=1", "--tokenizer",
         data / "tokenizers/llama2_tokenizer.model")
-    texts = documents_in(tmp_path / "a", "train") + documents_in(tmp_path / "a", "val")
-    assert sorted(texts) == sorted(t.strip() for t in head)
-    run("tinystories.py", "--input", data / "text/tinystories_valid.txt", "--out", tmp_path / "b", "--tokenizer=byte", "--limit=50")
-    blocks = (data / "text/tinystories_valid.txt").read_text().split("\n\n")[:50]
-    assert sorted(documents_in(tmp_path / "b", "train") + documents_in(tmp_path / "b", "val")) == sorted(b.strip() for b in blocks)
+    assert all_documents(tmp_path / "a") == sorted(t.strip() for t in head)
+    file = data / "text/tinystories_valid.txt"
+    run("tinystories.py", "--input", file, "--out", tmp_path / "b", "--tokenizer=byte", "--limit=50", "--workers=1")
+    blocks = file.read_text().split("\n\n")[:50]
+    assert all_documents(tmp_path / "b") == sorted(b.strip() for b in blocks)
 
 
 @pytest.mark.slow
@@ -568,14 +584,13 @@ def test_web_documents(tmp_path, data, script):
     run(script, "--input", file, "--out", tmp_path, "--tokenizer=byte", "--limit=300", "--workers=1")
     with gzip.open(file) as f:
         texts = [json.loads(line)["text"] for line in f][:300]
-    train, val = documents_in(tmp_path, "train"), documents_in(tmp_path, "val")
-    assert sorted(train + val) == sorted(texts) and not set(train) & set(val)
-    assert (tmp_path / "val_000.bin").exists() and val
+    assert all_documents(tmp_path) == sorted(texts) and (tmp_path / "val_000.bin").exists()
 
 
 def test_hellaswag_raw_and_cleaned_items(tmp_path):
-    raw = {"ind": 1, "activity_label": "Health", "ctx_a": "How to rest [title] Lie down. [step] Take a  bed.", "label": "2",
-           "ctx_b": "the Bed", "ctx": "unused", "endings": ["[substeps] Sleep.", " sing [title] Loud", "rest.", "run"]}
+    raw = {"ind": 1, "activity_label": "Health", "ctx_a": "How to rest [title] Lie down. [step] Take a  bed.",
+           "ctx_b": "the Bed", "ctx": "unused", "label": "2",
+           "endings": ["[substeps] Sleep.", " sing [title] Loud", "rest.", "run"]}
     clean = {"query": "Health: how. [x]", "endings": ["a", "b [c]", "c", "d"], "label": 0, "ctx": "how"}
     wanted = [{"query": "Health: How to rest. Lie down. Take a bed. The bed",
                "endings": [" Sleep.", "sing. Loud", "rest.", "run"], "label": 2},
