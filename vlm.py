@@ -193,7 +193,7 @@ class Vlm(nn.Module):
         self.image_tokens = encoder.grid ** 2 // joined
         self.projector = nn.Sequential(nn.Linear(encoder.width * joined, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         nn.init.normal_(self.projector[2].weight, std=0.02 / (4 * dim) ** 0.5)  # image tokens start small, as embeddings do
-        self.frozen = ()
+        self.frozen, self.encoder_learned = (), False  # what does not learn now; whether the encoder ever did
 
     config = property(lambda self: self.llama.config)  # these four are what train.fit asks of a model
 
@@ -211,6 +211,7 @@ class Vlm(nn.Module):
         self.frozen = [n for n in ("encoder", "projector", "llama") if n not in learning]
         for name in ("encoder", "projector", "llama"):
             getattr(self, name).requires_grad_(name in learning)
+        self.encoder_learned |= "encoder" in learning
         return self.train()
 
     def train(self, mode=True):
@@ -269,11 +270,11 @@ class Vlm(nn.Module):
         directory = Path(directory)
         self.llama.save_pretrained(directory)
         tok.save(directory)
-        learned = {"projector": self.projector} | ({} if "encoder" in self.frozen else {"encoder": self.encoder})
+        learned = {"projector": self.projector} | ({"encoder": self.encoder} if self.encoder_learned else {})
         for name, part in learned.items():
             with model._whole(directory / f"{name}.safetensors") as path:
                 save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
-        facts = {"encoder": self.encoder_name, "encoder_learned": "encoder" in learned, "image_id": self.image_id,
+        facts = {"encoder": self.encoder_name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
                  "pixel_shuffle": self.pixel_shuffle}
         with model._whole(directory / "vlm.json") as path:
             Path(path).write_text(json.dumps(facts, indent=1) + "\n")
@@ -296,8 +297,8 @@ class Vlm(nn.Module):
                 getattr(vlm, part).load_state_dict(load_file(directory / f"{part}.safetensors"))
             except (SafetensorError, OSError, RuntimeError) as e:
                 raise ValueError(f"{directory / part}.safetensors cannot be used: {' '.join(str(e).split())}") from None
-        vlm.frozen = [] if learned else ["encoder"]
-        return vlm.eval()
+        vlm.encoder_learned = learned
+        return vlm.freeze(()).eval()
 
 
 def spread(ids, image_id, image_tokens):
@@ -509,7 +510,7 @@ class Pictures:
         say(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}: {count * shape[0] * shape[1] * 2 / 2**30:.2f} GiB "
             f"in {place.parent} (feature_gb={limit:g})" + ("; the others are encoded at each use" if count < len(self.names) else ""))
         if not count:
-            self.ready = ()
+            self.kept, self.ready = np.empty((0, *shape)), np.empty(0, bool)
             return
         with config.mistakes(OSError):
             place.parent.mkdir(exist_ok=True)

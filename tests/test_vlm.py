@@ -233,3 +233,305 @@ def test_padding_and_company_change_nothing():
         if token == see.image_id:
             break
         ids = torch.cat((ids, torch.tensor([[token]])), 1)
+
+
+# -- pictures of every kind ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """(good, bad): files that are pictures in every common and uncommon way, and files that are not."""
+    folder = tmp_path_factory.mktemp("zoo")
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8).repeat(4, 0).repeat(4, 1))
+    red = Image.new("RGB", (50, 30), (200, 10, 10))
+    good = {}
+
+    def add(name, image, **more):
+        image.save(folder / name, **more)
+        good[name] = folder / name
+    add("plain.jpg", red, quality=95)
+    alpha = Image.new("RGBA", (50, 30), (200, 10, 10, 255))
+    alpha.paste((0, 0, 0, 0), (0, 0, 25, 30))
+    add("alpha.png", alpha)
+    add("palette.png", red.convert("P"))
+    add("palette_transparent.png", alpha.quantize(), transparency=0)
+    add("gray.png", Image.new("L", (50, 30), 100))
+    add("gray_alpha.png", Image.new("LA", (50, 30), (100, 255)))
+    add("bits.png", Image.new("1", (50, 30), 1))
+    add("cmyk.jpg", red.convert("CMYK"), quality=95)
+    add("deep.tif", Image.fromarray(np.full((30, 50), 0x8000, np.uint16)))
+    add("deep.png", Image.fromarray(np.full((30, 50), 0x8000, np.uint16)))
+    add("float.tif", Image.fromarray(np.full((30, 50), 0.5, np.float32)))
+    add("moving.gif", red, save_all=True, append_images=[Image.new("RGB", (50, 30), (0, 0, 255))] * 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows are columns
+    turned = Image.new("RGB", (60, 40), (0, 0, 255))
+    turned.paste((200, 10, 10), (0, 0, 30, 40))
+    add("turned.jpg", turned, exif=exif, quality=95)
+    add("one.png", Image.new("RGB", (1, 1), (9, 9, 9)))
+    add("ribbon.png", Image.new("RGB", (3000, 1), (9, 9, 9)))
+    bad = {n: folder / n for n in ("text.jpg", "empty.jpg", "cut.jpg", "bomb.png", "cut.png", "folder.jpg", "missing.jpg")}
+    bad["text.jpg"].write_text("This is not a picture.\n")
+    bad["empty.jpg"].write_bytes(b"")
+    for name in ("cut.jpg", "cut.png"):
+        noise.save(folder / ("whole." + name[4:]))
+        whole = (folder / ("whole." + name[4:])).read_bytes()
+        bad[name].write_bytes(whole[:len(whole) // 2])
+    Image.new("1", (30000, 30000)).save(bad["bomb.png"])
+    bad["folder.jpg"].mkdir()
+    return good, bad
+
+
+def test_pictures_of_every_kind(zoo):
+    """Each good one comes out upright, RGB, with the colours it shows; each bad one is one line that names the file."""
+    good, bad = zoo
+    looks = {n: images.read(p) for n, p in good.items()}
+    assert {i.mode for i in looks.values()} == {"RGB"}
+
+    def centre(name, x=0.9):
+        i = looks[name]
+        return i.getpixel((int(i.width * x), i.height // 2))
+    for name in ("plain.jpg", "alpha.png", "palette.png", "palette_transparent.png", "cmyk.jpg", "moving.gif"):
+        assert np.abs(np.array(centre(name)) - (200, 10, 10)).max() <= 12, (name, centre(name))
+    assert centre("alpha.png", 0.1) == centre("palette_transparent.png", 0.1) == centre("bits.png") == (255, 255, 255)
+    assert centre("gray.png") == centre("gray_alpha.png") == (100, 100, 100)
+    assert centre("deep.tif") == centre("deep.png") == centre("float.tif") == (128, 128, 128)
+    assert looks["turned.jpg"].size == (40, 60) and looks["turned.jpg"].getpixel((20, 10))[0] > 150 > looks["turned.jpg"].getpixel((20, 50))[0]
+    for name, path in bad.items():
+        with pytest.raises(config.Mistake) as e:
+            images.read(path)
+        assert name in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_captions_of_good_and_bad_pictures(zoo, tmp_path, capsys):
+    """Every good picture gets its caption, every bad one a line on stderr, the exit code tells of the latter."""
+    see, tok = tiny()
+    see.freeze({"encoder"}).save_pretrained(tmp_path / "run", tok)
+    good, bad = zoo
+    settings = dict(init_from=str(tmp_path / "run"), device="cpu", dtype="float32", sample_tokens=3)
+    with pytest.raises(SystemExit) as e:
+        vlm.main(settings | dict(caption=tuple(str(p) for n in zip(good, bad) for p in (good[n[0]], bad[n[1]]))), {})
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and "Traceback" not in err
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == err.splitlines() and len(err.splitlines()) == len(bad)
+    assert out.count(".jpg: ") + out.count(".png: ") + out.count(".tif: ") == len(list(zip(good, bad)))
+    for path in good.values():
+        vlm.main(settings | dict(caption=(str(path),)), {})
+        assert capsys.readouterr().out.startswith(f"{path}: ")
+
+
+def test_prepare_leaves_out_bad_pictures(zoo, tmp_path, capsys):
+    good, bad = zoo
+    records = [{"image": str(p), "captions": ["x"]} for p in (*good.values(), *bad.values())]
+    images.save({"train": records, "val": [{"conversations": []}]}, tmp_path, progress=False)
+    assert [r["image"] for r in images.load(tmp_path, "train")] == [str(p) for p in good.values()]
+    listed = (tmp_path / "bad_images.txt").read_text()
+    assert len(listed.splitlines()) == len(bad) and all(n in listed for n in bad)
+    assert f"{len(bad)} pictures cannot be read" in capsys.readouterr().out
+    with pytest.raises(config.Mistake, match="no usable record"):
+        images.save({"train": records[-2:]}, tmp_path / "none", progress=False)
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+SHAPE = TINY | dict(n_layer=1)
+
+
+def parts(path):
+    see = vlm.Vlm.from_pretrained(path)
+    return {n: torch.cat([p.detach().flatten() for p in getattr(see, n).state_dict().values()]) for n in ("encoder", "projector", "llama")}
+
+
+@pytest.fixture(scope="module")
+def start(squares, tmp_path_factory):
+    """A run that has seen the squares for 150 steps, all its parts learning."""
+    out = tmp_path_factory.mktemp("start") / "run"
+    vlm.fit(settings(squares, out, max_iters=150, eval_interval=150, learning_rate=1e-2), SHAPE)
+    return out
+
+
+@pytest.mark.parametrize("stage, learns", [("align", {"projector"}), ("instruct", {"projector", "llama"}),
+                                           ("together", {"encoder", "projector", "llama"})])
+def test_a_stage_changes_what_it_says(start, squares, tmp_path, stage, learns):
+    vlm.fit(settings(squares, tmp_path / "run", stage=stage, init_from=str(start), encoder=None, max_iters=3), {})
+    before, after = parts(start), parts(tmp_path / "run")
+    assert {n for n in before if not torch.equal(before[n], after[n])} == learns
+    assert (tmp_path / "run/encoder.safetensors").exists() or stage != "together"
+
+
+def test_it_learns_and_draws(start):
+    log = [r for r in train.read_log(start / "log.jsonl") if "val_loss" in r]
+    assert log[-1]["val_loss"] < 1.0 and "exact" in log[-1]
+    with Image.open(start / "samples.png") as picture:
+        assert picture.width > 100
+
+
+@pytest.mark.parametrize("stage", ["align", "together"])
+def test_resume_is_exact(start, squares, tmp_path, stage):
+    """8 steps are 4 steps, and 4 after a resume, bit for bit; the vision parts included."""
+    more = dict(stage=stage, init_from=str(start), encoder=None, keep=9)
+    vlm.fit(settings(squares, tmp_path / "a", **more), {})
+    halfway = tmp_path / "b/checkpoints"
+    halfway.mkdir(parents=True)
+    (tmp_path / "a/checkpoints/step_00000004").rename(halfway / "step_00000004")
+    vlm.fit(settings(squares, tmp_path / "b", **more | dict(init_from="resume")), {})
+    a, b = parts(tmp_path / "a"), parts(tmp_path / "b")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_frozen_encoder_sees_each_picture_once(start, squares, tmp_path, monkeypatch, capsys):
+    """Over several epochs, several evaluations and a second run; what is kept is what the encoder gives."""
+    seen = []
+    real = vlm.Vit.forward
+    monkeypatch.setattr(vlm.Vit, "forward", lambda self, x: seen.append(len(x)) or real(self, x))
+    more = dict(stage="align", init_from=str(start), encoder=None)
+    for feature in (squares / "features").glob("*"):
+        feature.unlink()
+    vlm.fit(settings(squares, tmp_path / "a", **more), {})
+    assert sum(seen) == 8  # 4 pictures for training, 4 for validation
+    assert "8 of 8 pictures" in capsys.readouterr().out
+    vlm.fit(settings(squares, tmp_path / "b", **more), {})
+    assert sum(seen) == 8
+    see, names = vlm.Vlm.from_pretrained(start), list(range(8))
+    see.freeze({"projector"})
+    kept = vlm.Pictures(squares, names, see, torch.device("cpu"), nullcontext(), 1.0)([5, 2])
+    fresh = vlm.Pictures(squares, names, see, torch.device("cpu"), nullcontext(), 0.0)([5, 2])
+    assert torch.allclose(kept, fresh, atol=2e-3) and kept.std() > 0.1
+
+
+def test_preferences(start, squares, tmp_path):
+    """DPO starts at ln 2 with margin 0 and learns the pairs; loss and margin are the formula's."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    os.link(squares / "images.npy", folder / "images.npy")
+    pairs = [{"image": i, "question": "colour?", "chosen": "nice", "rejected": "ugly words"} for i in range(8)]
+    images.save({"train": pairs, "val": pairs[:4]}, folder, progress=False)
+    cfg = settings(folder, tmp_path / "run", stage="prefer", init_from=str(start), encoder=None, max_iters=30, eval_interval=15, keep=9)
+    vlm.fit(cfg, {})
+    log = train.read_log(tmp_path / "run/log.jsonl")
+    assert log[0]["train_loss"] == pytest.approx(np.log(2), abs=1e-5)
+    last = [r for r in log if "val_loss" in r][-1]
+    assert last["accuracy"] == 1.0 and last["margin"] > 0.5 and last["val_loss"] < 0.5
+    old, new, tok = vlm.Vlm.from_pretrained(start), vlm.Vlm.from_pretrained(tmp_path / "run"), tokenizer.load(start)
+    logp = {}
+    for name, see in (("old", old), ("new", new)):
+        for row in vlm.rows_of(pairs[0], tok, {0: 0}):
+            ids = torch.from_numpy(vlm.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
+            x = vlm.pixels_of(np.load(folder / "images.npy")[0], 16)[None]
+            with torch.no_grad():
+                p = see(ids[:, :-1], None, x)[0].log_softmax(-1)
+            n = int(row.learn.sum())
+            logp[name, row.kind] = p[0, -n:].gather(1, ids[0, -n:, None]).sum()
+    margin = 0.1 * ((logp["new", "chosen"] - logp["old", "chosen"]) - (logp["new", "rejected"] - logp["old", "rejected"]))
+    assert margin.item() == pytest.approx(last["margin"], rel=0.2)  # pictures differ by colour only
+    halfway = tmp_path / "again/checkpoints"
+    halfway.mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step_00000015").rename(halfway / "step_00000015")
+    vlm.fit(replace(cfg, out_dir=str(tmp_path / "again"), init_from="resume"), {})  # the reference is the first model's still
+    assert [r for r in train.read_log(tmp_path / "again/log.jsonl") if "val_loss" in r][-1]["val_loss"] == last["val_loss"]
+
+
+def test_two_processes_do_what_one_does(squares, tmp_path):
+    """Rows without any picture included, which leave the projector without a gradient of its own."""
+    args = [f"--{k}={v}" for k, v in dict(stage="together", encoder="vit_tiny", pixel_shuffle=True, dataset=squares, batch_size=1,
+            gradient_accumulation_steps=2, block_size=64, max_iters=10, warmup_iters=2, eval_interval=5, log_interval=1, sample_tokens=4,
+            sample_images=2, device="cpu", dtype="float32", **SHAPE).items()]
+    for n in (1, 2):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "vlm.py",
+                               f"--out_dir={tmp_path / str(n)}", *args], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (train.read_log(tmp_path / n / "log.jsonl") for n in "12")
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two):
+        for key in ("train_loss", "val_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a, b)
+
+
+# -- use -----------------------------------------------------------------------------------------------------------
+
+def test_saved_model_is_the_same(tmp_path):
+    see, tok = tiny()
+    see.freeze({"encoder"}).eval().save_pretrained(tmp_path, tok)
+    again = vlm.Vlm.from_pretrained(tmp_path)
+    idx = torch.from_numpy(vlm.spread(np.array(tok.encode("<image> hi", bos=True)), see.image_id, 4))[None]
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(see(idx, None, x)[0], again(idx, None, x)[0])
+    assert Llama.from_pretrained(tmp_path).config == see.config
+    (tmp_path / "projector.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="projector"):
+        vlm.Vlm.from_pretrained(tmp_path)
+
+
+def test_ask_and_chat(start, zoo, monkeypatch, capsys):
+    good, bad = zoo
+    use = dict(init_from=str(start), device="cpu", dtype="float32", sample_tokens=5)
+    vlm.main(use | dict(ask=("colour?", str(good["plain.jpg"]))), {})
+    assert capsys.readouterr().out.strip()
+    with pytest.raises(config.Mistake, match="text.jpg: it is not a picture"):
+        vlm.main(use | dict(ask=("colour?", str(bad["text.jpg"]))), {})
+    with pytest.raises(config.Mistake, match="places 2 pictures"):
+        vlm.main(use | dict(ask=("<image> or <image>?", str(good["plain.jpg"]))), {})
+    with pytest.raises(config.Mistake, match="tokens, and the model's context holds 64"):
+        vlm.main(use | dict(ask=("very " * 20, str(good["plain.jpg"]))), {})
+    with pytest.raises(config.Mistake, match="a question and at least one picture"):
+        vlm.main(use | dict(ask=("colour?",)), {})
+    calls, lines = [], iter(["colour?", "more?", ""])
+    real = vlm.Vit.forward
+    monkeypatch.setattr(vlm.Vit, "forward", lambda self, x: calls.append(len(x)) or real(self, x))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    vlm.main(use | dict(chat=(str(good["plain.jpg"]),)), {})
+    assert capsys.readouterr().out.count("llama> ") == 2 and calls == [1]  # the encoder ran once
+
+
+def test_eval_scores(start, squares, capsys):
+    """The printed loss is that of the rows one by one; scores come from pycocoevalcap where that is installed."""
+    cfg = settings(squares, start)
+    found = vlm.score(replace(cfg, eval=True))
+    see, tok = vlm.Vlm.from_pretrained(start), tokenizer.load(start)
+    nats = n = 0
+    pixels = np.load(squares / "images.npy")
+    for record in images.load(squares, "val"):
+        for row in vlm.rows_of(record, tok, {i: i for i in range(8)}):
+            ids = torch.from_numpy(vlm.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
+            with torch.no_grad():
+                p = see(ids[:, :-1], None, vlm.pixels_of(pixels[row.pictures[0]], 16)[None])[0].log_softmax(-1)
+            k = int(row.learn.sum())
+            nats, n = nats - p[0, -k:].gather(1, ids[0, -k:, None]).sum().item(), n + k
+    assert found["loss"] == pytest.approx(nats / n, abs=1e-5)
+    assert set(found) >= {"loss", "caption exact", "answer exact"} and "caption exact" in capsys.readouterr().out
+
+
+def test_caption_scores_of_known_captions():
+    pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap")
+    texts = ["A dog runs on green grass.", "Two children play in the blue water.", "The old man sits at a long table."]
+    rows = [vlm.Row(None, None, (), (t.replace(".", " ."), "some other words entirely here"), "caption") for t in texts]
+    right = vlm.caption_scores(list(zip(texts, rows)))
+    wrong = vlm.caption_scores(list(zip(texts[1:] + texts[:1], rows)))
+    assert right["BLEU-4"] == pytest.approx(1, abs=1e-6) and right["CIDEr-D"] > 4 > 0.5 > wrong["CIDEr-D"] and wrong["BLEU-4"] < 0.1
+
+
+def test_without_a_model_it_says_what_to_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    with pytest.raises(config.Mistake, match="python vlm.py config/vlm_shapes.py"):
+        vlm.main(dict(caption=("a.jpg",)), {})
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--dataset=nowhere"], "there is no such data set"),
+    (["--dataset=flickr9k", "--eval"], "no "),
+    (["--encoder=vit_h"], "encoder must be one of vit_b_16"),
+    (["--stage=look"], "stage must be one of align"),
+    (["--captoin", "a.jpg"], "did you mean 'caption'"),
+])
+def test_mistakes_are_one_line(args, message, tmp_path):
+    done = subprocess.run([sys.executable, "vlm.py", f"--out_dir={tmp_path / 'run'}", *args], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_the_keys_of_training_too():
+    done = subprocess.run([sys.executable, "vlm.py", "-h"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and all(f"--{k}=" in done.stdout for k in ("caption", "stage", "learning_rate", "n_layer"))
