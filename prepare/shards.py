@@ -24,6 +24,8 @@ import config
 SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 VERIFIED = ".verified.json"  # what the reader found in each shard, so that it hashes a shard once
+DATA_FILES = r"((train|val)_\d{3,}\.bin|(meta|progress|\.verified)\.json(\.\d+)?)(\.tmp)?"  # those of a data set here
+TOKENIZER_FILES = r"tokenizer\.(json|model)|tokenizer_config\.json"
 
 
 @dataclass
@@ -44,6 +46,11 @@ class Settings:
             raise ValueError("limit counts documents: 1 or more, or None for all of them")
         if self.workers < 0:
             raise ValueError("workers counts processes: 1 or more, or 0 for one per core")
+
+
+def dtype_of(vocab_size):
+    """The name of the smallest type of DTYPES that holds the ids."""
+    return "uint16" if vocab_size <= 65535 else "uint32"
 
 
 def write_text(path, text):
@@ -130,12 +137,12 @@ class Writer:
 
     def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None):
         self.directory, self.tok, self.recipe = Path(directory), tok, recipe
-        self.dtype = "uint16" if tok.vocab_size <= 65535 else "uint32"
+        self.dtype = dtype_of(tok.vocab_size)
         state = unfinished(directory, recipe)
         if state is None or not self._whole(state):
             with config.mistakes(OSError):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._clear(keep=())
+                self._clear(f"{DATA_FILES}|{TOKENIZER_FILES}")
                 tok.save(self.directory)
             state = {"position": None,
                      "splits": {s: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for s in SPLITS}}
@@ -156,11 +163,10 @@ class Writer:
                 return False
         return True
 
-    def _clear(self, keep):
-        """Remove what an earlier data set left here, and nothing else."""
-        for path in self.directory.iterdir():
-            ours = r"((train|val)_\d{3,}\.bin|(meta|progress|\.verified)\.json(\.\d+)?)(\.tmp)?"
-            if re.fullmatch(ours, path.name) and path.name not in keep:
+    def _clear(self, pattern, keep=()):
+        """Remove what an earlier data set left here (meta.json before its shards), and nothing else."""
+        for path in sorted(self.directory.iterdir()):
+            if re.fullmatch(pattern, path.name) and path.name not in keep:
                 path.unlink()
 
     def add(self, split, ids, n_bytes, documents=1):
@@ -190,7 +196,7 @@ class Writer:
                 "tokenizer": {"kind": self.tok.kind, "file": "tokenizer.json", "fingerprint": self.tok.fingerprint},
                 "vocab_size": self.tok.vocab_size, "dtype": self.dtype, **extra, "splits": splits}
         write_text(self.directory / "meta.json", json.dumps(meta, indent=1) + "\n")
-        self._clear(keep={"meta.json"} | {shard["file"] for split in splits.values() for shard in split["shards"]})
+        self._clear(DATA_FILES, {"meta.json"} | {s["file"] for split in splits.values() for s in split["shards"]})
         return meta
 
 

@@ -294,7 +294,7 @@ def new_tokenizer(source, cfg, threshold):
                 size += len(text)
         if size >= SAMPLE:
             break
-    print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {size / 1e6:.1f} million characters", flush=True)
+    print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {size:,} characters", flush=True)
     return tokenizer.train_sentencepiece(sample, cfg.vocab_size)
 
 
@@ -327,7 +327,7 @@ def encode(texts):
     for text in texts:
         sides["val" if hash_of(text) < worker["threshold"] else "train"].append(text)
     bos, eos = tok.bos_id is not None, tok.eos_id not in (None, tok.bos_id)  # one mark is enough if they are the same
-    dtype = np.uint16 if tok.vocab_size <= 65535 else np.uint32
+    dtype = shards.DTYPES[shards.dtype_of(tok.vocab_size)]
     return {split: (np.fromiter(itertools.chain.from_iterable(tok.encode_batch(some, bos=bos, eos=eos)), dtype),
                     sum(len(text.encode()) for text in some), len(some)) for split, some in sides.items() if some}
 
@@ -364,16 +364,9 @@ def recipe(cfg, source, given=None):
     return json.dumps([settings, given.fingerprint if given else cfg.tokenizer, source.identity()])
 
 
-def prepare(cfg, name, hub=None):
-    """Write data/<name> (or cfg.out) from cfg.input, or from the hub's (repository, configuration)."""
+def write(cfg, out, source):
+    """Make the data set `out` of what source() reads, or go on making it; returns its meta.json."""
     from tqdm import tqdm
-    if not cfg.input and not hub:
-        raise config.Mistake("which text? --input takes files, folders and globs of " + ", ".join(KINDS))
-    out = Path(cfg.out) if cfg.out else config.ROOT / "data" / name
-
-    def source():
-        return Files(find_files(cfg.input, out), cfg) if cfg.input else Hub(*hub, cfg)
-
     reading = source()
     given = None if cfg.tokenizer in (None, "char", "byte") else tokenizer.load(cfg.tokenizer)
     key = recipe(cfg, reading, given)
@@ -387,10 +380,9 @@ def prepare(cfg, name, hub=None):
         print(f"{out}: going on after {at['documents']:,} documents")
     workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     left = cfg.limit and cfg.limit - at["documents"]
-    style = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]"
-    bar = tqdm(total=1, initial=at["fraction"], bar_format=style)
     begin, last, new = time.monotonic(), time.monotonic(), 0
-    try:
+    style = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]"
+    with tqdm(total=1, initial=at["fraction"], bar_format=style) as bar:
         for result, n, position, fraction in encoded(batches(reading, left), workers, tok, out, threshold):
             for split, (ids, n_bytes, n_documents) in result.items():
                 writer.add(split, ids, n_bytes, n_documents)
@@ -404,13 +396,22 @@ def prepare(cfg, name, hub=None):
             if now - last > COMMIT_SECONDS:
                 writer.commit(at)
                 last = now
+    return writer.finish()
+
+
+def prepare(cfg, name, hub=None):
+    """Write data/<name> (or cfg.out) from cfg.input, or from the hub's (repository, configuration)."""
+    if not cfg.input and not hub:
+        raise config.Mistake("which text? --input takes files, folders and globs of " + ", ".join(KINDS))
+    out = Path(cfg.out) if cfg.out else config.ROOT / "data" / name
+    try:
+        with config.mistakes(OSError):
+            meta = write(cfg, out, lambda: Files(find_files(cfg.input, out), cfg) if cfg.input else Hub(*hub, cfg))
     except KeyboardInterrupt:
         raise config.Mistake("interrupted; the same command goes on from here") from None
-    finally:
-        bar.close()
-    for split, counts in writer.finish()["splits"].items():
+    for split, counts in meta["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
-    print(f"{out} is ready: python train.py --dataset={out.name}")
+    print(f"{out} is ready: python train.py --dataset={out.name if out.parent == config.ROOT / 'data' else out}")
 
 
 def main():

@@ -123,6 +123,7 @@ def test_a_new_data_set_replaces_the_old_one_and_spares_other_files(small):
     directory, _ = small
     (directory / "notes.txt").write_text("mine")
     (directory / "train_set.bin").write_text("mine too")
+    (directory / "tokenizer.model").write_text("of another tokenizer")
     writer = shards.Writer(directory, tokenizer.byte())
     assert not (directory / "meta.json").exists()
     writer.add("train", [7], 1)
