@@ -14,6 +14,7 @@ Sources: LLaMA (arXiv:2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), R
 (2002.05202), GQA (2305.13245), Switch (2101.03961), balancing by bias (2408.15664), temperature tuning
 (2501.19399); for Llama 4, meta-llama/llama-models `models/llama4` and transformers `modeling_llama4.py`.
 """
+import contextlib
 import json
 import math
 import os
@@ -66,20 +67,20 @@ class LlamaConfig:
         def need(ok, why):
             if not ok:
                 raise ValueError(why)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, float):  # 0 is allowed where it is the default
+                need(type(value) in (int, f.type) and 0 <= value < 2**40 and (value or not f.default),
+                     f"{f.name} must be {'a' if f.default else '0 or a'} positive {f.type.__name__}, not {value!r}")
         need(self.arch in ("llama", "llama4"), f"arch must be 'llama' or 'llama4', not {self.arch!r}")
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "ffn_dim", "context", "floor_scale",
-                     "top_k", "moe_every", "norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            need(value > 0 and value < 2**40, f"{name} must be positive, not {value}")
-        for name in ("head_dim", "nope_every", "chunk", "n_experts", "expert_dim", "attn_scale", "dropout",
-                     "router_noise", "router_aux", "router_bias"):
-            need(0 <= getattr(self, name) < 2**40, f"{name} must not be negative, not {getattr(self, name)}")
         need(self.dim % self.n_head == 0, f"dim={self.dim} is not divisible by n_head={self.n_head}")
         self.head_dim = self.head_dim or self.dim // self.n_head
+        need(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
         need(self.n_head % self.n_kv_head == 0,
              f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
-        need(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
-        need(len(self.rope_scaling) in (0, 4), "rope_scaling takes (factor, low, high, original context) or ()")
+        need(len(self.rope_scaling) in (0, 4) and all(type(x) in (int, float) and x > 0 for x in self.rope_scaling),
+             f"rope_scaling takes (factor, low, high, original context) or (), not {self.rope_scaling}")
+        need(all(type(i) is int for i in self.eos_ids), f"eos_ids must be token ids, not {self.eos_ids}")
         need(self.top_k <= max(self.n_experts, 1), f"top_k={self.top_k} is more than n_experts={self.n_experts}")
         need(self.dropout < 1, f"dropout={self.dropout} must be below 1")
         new = [n for n in ("nope_every", "chunk", "qk_norm", "attn_scale", "n_experts") if getattr(self, n)]
@@ -121,7 +122,8 @@ def _presets():
     scout128m = replace(scout, vocab_size=32768, n_layer=6, n_head=8, n_kv_head=2, dim=512, head_dim=64, ffn_dim=576,
                         expert_dim=576, context=256, chunk=128, rope_scaling=())
     return {
-        "llama-1-7b": llama1, "llama-2-7b": llama2, "llama-2-13b": replace(llama2, n_kv_head=40, head_dim=128, **size13),
+        "llama-1-7b": llama1, "llama-2-7b": llama2,
+        "llama-2-13b": replace(llama2, n_kv_head=40, head_dim=128, **size13),
         "llama-2-70b": replace(llama2, **size70),
         "llama-3-8b": llama3, "llama-3-70b": replace(llama3, **size70), "llama-3.1-8b": llama31,
         "llama-3.1-70b": replace(llama31, **size70), "llama-3.1-405b": replace(llama31, **size405),
@@ -216,7 +218,7 @@ class KVCache:
 
     def __init__(self, cfg, batch, size, device=None, dtype=None):
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.used = 0  # an upper bound of lengths known without asking the device
+        self.size, self.used = size, 0  # used: an upper bound of lengths, known without asking the device
         self.kv = [torch.zeros(2, batch, cfg.n_kv_head, min(cfg.chunk_of(i) or size, size), cfg.head_dim,
                                device=device, dtype=dtype) for i in range(cfg.n_layer)]
 
@@ -234,13 +236,22 @@ class KVCache:
         kv[0], kv[1] = k.gather(2, source), v.gather(2, source)
 
     def append(self, layer, k, v):
-        """Store one token's k, v (B, K, 1, d); returns all k, v (B, K, S, d) and which are visible, (B, 1, 1, S)."""
+        """Store one token's k, v (B, K, 1, d); returns all k, v (B, K, S, d), of which `mask` tells the visible."""
         kv = self.kv[layer]
         slot = self.lengths % kv.shape[3]  # (B,)
         rows = torch.arange(len(slot), device=slot.device)
         kv[0, rows, :, slot], kv[1, rows, :, slot] = k[:, :, 0], v[:, :, 0]
-        kv = kv[:, :, :, :-(-(self.used + 1) // 64) * 64]  # steps of 64: work grows with what is used, shapes stay few
-        return kv[0], kv[1], (torch.arange(kv.shape[3], device=slot.device) <= slot[:, None])[:, None, None]
+        return kv[:, :, :, :self.reach()].unbind()
+
+    def reach(self):
+        """Slots that may be in use, in steps of 64: work grows with what is used, and shapes stay few."""
+        return -(-(self.used + 1) // 64) * 64
+
+    def mask(self, chunk):
+        """Which slots the next token sees in layers of this chunk (0: full attention), (B, 1, 1, S) bool."""
+        size = min(chunk or self.size, self.size)
+        slots = torch.arange(min(size, self.reach()), device=self.lengths.device)
+        return (slots <= (self.lengths % size)[:, None])[:, None, None]
 
 
 class Attention(nn.Module):
@@ -268,7 +279,7 @@ class Attention(nn.Module):
             heat = 1 + cfg.attn_scale * torch.log1p(((positions + 1) // cfg.floor_scale).float())
             q = (q * (heat[:, None] if positions.dim() == 1 else heat[:, None, :, None])).type_as(q)
         if cache is not None and cache.used:
-            k, v, mask = cache.append(self.layer, k, v)
+            k, v = cache.append(self.layer, k, v)
         elif cache is not None:
             cache.fill(self.layer, k, v, lengths)
         gqa = cfg.n_kv_head != cfg.n_head
@@ -276,7 +287,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
         elif self.chunk and T > self.chunk:  # chunks beside each other on the batch axis, the last one padded
             n = -(-T // self.chunk)
-            q, k, v = (F.pad(t, (0, 0, 0, n * self.chunk - T)).unflatten(2, (n, self.chunk)).transpose(1, 2).flatten(0, 1)
+            q, k, v = (F.pad(t, (0, 0, 0, n * self.chunk - T)).unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
                        for t in (q, k, v))  # (B·n, H, C, d)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
             y = y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]  # (B, H, T, d)
@@ -324,8 +335,8 @@ class MoE(nn.Module):
         self.router = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
         self.experts = Experts(cfg.n_experts, cfg.dim, cfg.expert_dim)
         self.shared_expert = SwiGLU(cfg.dim, cfg.expert_dim)
-        self.register_buffer("load", torch.zeros(cfg.n_experts), persistent=False)  # tokens per expert since balance()
-        self.register_buffer("bias", torch.zeros(cfg.n_experts), persistent=False)  # moves the selection, in training
+        for name in ("load", "bias"):  # tokens per expert since balance(); what moves the selection, in training
+            self.register_buffer(name, torch.zeros(cfg.n_experts, device="cpu"), persistent=False)
 
     def forward(self, x):
         """x (B, T, D) -> y (B, T, D), balancing loss (0 where it is not asked for), tokens per expert (E,)."""
@@ -396,10 +407,10 @@ class Decoder(nn.Module):
 
         A document begins where positions (B, T) is 0."""
         T = positions.shape[1]
-        document = (positions == 0).cumsum(1)
-        full = (document[:, :, None] == document[:, None]) & torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
-        C = self.cfg.chunk or self.cfg.context
-        return full[:, None], (full & (positions[:, :, None] // C == positions[:, None] // C))[:, None]
+        document, place = (positions == 0).cumsum(1), torch.arange(T, device=positions.device)
+        full = (document[:, :, None] == document[:, None]) & (place[:, None] >= place)
+        chunk = positions // (self.cfg.chunk or self.cfg.context)
+        return full[:, None], (full & (chunk[:, :, None] == chunk[:, None]))[:, None]
 
     def forward(self, idx=None, embeds=None, positions=None, cache=None, lengths=None):
         """Hidden states (B, T, D) and the balancing loss, summed over layers. See Llama.forward."""
@@ -407,6 +418,7 @@ class Decoder(nn.Module):
         full = chunked = None
         if cache is not None and cache.used:
             positions = cache.lengths[:, None]  # (B, 1)
+            full, chunked = cache.mask(0), cache.mask(self.cfg.chunk)
         elif positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         else:
@@ -535,31 +547,27 @@ class Llama(nn.Module):
         right. temperature 0 is greedy. eos_id: an id, or several, that end a row, which then repeats its ending.
         Raises ValueError when a prompt is empty or leaves no room in the context.
         """
-        prompt = idx if embeds is None else embeds
-        B, T = prompt.shape[:2]
-        if T == 0 or T >= self.config.context:
-            raise ValueError(f"a prompt of {T} tokens: it must have at least 1 and fewer than the context of {self.config.context}")
-        lengths = torch.full((B,), T, device=prompt.device)
+        x = self.model.embed_tokens(idx) if embeds is None else embeds
+        B, T, device = *x.shape[:2], x.device
+        if not 0 < T < self.config.context:
+            raise ValueError(f"a prompt of {T} tokens: it takes 1 to {self.config.context - 1} in this context")
+        lengths = torch.full((B,), T, device=device)
         if mask is not None:
             lengths = mask.sum(1)
             if (lengths == 0).any():
                 raise ValueError("a prompt is empty")
-            shift = mask.argmax(1, keepdim=True) + torch.arange(T, device=prompt.device)  # padding on the left moves right
-            source = shift.clamp(max=T - 1)
-            prompt = prompt.gather(1, source) if embeds is None else prompt.gather(1, source[..., None].expand_as(prompt))
-        ends = torch.tensor([] if eos_id is None else [eos_id] if isinstance(eos_id, int) else sorted(eos_id),
-                            dtype=torch.long, device=prompt.device)
-        dice = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
+            source = mask.int().argmax(1, keepdim=True) + torch.arange(T, device=device)  # left padding goes right
+            x = x.gather(1, source.clamp(max=T - 1)[..., None].expand_as(x))
+        ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else sorted(eos_id)
+        ends = torch.tensor(ends, dtype=torch.long, device=device)
+        dice = None if seed is None else torch.Generator(device).manual_seed(seed)
         steps = min(max_new_tokens, self.config.context - T)
-        cache = KVCache(self.config, B, T + steps, prompt.device, self.lm_head.weight.dtype)
-        done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
-        token = None
+        cache = KVCache(self.config, B, T + steps, device, self.lm_head.weight.dtype)
+        x = self.model(embeds=x, cache=cache, lengths=lengths)[0][torch.arange(B, device=device), lengths - 1]  # (B, D)
+        done, token = torch.zeros(B, dtype=torch.bool, device=device), None
         for step in range(steps):
-            if step == 0:
-                x, _ = self.model(*((prompt, None) if embeds is None else (None, prompt)), None, cache, lengths)
-                x = x[torch.arange(B, device=x.device), lengths - 1]  # (B, D)
-            else:
-                x = self.model(token[:, None], None, None, cache)[0][:, 0]
+            if step:
+                x = self.model(token[:, None], cache=cache)[0][:, 0]
             following = pick(self.lm_head(x).float(), temperature, top_k, top_p, min_p, dice)
             token = following if token is None else torch.where(done, token, following)
             done = done | torch.isin(token, ends)
@@ -586,14 +594,10 @@ class Llama(nn.Module):
         cfg = replace(config_from_hf(_read_json(path / "config.json")), **overrides)
         with torch.device("meta"):
             model = cls(cfg)
-        state = _read_tensors(path, {n: p.shape for n, p in model.state_dict().items()}, cfg.tie_embeddings, dtype, device)
-        if cfg.tie_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        state = _read_tensors(path, model.state_dict(), cfg.tie_embeddings, dtype, device)
         model.load_state_dict(state, assign=True)
         if cfg.tie_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
-        for m in model.moe_layers():  # the training-only buffers are not in the file
-            m.load, m.bias = torch.zeros(cfg.n_experts), torch.zeros(cfg.n_experts)
         return model.to(device).requires_grad_(True).eval()
 
     def save_pretrained(self, directory, state=None):
@@ -630,43 +634,48 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=
         p = p.masked_fill((value.cumsum(-1) - value >= top_p).gather(1, index.argsort(-1)), 0)
     if min_p:
         p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0)
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # a race of exponentials: no host sync
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # a race that p wins with chance p
 
 
 # -- Hugging Face files ------------------------------------------------------------------------------------------
 
-NAMES = {  # field of LlamaConfig: key of config.json, where both mean the same
+NAMES = {  # field of LlamaConfig: key of config.json
     "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads", "dim": "hidden_size", "head_dim": "head_dim", "context": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "bos_id": "bos_token_id"}
-NAMES4 = {"ffn_dim": "intermediate_size_mlp", "expert_dim": "intermediate_size", "n_experts": "num_local_experts",
-          "top_k": "num_experts_per_tok", "chunk": "attention_chunk_size", "qk_norm": "use_qk_norm",
-          "floor_scale": "floor_scale", "attn_scale": "attn_scale"}
+    "n_kv_head": "num_key_value_heads", "dim": "hidden_size", "ffn_dim": "intermediate_size", "head_dim": "head_dim",
+    "context": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+    "bos_id": "bos_token_id"}
+NAMES4 = NAMES | {
+    "ffn_dim": "intermediate_size_mlp", "expert_dim": "intermediate_size", "n_experts": "num_local_experts",
+    "top_k": "num_experts_per_tok", "moe_every": "interleave_moe_layer_step", "nope_every": "no_rope_layer_interval",
+    "chunk": "attention_chunk_size", "qk_norm": "use_qk_norm", "attn_scale": "attn_scale", "floor_scale": "floor_scale"}
+SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # the same in every Llama
 
 
 def config_to_hf(cfg, dtype="float32"):
     """LlamaConfig -> the dict of a config.json, with the old and the new spelling of dtype and RoPE."""
-    names = NAMES | (NAMES4 if cfg.arch == "llama4" else {"ffn_dim": "intermediate_size"})
-    out = {key: getattr(cfg, name) for name, key in names.items()}
-    out |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, "dtype": dtype, "torch_dtype": dtype, "rope_theta": cfg.rope_theta, "rope_scaling": None,
-            "rope_parameters": {"rope_theta": cfg.rope_theta, "rope_type": "default"},
-            "eos_token_id": cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None}
-    if cfg.rope_scaling:
-        factor, low, high, original = cfg.rope_scaling
-        scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-                   "original_max_position_embeddings": int(original)}
-        out |= {"rope_scaling": scaling, "rope_parameters": {"rope_theta": cfg.rope_theta, **scaling}}
-    if cfg.arch == "llama4":
-        layers = range(cfg.n_layer)
-        out |= {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"],
-                "num_local_experts": max(cfg.n_experts, 1), "attention_chunk_size": cfg.chunk or cfg.context,
-                "moe_layers": [i for i in layers if cfg.is_moe(i)], "interleave_moe_layer_step": cfg.moe_every,
-                "no_rope_layers": [int(not cfg.is_nope(i)) for i in layers],  # 1 means that RoPE is used
-                "no_rope_layer_interval": cfg.nope_every or cfg.n_layer + 1,
-                "layer_types": ["chunked_attention" if cfg.chunk_of(i) else "full_attention" for i in layers],
-                "attn_temperature_tuning": cfg.attn_scale > 0}
-    return out
+    llama4 = cfg.arch == "llama4"
+    scaling = {"rope_type": "llama3"} | dict(zip(SCALING, cfg.rope_scaling)) if cfg.rope_scaling else None
+    hf = {key: getattr(cfg, name) for name, key in (NAMES4 if llama4 else NAMES).items()} | FIXED | {
+        "model_type": "llama4_text" if llama4 else "llama", "dtype": dtype, "torch_dtype": dtype,
+        "architectures": ["Llama4ForCausalLM" if llama4 else "LlamaForCausalLM"],
+        "eos_token_id": cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None,
+        "rope_theta": cfg.rope_theta, "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": cfg.rope_theta, "rope_type": "default"} | (scaling or {})}
+    if llama4:  # which wants a width, a number and a chunk even where nothing uses them
+        hf |= _layers(cfg) | {
+            "intermediate_size": cfg.expert_dim or cfg.ffn_dim, "num_local_experts": cfg.n_experts or 1,
+            "attention_chunk_size": cfg.chunk or cfg.context, "attn_temperature_tuning": cfg.attn_scale > 0,
+            "no_rope_layer_interval": cfg.nope_every or cfg.n_layer + 1}
+    return hf
+
+
+def _layers(cfg):
+    """What the config.json of a Llama 4 lists for each layer."""
+    layers = range(cfg.n_layer)
+    return {"moe_layers": [i for i in layers if cfg.is_moe(i)],
+            "no_rope_layers": [int(not cfg.is_nope(i)) for i in layers],  # 1 means that RoPE is used
+            "layer_types": ["chunked_attention" if cfg.chunk_of(i) else "full_attention" for i in layers]}
 
 
 def config_from_hf(hf):
@@ -675,73 +684,49 @@ def config_from_hf(hf):
     kind = hf.get("model_type")
     if kind not in ("llama", "llama4_text"):
         raise ValueError(f"config.json: model_type {kind!r} is not supported; 'llama', 'llama4' and 'llama4_text' are")
-    arch = "llama" if kind == "llama" else "llama4"
-    names = NAMES | (NAMES4 if arch == "llama4" else {"ffn_dim": "intermediate_size"})
-    default = (vars(PRESETS["llama-1-7b"]) | {"n_kv_head": 0, "head_dim": 0, "bos_id": 1} if arch == "llama" else
-               vars(PRESETS["llama-4-scout"]) | {"context": 131072, "bos_id": 1})  # transformers' for what is left out
-    values = {}
-    for f in fields(LlamaConfig):
-        if f.name not in names:
-            continue
-        value = hf.get(names[f.name], default[f.name])
-        if value is None and f.name in ("n_kv_head", "head_dim", "chunk"):
-            value = 0
-        wanted = (int, type(None)) if f.name == "bos_id" else (int, float) if f.type is float else (f.type,)
-        if not isinstance(value, wanted) or isinstance(value, bool) != (f.type is bool):
-            raise ValueError(f"config.json: {names[f.name]} is {value!r}, not {f.type.__name__ if f.name != 'bos_id' else 'int'}")
-        values[f.name] = value
-    for key in ("attention_bias", "mlp_bias"):
-        if hf.get(key):
-            raise ValueError(f"config.json: {key} is set, but no Llama has biases")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; every Llama uses silu")
+    for key, fixed in FIXED.items():
+        if hf.get(key, fixed) != fixed:
+            raise ValueError(f"config.json: {key} {hf[key]!r} is not supported; every Llama has {fixed!r}")
+    llama4 = kind == "llama4_text"
+    default = vars(PRESETS["llama-4-scout"]) | {"context": 131072} if llama4 else vars(PRESETS["llama-1-7b"]) | {
+        "n_kv_head": 0, "head_dim": 0}  # what is left out means what it means to transformers
+    values = {"arch": "llama4" if llama4 else "llama"}
+    for name, key in (NAMES4 if llama4 else NAMES).items():
+        value = hf.get(key, 1 if name == "bos_id" else default[name])
+        values[name] = 0 if value is None and name in ("n_kv_head", "head_dim", "chunk") else value
     ends = hf.get("eos_token_id", 2)
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    rope = hf.get("rope_parameters") or {}
-    scaling = rope if rope.get("rope_type", "default") != "default" else hf.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    values["eos_ids"] = ends if isinstance(ends, list) else () if ends is None else (ends,)
+    rope = {"rope_theta": hf.get("rope_theta", default["rope_theta"])}
+    rope |= (hf.get("rope_parameters") or {}) | (hf.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"config.json: rope_type {kind!r} is not supported; 'default' and 'llama3' are")
-    try:
-        values["eos_ids"] = tuple(int(i) for i in ends)
-        values["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 1e4 if arch == "llama" else 5e5)))
-        if kind == "llama3":
-            values["rope_scaling"] = tuple(float(scaling[k]) for k in (
-                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-    except (TypeError, ValueError, KeyError) as e:
-        raise ValueError(f"config.json: eos_token_id or the RoPE settings are not readable: {e!r}") from None
-    if arch == "llama":
-        return LlamaConfig(**values)
-    n = values["n_layer"]
-    moe = hf.get("moe_layers")
-    step = hf.get("interleave_moe_layer_step", 1) or 1
-    if moe is None:
-        moe = list(range(step - 1, n, step))
-    if not moe:
-        values["n_experts"], values["top_k"] = 0, 1
-    values["moe_every"] = moe[0] + 1 if moe else 1
-    rope_used = hf.get("no_rope_layers") or [int((i + 1) % hf.get("no_rope_layer_interval", 4) != 0) for i in range(n)]
-    nope = [i for i, used in enumerate(rope_used) if not used]
-    values["nope_every"] = nope[0] + 1 if nope else 0
-    if not nope or not hf.get("attn_temperature_tuning", True):
+    values["rope_theta"] = rope["rope_theta"]
+    values["rope_scaling"] = [rope.get(key) for key in SCALING] if kind == "llama3" else ()
+    if not hf.get("attn_temperature_tuning", True):
         values["attn_scale"] = 0.0
-    if "full_attention" in (hf.get("layer_types") or [])[:1]:
-        values["chunk"] = 0
-    cfg = LlamaConfig(arch="llama4", **values)
-    again = config_to_hf(cfg)
-    for key, have in (("moe_layers", moe), ("no_rope_layers", [int(bool(u)) for u in rope_used]),
-                      ("layer_types", hf.get("layer_types") or again["layer_types"])):
-        if again[key] != have:
-            raise ValueError(f"config.json: {key} = {have} is not a regular pattern of layers, which is all that is supported")
-    return cfg
+    try:
+        cfg = LlamaConfig(**values)
+        if llama4:  # lists of layers, where given, overrule the intervals
+            moe, rope, types = (hf.get(key) or have for key, have in _layers(cfg).items())
+            nope = rope.index(0) + 1 if 0 in rope else 0
+            cfg = replace(cfg, moe_every=moe[0] + 1, nope_every=nope, attn_scale=cfg.attn_scale if nope else 0.0,
+                          n_experts=0 if hf.get("moe_layers") == [] else cfg.n_experts,
+                          chunk=cfg.chunk if "chunked_attention" in types else 0)
+            for key, have in _layers(cfg).items():
+                if (hf.get(key) or have) != have:
+                    raise ValueError(f"{key} {hf[key]} is no regular pattern of layers, as all that is built has")
+        return cfg
+    except ValueError as e:
+        raise ValueError(f"config.json: {e}") from None
 
 
 def _read_json(path):
     """The dict in a JSON file."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path.name} in {path.parent}") from None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON: {e}") from None
     if not isinstance(value, dict):
@@ -749,45 +734,40 @@ def _read_json(path):
     return value
 
 
-def _read_tensors(path, shapes, tied, dtype, device):
-    """{name: tensor} for exactly the names and shapes wanted, from the *.safetensors of a directory."""
+def _read_tensors(path, like, tied, dtype, device):
+    """{name: tensor} for exactly the names and shapes of `like`, from the *.safetensors of a directory."""
     from safetensors import SafetensorError, safe_open
-    files = ["model.safetensors"]
+    files, index = ["model.safetensors"], path / "model.safetensors.index.json"
     if not (path / files[0]).exists():
-        index = path / "model.safetensors.index.json"
         if not index.exists():
-            pickled = " (pickled weights are not read: they can run code)" if any(path.glob("*.bin")) or any(path.glob("*.pt*")) else ""
+            pickled = " (pickled weights are not read: they can run code)" * any(path.glob("*.bin"))
             raise FileNotFoundError(f"no model.safetensors in {path}{pickled}")
         table = _read_json(index).get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(f, str) and f == Path(f).name for f in table.values()):
-            raise ValueError(f"{index} has no readable weight_map")
-        files = sorted(set(table.values()))
-    state, wrong, unexpected = {}, [], []
+        if not isinstance(table, dict) or not table:
+            raise ValueError(f"{index} has no weight_map")
+        files = sorted({Path(str(file)).name for file in table.values()})
+    state = {}
     for file in files:
         try:
             with safe_open(path / file, framework="pt", device=str(device)) as f:
                 for key in f.keys():
-                    name = key.removeprefix("language_model.")  # the released Llama 4 wraps its text model
-                    if key.startswith(("vision_model.", "multi_modal_projector.")) or key.endswith("rotary_emb.inv_freq"):
-                        continue  # not part of the text model; recomputed here
-                    if tied and name == "lm_head.weight":
-                        continue  # the embedding, again
-                    if name not in shapes:
-                        unexpected.append(name)
-                    elif tuple(f.get_slice(key).get_shape()) != tuple(shapes[name]):
-                        wrong.append(f"{name} is {tuple(f.get_slice(key).get_shape())}, not {tuple(shapes[name])}")
-                    else:
-                        tensor = f.get_tensor(key)
-                        if not tensor.is_floating_point():
-                            wrong.append(f"{name} holds {tensor.dtype}, not floating point")
-                        state[name] = tensor if dtype is None else tensor.to(dtype)
+                    skip = key.startswith(("vision_model.", "multi_modal_projector.")) or key.endswith(".inv_freq")
+                    if not skip:  # the released Llama 4 wraps its text model; old files store RoPE's frequencies
+                        state[key.removeprefix("language_model.")] = f.get_tensor(key)
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{path / file} is not a readable safetensors file: {e}") from None
-    missing = [n for n in shapes if n not in state and not (tied and n == "lm_head.weight")]
-    missing = [n for n in missing if not any(w.startswith(n + " ") for w in wrong)]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
+    if tied and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    for what, names in (
+            ("missing", like.keys() - state.keys()), ("unexpected", state.keys() - like.keys()),
+            ("of the wrong shape or type", [
+                f"{n} {t.dtype} {tuple(t.shape)} for {tuple(like[n].shape)}" for n, t in state.items()
+                if n in like and (t.shape != like[n].shape or not t.is_floating_point())])):
         if names:
-            raise ValueError(f"{path}: {len(names)} tensors are {title}: " + ", ".join(names[:5]) + (", …" if names[5:] else ""))
+            more = ", …" if len(names) > 5 else ""
+            raise ValueError(f"{path}: {len(names)} tensors are {what}: {', '.join(sorted(names)[:5])}{more}")
+    for name in state if dtype else ():
+        state[name] = state[name].to(dtype)
     return state
 
 
@@ -807,19 +787,17 @@ def find(name):
         raise FileNotFoundError(f"no directory {name}, and the hub did not give it: {type(e).__name__}") from e
 
 
-class _whole:
-    """A temporary path that takes the place of `path` once it is written whole; `with _whole(path) as tmp`."""
-
-    def __init__(self, path):
-        self.path, self.tmp = path, path.with_name(path.name + ".tmp")
-
-    def __enter__(self):
-        return str(self.tmp)
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            with open(self.tmp, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(self.tmp, self.path)
-        else:
-            self.tmp.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _whole(path):
+    """A temporary path that takes the place of `path` once the block ends well; `with _whole(path) as tmp`."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
+        yield str(tmp)
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(tmp, mode)  # safetensors lets nobody else read its files
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)

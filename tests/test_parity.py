@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,11 +276,13 @@ def test_files_that_cannot_be_read_say_so(saved, tmp_path):
         fails(ValueError, "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("{", "[]", "{}", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../a.safetensors"}}'):
+    for text in ("{", "[]", "{}", '{"weight_map": []}'):
         index.write_text(text)
         fails(ValueError, "index.json")
-    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    fails(ValueError, "model-1.safetensors")
+    shutil.copy(path / "model.safetensors", tmp_path.parent / "outside.safetensors")
+    for name in ("model-1.safetensors", "../outside.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        fails(ValueError, str(tmp_path / Path(name).name))  # it is looked for in the directory itself
     index.unlink()
     for text in ("", "[1]", "{"):
         (tmp_path / "config.json").write_text(text)
@@ -291,12 +294,12 @@ def test_files_that_cannot_be_read_say_so(saved, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (dict(model_type="qwen2"), ["qwen2", "llama", "llama4"]), (dict(model_type=None), ["model_type", "llama4"]),
     (dict(attention_bias=True), ["attention_bias"]), (dict(mlp_bias=True), ["mlp_bias"]),
-    (dict(hidden_act="gelu"), ["gelu", "silu"]), (dict(hidden_size="32"), ["hidden_size"]),
+    (dict(hidden_act="gelu"), ["gelu", "silu"]), (dict(hidden_size="32"), ["dim", "'32'"]),
     (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), ["yarn", "llama3"]),
-    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), ["RoPE"]),
-    (dict(num_hidden_layers=None), ["num_hidden_layers"]), (dict(hidden_size=34), ["dim"]),
+    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), ["rope_scaling"]),
+    (dict(num_hidden_layers=None), ["n_layer"]), (dict(hidden_size=34), ["dim"]),
     (dict(num_attention_heads=5), ["n_head"]), (dict(vocab_size=True), ["vocab_size"]),
-    (dict(eos_token_id="</s>"), ["eos_token_id"]),
+    (dict(eos_token_id="</s>"), ["eos_ids"]),
 ])
 def test_families_and_settings_that_are_not_built_say_so(saved, change, words):
     config = json.loads((saved("llama", "gqa")[1] / "config.json").read_text())

