@@ -36,12 +36,15 @@ def mistakes(*kinds, prefix=""):
 
 
 def run(main, *args):
-    """Call main(*args); a `Mistake` ends the program with one line on stderr and exit code 2."""
+    """Call main(*args); a `Mistake` ends the program with one line on stderr and exit code 2, Ctrl-C with 130."""
     try:
         return main(*args)
     except Mistake as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 @dataclass
