@@ -80,7 +80,9 @@ class LlamaConfig:
              f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         need(len(self.rope_scaling) in (0, 4) and all(type(x) in (int, float) and x > 0 for x in self.rope_scaling),
              f"rope_scaling takes (factor, low, high, original context) or (), not {self.rope_scaling}")
-        need(all(type(i) is int for i in self.eos_ids), f"eos_ids must be token ids, not {self.eos_ids}")
+        need(all(type(i) is int for i in (*self.eos_ids, self.bos_id or 0)), "bos_id and eos_ids must be token ids, "
+             f"not {self.bos_id!r} and {self.eos_ids}")
+        need(type(self.tie_embeddings) is type(self.qk_norm) is bool, "tie_embeddings and qk_norm must be bool")
         need(self.top_k <= max(self.n_experts, 1), f"top_k={self.top_k} is more than n_experts={self.n_experts}")
         need(self.dropout < 1, f"dropout={self.dropout} must be below 1")
         new = [n for n in ("nope_every", "chunk", "qk_norm", "attn_scale", "n_experts") if getattr(self, n)]
@@ -151,13 +153,13 @@ def _presets():
 PRESETS = _presets()
 
 
-def rope_frequencies(cfg):
-    """RoPE's angle per position, (d/2,) float32 on the CPU, with Llama 3.1's scaling where cfg has one.
+def rope_frequencies(cfg, device=None):
+    """RoPE's angle per position, (d/2,) float32, with Llama 3.1's scaling where cfg has one.
 
     Wavelengths below original/high stay, those above original/low grow by factor, those between are mixed;
     low == high (Llama 4 Scout) is a step. Source: meta-llama/llama-models `apply_scaling`.
     """
-    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, device="cpu").float() / cfg.head_dim)
+    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim)
     if not cfg.rope_scaling:
         return freq
     factor, low, high, original = cfg.rope_scaling
@@ -166,24 +168,11 @@ def rope_frequencies(cfg):
     return keep * freq + (1 - keep) * freq / factor
 
 
-class Rope(nn.Module):
-    """cos and sin of the angles at given positions."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.register_buffer("freq", rope_frequencies(cfg), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self.freq = rope_frequencies(self.cfg).to(self.freq.device)  # .to(bfloat16) must not round the angles
-        return self
-
-    def forward(self, positions):
-        """positions (T,) or (B, T) -> cos, sin (T, d/2) or (B, 1, T, d/2), float32."""
-        angle = positions[..., None].float() * self.freq
-        angle = angle if positions.dim() == 1 else angle[:, None]
-        return angle.cos(), angle.sin()
+def rope_angles(cfg, positions):
+    """cos and sin at positions (T,) or (B, T): (T, d/2) or (B, 1, T, d/2) each, float32 whatever the model's dtype."""
+    angle = positions[..., None].float() * rope_frequencies(cfg, positions.device)
+    angle = angle if positions.dim() == 1 else angle[:, None]
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin, interleaved):
@@ -398,7 +387,6 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.rope = Rope(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
         self.checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
 
@@ -416,6 +404,9 @@ class Decoder(nn.Module):
         """Hidden states (B, T, D) and the balancing loss, summed over layers. See Llama.forward."""
         x = self.embed_tokens(idx) if embeds is None else embeds
         full = chunked = None
+        if cache is not None and cache.used + x.shape[1] > (cache.size if x.shape[1] == 1 or not cache.used else 0):
+            raise ValueError(f"{x.shape[1]} tokens do not fit: a cache takes a prompt, then one token at a time, "
+                             f"up to its size of {cache.size}")
         if cache is not None and cache.used:
             positions = cache.lengths[:, None]  # (B, 1)
             full, chunked = cache.mask(0), cache.mask(self.cfg.chunk)
@@ -423,7 +414,7 @@ class Decoder(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)
         else:
             full, chunked = self.masks(positions)
-        rope = self.rope(positions)
+        rope = rope_angles(self.cfg, positions)
         x, balance = self.dropout(x), 0.0
         for block in self.layers:
             context = rope, positions, chunked if block.self_attn.chunk else full, cache, lengths

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import PRESETS, Llama, LlamaConfig, pick, rope_frequencies
+from model import PRESETS, KVCache, Llama, LlamaConfig, pick, rope_angles, rope_frequencies
 
 VOCAB = 29
 
@@ -380,8 +380,12 @@ def test_embeddings_may_replace_tokens():
 
 def test_half_precision_leaves_the_angles_of_rope_alone():
     cfg = tiny("llama-3.1-8b")
-    rope = Llama(cfg).to(torch.bfloat16).half().model.rope
-    assert rope.freq.dtype == torch.float32 and torch.equal(rope.freq, rope_frequencies(cfg))
+    model, positions = Llama(cfg).to(torch.bfloat16), torch.arange(60)
+    cos, sin = rope_angles(cfg, positions)
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[1]))
+    model(positions[None] % VOCAB)
+    assert torch.equal(seen[0], cos) and torch.equal(seen[1], sin) and cos.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ("llama-3.1-8b", "llama-3.2-1b", "llama-4-scout", "llama-2-7b"))
@@ -429,6 +433,18 @@ def test_generation_is_seeded_and_bounded():
             model.generate(bad, 1)
     with pytest.raises(ValueError, match="empty"):
         model.generate(idx, 1, mask=torch.tensor([[1] * 6, [0] * 6]))
+
+
+@torch.no_grad()
+def test_a_cache_says_what_does_not_fit():
+    cfg = tiny("llama-3.2-1b")
+    model, cache, idx = build(cfg), KVCache(cfg, 2, 6), tokens(2, 7)
+    for part, fits in ((idx, False), (idx[:, :5], True), (idx[:, 5:], False), (idx[:, 5:6], True), (idx[:, 6:], False)):
+        if fits:
+            model(part, cache=cache)
+        else:
+            with pytest.raises(ValueError, match="do not fit"):
+                model(part, cache=cache)
 
 
 def test_loading_draws_nothing(monkeypatch, tmp_path):
