@@ -367,12 +367,10 @@ def spans(tok, messages):
     for i, m in enumerate(messages):
         if m["role"] == "assistant":
             before = tok.chat(messages[:i])
-            end = len(tok.chat(messages[:i + 1], add_generation_prompt=False))
             if ids[:len(before)] != before:
                 raise config.Mistake("this chat template changes earlier turns, so answers cannot be told from prompts")
-            while end > len(before) + 1 and ids[end - 1] not in tok.stop_ids:  # a line feed after the ending
-                end -= 1
-            learn[len(before):end] = True
+            end = next((n for n in range(len(before), len(ids)) if ids[n] in tok.stop_ids), len(ids) - 1)
+            learn[len(before):end + 1] = True
     return np.array(ids, np.int32), learn
 
 
@@ -626,6 +624,13 @@ def folder_of(cfg):
     return Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
 
 
+def new_tokenizer(folder, vocab_size):
+    """A SentencePiece BPE trained on the texts of a data set, with room for <image> within vocab_size."""
+    texts = [t for r in images.load(folder, "train") for t in (*r.get("captions", ()), *(
+        turn["value"].replace(IMAGE, "") for turn in r.get("conversations", ())))]
+    return tokenizer.train_sentencepiece(texts, vocab_size - 1)
+
+
 def build(cfg, shape, folder, out):
     """(Vlm, tokenizer) that cfg.init_from names, or a new one."""
     kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
@@ -641,10 +646,7 @@ def build(cfg, shape, folder, out):
                 if getattr(cfg, key) not in (None, have):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
         else:
-            if source is None and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
-                raise config.Mistake(f"{folder} has no tokenizer to start from scratch with: name a Llama with --init_from, "
-                                     "for example out/smollm2 after `python prepare/smollm2.py`")
-            tok, image_id = with_image(tokenizer.load(source or folder))
+            tok, image_id = with_image(tokenizer.load(source) if source else new_tokenizer(folder, shape.get("vocab_size", 512)))
             if source:
                 llama = grow(model.Llama.from_pretrained(source, dtype=torch.float32, **kept), tok.vocab_size)
             else:
