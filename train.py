@@ -85,6 +85,7 @@ import torch.distributed as dist  # noqa: E402
 
 from model import PRESETS, Llama  # noqa: E402
 from prepare import shards, tokenizer  # noqa: E402
+from prepare.windows import Windows, draws, restarts  # noqa: E402
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux", "router_bias")  # fields no checkpoint carries
 NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "conv_proj", "pos_embedding")  # matrices that Muon is not meant for
@@ -168,79 +169,12 @@ def peak_flops(device):
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
 
 
-# -- data: a batch is a pure function of (seed, step, rank) ------------------------------------------------------
-
-def draws(seed, *counters):
-    """A generator that depends on these integers alone."""
-    return np.random.default_rng([seed, *counters])
-
-
-class Windows:
-    """A split cut into windows of at most block_size + 1 tokens, neighbours sharing one token, the first's last target.
-
-    They lie side by side wherever they fall, in training from an offset that changes with each epoch; or, if
-    cfg.whole_docs, each begins with a document and holds as many whole ones as fit (longer ones are cut).
-    """
-
-    def __init__(self, split, cfg, bos_id):
-        self.split, self.cfg, self.cut, self.cached = split, cfg, None, (None, None)
-        if cfg.whole_docs:
-            begins = np.concatenate([i + np.flatnonzero(split[i:i + 2**24] == bos_id) for i in range(0, len(split), 2**24)])
-            self.cut = self.pack([*begins.tolist(), len(split)])
-        self.per_epoch = len(split) // cfg.block_size - 1 if self.cut is None else len(self.cut)
-        self.fill = 1.0 if self.cut is None else float((np.diff(self.cut).mean() - 1) / cfg.block_size)
-
-    def pack(self, edges):
-        """[start, end) of windows over the documents between these edges, (n, 2)."""
-        spans, start, end = [], edges[0], edges[0]
-        for edge in edges[1:]:
-            if edge - start > self.cfg.block_size + 1 and end > start:
-                spans.append((start, end))
-                start = end
-            while edge - start > self.cfg.block_size + 1:
-                spans.append((start, start + self.cfg.block_size + 1))
-                start += self.cfg.block_size
-            end = edge
-        return np.array([*spans, (start, end)])
-
-    def epoch(self, number):
-        """[start, end) of an epoch's windows in drawing order, (n, 2); number None: all of the split, in order."""
-        if self.cached[0] != number or self.cached[1] is None:
-            T, length, rng = self.cfg.block_size, len(self.split), draws(self.cfg.seed, 0, number or 0)
-            spans = self.cut
-            if spans is None:
-                starts = np.arange(0, length - 1, T) if number is None else np.arange(rng.integers(T), length - T, T)
-                spans = np.stack((starts, np.minimum(starts + T + 1, length)), 1)
-            self.cached = number, spans if number is None else rng.permutation(spans)
-        return self.cached[1]
-
-    def step(self, step):
-        """[start, end) of the windows of a step's whole batch, over all processes, (sequences, 2)."""
-        n = self.cfg.batch_size * self.cfg.gradient_accumulation_steps
-        index = np.arange(step * n, (step + 1) * n)
-        return np.stack([self.epoch(int(e))[i] for e, i in zip(index // self.per_epoch, index % self.per_epoch)])
-
-    def read(self, spans):
-        """Inputs and targets of these windows, (len(spans), block_size) int64 each; targets past the end are -100."""
-        x = torch.zeros(len(spans), self.cfg.block_size, dtype=torch.long)
-        y = torch.full_like(x, -100)
-        for row, (start, end) in enumerate(spans):
-            ids = torch.from_numpy(self.split[start:end].astype(np.int64))
-            x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
-        return x, y
-
-
-def restarts(x, bos_id):
-    """Positions (B, T) that begin again at 0 with each document (at each BOS, and at the window's start)."""
-    at = torch.arange(x.shape[1]).expand_as(x)
-    return at - torch.where(x == bos_id, at, 0).cummax(1).values
-
-
-def to_device(device, *tensors):
-    """The tensors on device; to a GPU without waiting."""
-    if device.type != "cuda":
-        return [t if t is None else t.to(device) for t in tensors]
-    return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+def to_device(device, *arrays):
+    """Arrays and tensors as tensors on device, None as it is; to a GPU without waiting."""
+    tensors = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
+    if device.type == "cuda":
+        return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return [t if t is None else t.to(device) for t in tensors]
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------
