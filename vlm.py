@@ -22,6 +22,7 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import config
@@ -38,9 +39,9 @@ import torch.nn.functional as F  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from prepare import images, tokenizer  # noqa: E402
+from prepare.images import IMAGE, Examples, caption_prompt, spread, with_image, with_pictures  # noqa: E402
 from train import RANK, WORLD, say  # noqa: E402
 
-IMAGE = "<image>"
 STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
           "together": ("encoder", "projector", "llama")}  # what learns in each
 VITS = {  # torchvision's VisionTransformer by name
@@ -48,8 +49,6 @@ VITS = {  # torchvision's VisionTransformer by name
     "vit_tiny": dict(image_size=64, patch_size=8, num_layers=4, num_heads=4, hidden_dim=128, mlp_dim=384),
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which the pretrained encoders expect
-TURNS = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}"  # for tokenizers without a chat template
-         "{{ eos_token if m['role'] == 'assistant' else '\\n' }}{% endfor %}")
 
 
 @dataclass
@@ -301,25 +300,6 @@ class Vlm(nn.Module):
         return vlm.freeze(()).eval()
 
 
-def spread(ids, image_id, image_tokens):
-    """ids (n,) with every image_id repeated image_tokens times."""
-    return np.repeat(ids, np.where(ids == image_id, image_tokens, 1))
-
-
-def with_image(tok):
-    """(tokenizer in which <image> is one token and conversations have a form, id of <image>)."""
-    settings = tok.settings if tok.chat_template else tok.settings | {"chat_template": TURNS}
-    added = [t for t in tok.spec.get("added_tokens") or [] if t["content"] == IMAGE]
-    if not added:  # not special, so that chat() takes it for an image within a message
-        added = [{"id": tok.vocab_size, "content": IMAGE, "single_word": False, "lstrip": False, "rstrip": False,
-                  "normalized": False, "special": False}]
-        tok = tokenizer.Tokenizer(tok.spec | {"added_tokens": [*(tok.spec.get("added_tokens") or []), *added]},
-                                  settings, tok.model)
-    if tok.eos_id is None:
-        raise config.Mistake("this tokenizer has no EOS, so captions could not end")
-    return tok, added[0]["id"]
-
-
 def grow(llama, vocab_size):
     """Give a Llama embeddings for at least vocab_size tokens (up to a multiple of 64); new ones are the mean of the old."""
     old = llama.config.vocab_size
@@ -338,128 +318,6 @@ def grow(llama, vocab_size):
 
 # -- examples ----------------------------------------------------------------------------------------------------
 
-@dataclass
-class Row:
-    """One example: ids with one image_id for each picture, which of them to learn, pictures by number, accepted answers."""
-    ids: np.ndarray
-    learn: np.ndarray
-    pictures: tuple
-    answers: tuple
-    kind: str
-
-    def prompt(self):
-        return self.ids[:self.learn.argmax()]
-
-
-def caption_prompt(tok):
-    return tok.encode(IMAGE, bos=True)
-
-
-def with_pictures(text, count):
-    """text, begun by <image> for each of `count` pictures that it does not place itself."""
-    return text if IMAGE in text else (IMAGE + "\n") * count + text
-
-
-def spans(tok, messages):
-    """ids of a conversation, and which of them are the assistant's words and endings."""
-    ids = tok.chat(messages, add_generation_prompt=False)
-    learn = np.zeros(len(ids), bool)
-    for i, m in enumerate(messages):
-        if m["role"] == "assistant":
-            before = tok.chat(messages[:i])
-            if ids[:len(before)] != before:
-                raise config.Mistake("this chat template changes earlier turns, so answers cannot be told from prompts")
-            end = next((n for n in range(len(before), len(ids)) if ids[n] in tok.stop_ids), len(ids) - 1)
-            learn[len(before):end + 1] = True
-    return np.array(ids, np.int32), learn
-
-
-def rows_of(record, tok, number):
-    """The examples in a record (see prepare/images.py); number: {picture: its number}. A pair of preferences is
-    two rows, chosen and rejected."""
-    pictures = tuple(number[p] for p in images.images_of(record))
-
-    def conversation(messages, kind):
-        first = messages[0]
-        messages = [first | {"content": with_pictures(first["content"], len(pictures))}, *messages[1:]]
-        return Row(*spans(tok, messages), pictures, (next(m["content"] for m in messages if m["role"] == "assistant"),), kind)
-    try:
-        found = []
-        for caption in record.get("captions", ()):
-            prompt, words = caption_prompt(tok), tok.encode(caption, eos=True)
-            found.append(Row(np.array(prompt + words, np.int32), np.arange(len(prompt + words)) >= len(prompt), pictures,
-                             tuple(record["captions"]), "caption"))
-        if "conversations" in record:
-            roles = {"human": "user", "gpt": "assistant", "system": "system"}
-            found.append(conversation([{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]], "answer"))
-        if "chosen" in record:
-            found += [conversation([{"role": "user", "content": record["question"]},
-                                    {"role": "assistant", "content": record[key]}], key) for key in ("chosen", "rejected")]
-    except (KeyError, TypeError, IndexError, StopIteration, AttributeError) as e:
-        raise config.Mistake(f"a record is not in the form that prepare/images.py describes ({e!r}): {str(record)[:200]}") from None
-    return found
-
-
-class Examples:
-    """The rows of a split, cut to block_size tokens; those that lose a picture or all their answer are left out."""
-
-    def __init__(self, folder, split, tok, vlm, block_size, number):
-        from tqdm import tqdm
-        self.image_id, self.image_tokens, self.references = vlm.image_id, vlm.image_tokens, []
-        records = images.load(folder, split)
-        for record in records:
-            for p in images.images_of(record):
-                number.setdefault(p, len(number))
-        step, lost, self.rows = 1, 0, []  # step: rows that belong together
-        for record in tqdm(records, desc=f"reading {split}", unit=" records", leave=False, disable=RANK > 0 or len(records) < 1000):
-            made = rows_of(record, tok, number)
-            step = 2 if "chosen" in record else 1
-            for i in range(0, len(made), step):
-                kept = [r for r in made[i:i + step] if self.cut(r, block_size)]
-                lost += step - len(kept) if len(kept) == step else step
-                self.rows += kept if len(kept) == step else []
-        if not self.rows:
-            raise config.Mistake(f"{folder}: no {split} example fits block_size={block_size}")
-        if lost:
-            say(f"{split}: {lost:,} examples do not fit block_size={block_size} and were left out")
-        self.step = step
-
-    def cut(self, row, block_size):
-        """Shorten a row; False if it is of no use then."""
-        if (row.ids == self.image_id).sum() != len(row.pictures):
-            raise config.Mistake(f"an example names {(row.ids == self.image_id).sum()} pictures but has {len(row.pictures)}")
-        length = np.where(row.ids == self.image_id, self.image_tokens, 1).cumsum()
-        keep = int((length <= block_size + 1).sum())
-        whole = not (row.ids[keep:] == self.image_id).any()
-        row.ids, row.learn = row.ids[:keep], row.learn[:keep]
-        return whole and bool(row.learn.any())
-
-    def __len__(self):
-        return len(self.rows) // self.step
-
-    def __getitem__(self, i):
-        """The rows of example i: one, or a chosen and a rejected one."""
-        return self.rows[i * self.step:(i + 1) * self.step]
-
-    def collate(self, rows, pictures):
-        """Inputs and targets (B, T) of rows, padded on the right, and what the model sees of their pictures."""
-        ids = [spread(r.ids, self.image_id, self.image_tokens).astype(np.int64) for r in rows]
-        T = max(map(len, ids)) - 1
-        x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -100)
-        for i, (row, wide) in enumerate(zip(rows, ids)):
-            learn = np.repeat(row.learn, np.where(row.ids == self.image_id, self.image_tokens, 1))
-            x[i, :len(wide) - 1] = torch.from_numpy(wide[:-1])
-            y[i, :len(wide) - 1] = torch.from_numpy(np.where(learn, wide, -100)[1:])
-        return x, y, pictures([p for r in rows for p in r.pictures])
-
-    def questions(self):
-        """One row for each picture and prompt (not one for each of its captions)."""
-        seen = {}
-        for row in self.rows[::self.step]:
-            seen.setdefault((row.pictures, row.prompt().tobytes()), row)
-        return list(seen.values())
-
-
 class Pictures:
     """What the model sees of pictures, by number: pixels, or the kept features of an encoder that does not learn."""
 
@@ -471,25 +329,29 @@ class Pictures:
         if "encoder" in vlm.frozen and names:
             self.keep(limit)
 
-    def pixels(self, i):
+    def look(self, i):
+        """Picture number i as people see it: (H, W, 3) uint8, or a PIL image."""
         name = self.names[i]
-        return pixels_of(np.asarray(self.array[name]) if isinstance(name, int) else images.read(self.folder / name), self.encoder.size)
+        return np.asarray(self.array[name]) if isinstance(name, int) else images.read(self.folder / name)
+
+    def pixels(self, which):
+        size = self.encoder.size
+        return torch.stack([pixels_of(self.look(i), size) for i in which]) if len(which) else torch.zeros(0, 3, size, size)
 
     def encode(self, which):
         """Features (n, P, W) of the pictures numbered `which`, on the CPU."""
         with torch.no_grad(), self.autocast:
-            return self.encoder(torch.stack([self.pixels(i) for i in which]).to(self.device)).float().cpu()
+            return self.encoder(self.pixels(which).to(self.device)).float().cpu()
 
     def __call__(self, which):
         """(n, P, W) features where the encoder is frozen, else (n, 3, S, S) pixels."""
         if self.ready is None:
-            return torch.stack([self.pixels(i) for i in which]) if which else torch.zeros(0, 3, self.encoder.size, self.encoder.size)
-        x = torch.zeros(len(which), self.encoder.grid ** 2, self.encoder.width)
-        here = [n for n, i in enumerate(which) if i < len(self.kept)]
-        x[here] = torch.from_numpy(self.kept[[which[n] for n in here]].astype(np.float32))
-        if len(here) < len(which):
-            there = [n for n, i in enumerate(which) if i >= len(self.kept)]
-            x[there] = self.encode([which[n] for n in there])
+            return self.pixels(which)
+        x, which = torch.zeros(len(which), self.encoder.grid ** 2, self.encoder.width), np.array(which, int)
+        kept = which < len(self.kept)
+        x[kept] = torch.from_numpy(self.kept[which[kept]].astype(np.float32))
+        if not kept.all():
+            x[~kept] = self.encode(which[~kept])
         return x
 
     def keep(self, limit):
@@ -560,11 +422,11 @@ def normal(text):
 @torch.no_grad()
 def evaluate(vlm, data, pictures, cfg, device, autocast, reference=None):
     """{"val_loss": mean over learned tokens (of pairs for DPO), ...} on the same rows each time, shared by all processes."""
-    was, order, wanted = vlm.training, np.random.default_rng(0).permutation(len(data)), 0
+    was, which = vlm.training, order(0, 0, len(data))
     if cfg.eval_tokens:
-        learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data[i]) for i in order])
-        order = order[:int(np.searchsorted(learned, cfg.eval_tokens)) + 1]
-    mine, loss, count, margins, right = order[RANK::WORLD], 0.0, 0, 0.0, 0
+        learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data[i]) for i in which])
+        which = which[:int(np.searchsorted(learned, cfg.eval_tokens)) + 1]
+    mine, loss, count, margins, right = which[RANK::WORLD], 0.0, 0, 0.0, 0
     vlm.eval()
     for i in range(0, len(mine), cfg.batch_size):
         batch = batch_of(data, mine[i:i + cfg.batch_size], pictures, reference)
@@ -583,7 +445,8 @@ def batch_of(data, which, pictures, reference=None):
     """The arguments of Vlm.forward for the examples numbered `which`."""
     examples = [data[i] for i in which]
     rows = [e[k] for k in range(data.step) for e in examples]  # all chosen, then all rejected
-    return *data.collate(rows, pictures), *(() if reference is None else (reference[:, which],))
+    seen = pictures([p for r in rows for p in r.pictures])
+    return *data.collate(rows), seen, *(() if reference is None else (reference[:, which],))
 
 
 @torch.no_grad()
@@ -618,6 +481,12 @@ def answers_to(vlm, tok, rows, pictures, cfg, autocast, progress=False):
 def agree(texts, rows):
     """Share of texts that are one of their row's answers."""
     return sum(normal(t) in {normal(a) for a in r.answers} for t, r in zip(texts, rows)) / max(1, len(rows))
+
+
+@lru_cache(maxsize=2)
+def order(seed, epoch, length):
+    """The examples of an epoch in drawing order."""
+    return train.draws(seed, 2, epoch).permutation(length)
 
 
 def folder_of(cfg):
@@ -674,6 +543,8 @@ def fit(cfg, shape):
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     folder = folder_of(cfg)
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / f"vlm_{folder.name}"
+    if device.type == "cpu":
+        train.keep_freed_memory()
     images.load(folder, "train"), images.load(folder, "val")  # a missing data set says so before anything is downloaded
     vlm, tok = build(cfg, shape, folder, out)
     vlm.freeze(STAGES[cfg.stage]).to(device)
@@ -681,16 +552,18 @@ def fit(cfg, shape):
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     number = {}
-    data, val = (Examples(folder, split, tok, vlm, cfg.block_size, number) for split in ("train", "val"))
+    data, val = (Examples(folder, split, tok, vlm.image_id, vlm.image_tokens, cfg.block_size, number) for split in ("train", "val"))
+    if lost := data.lost + val.lost:
+        say(f"{lost:,} examples do not fit block_size={cfg.block_size} and were left out")
     if {data.step, val.step} != {2 if cfg.stage == "prefer" else 1}:
         raise config.Mistake(f"stage {cfg.stage!r} needs " + ("pairs of answers, chosen and rejected" if cfg.stage == "prefer" else
                                                               "captions or conversations, not pairs of answers"))
     accumulate = cfg.gradient_accumulation_steps // WORLD
     per_step, mean = cfg.batch_size * cfg.gradient_accumulation_steps, float(np.mean([
         len(r.ids) + len(r.pictures) * (vlm.image_tokens - 1) for r in data.rows]))
-    parts = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
+    sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
              for n in ("encoder", "projector", "llama")]
-    say(f"model      {', '.join(parts)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
+    say(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
     say(f"data       {folder.name}: {len(data):,} training examples, {len(val):,} validation, {len(number):,} pictures, {mean:.0f} tokens each")
     say(f"schedule   {cfg.max_iters:,} steps of {per_step} examples ({cfg.max_iters * per_step / len(data):.2f} epochs), {cfg.optimizer}, "
         f"lr {cfg.learning_rate:g}")
@@ -705,8 +578,8 @@ def fit(cfg, shape):
     shown = [shown[i] for i in np.linspace(0, len(shown) - 1, min(cfg.sample_images, len(shown))).astype(int)]
 
     def batches(step):
-        which = [train.draws(cfg.seed, 2, e).permutation(len(data))[i] for e, i in
-                 (divmod(n, len(data)) for n in range(step * per_step, (step + 1) * per_step))][RANK * accumulate * cfg.batch_size:]
+        drawn = (divmod(n, len(data)) for n in range(step * per_step, (step + 1) * per_step))
+        which = [order(cfg.seed, epoch, len(data))[i] for epoch, i in drawn][RANK * accumulate * cfg.batch_size:]
         return [batch_of(data, which[i * cfg.batch_size:][:cfg.batch_size], pictures, references[0]) for i in range(accumulate)]
 
     def validate(compiled):
@@ -716,7 +589,7 @@ def fit(cfg, shape):
             found["exact"] = agree(texts, shown)
             seen = [(t, r) for t, r in zip(texts, shown) if r.pictures]
             prompts = [tok.decode(r.prompt()).replace(IMAGE, "").strip() for _, r in seen]
-            draw(out / "samples.png", [source_of(pictures, r.pictures[0]) for _, r in seen],
+            draw(out / "samples.png", [pictures.look(r.pictures[0]) for _, r in seen],
                  [f"{p}\n{t}".strip() for p, (t, _) in zip(prompts, seen)])
             say("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in found.items()))
             say("".join(f"  | {t}\n" for t in texts[:4]).rstrip())
@@ -731,12 +604,6 @@ def fit(cfg, shape):
     train.fit(cfg, vlm, out, device, dtype, batches, validate, write, round(per_step * data.step * mean), work)
     if WORLD > 1:
         dist.destroy_process_group()
-
-
-def source_of(pictures, i):
-    """Picture number i as people see it."""
-    name = pictures.names[i]
-    return np.asarray(pictures.array[name]) if isinstance(name, int) else images.read(pictures.folder / name)
 
 
 # -- use ---------------------------------------------------------------------------------------------------------
@@ -806,29 +673,21 @@ def reply(vlm, tok, messages, seen, cfg, autocast):
     return tok.decode(new)
 
 
-def ask(cfg):
-    """Answer one question about one or several pictures."""
+def talk(cfg):
+    """Answer one question about pictures, or hold a conversation until an empty line, Ctrl-C or Ctrl-D."""
     vlm, tok, device, autocast = load(cfg)
-    question, *paths = cfg.ask
+    paths, messages = cfg.chat or cfg.ask[1:], []
     seen, _ = look(vlm, paths, device, autocast, strict=True)
-    reply(vlm, tok, [{"role": "user", "content": with_pictures(question, len(paths))}], seen, cfg, autocast)
-
-
-def chat(cfg):
-    """A conversation about pictures until an empty line, Ctrl-C or Ctrl-D."""
-    vlm, tok, device, autocast = load(cfg)
-    seen, _ = look(vlm, cfg.chat, device, autocast, strict=True)
-    messages = []
     while True:
         try:
-            text = input("you> ").strip()
+            text = input("you> ").strip() if cfg.chat else "" if messages else cfg.ask[0]
         except (EOFError, KeyboardInterrupt):
             text = ""
         if not text:
-            print()
+            print(end="\n" if cfg.chat else "")
             return
-        messages.append({"role": "user", "content": text if messages else with_pictures(text, len(cfg.chat))})
-        print("llama> ", end="", flush=True)
+        messages.append({"role": "user", "content": text if messages else with_pictures(text, len(paths))})
+        print("llama> " if cfg.chat else "", end="", flush=True)
         messages.append({"role": "assistant", "content": reply(vlm, tok, messages, seen, cfg, autocast)})
 
 
@@ -836,7 +695,7 @@ def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
     vlm, tok, device, autocast = load(cfg)
     folder, number = folder_of(cfg), {}
-    data = Examples(folder, cfg.split, tok, vlm, min(cfg.block_size, vlm.config.context), number)
+    data = Examples(folder, cfg.split, tok, vlm.image_id, vlm.image_tokens, min(cfg.block_size, vlm.config.context), number)
     pictures = Pictures(folder, list(number), vlm, device, autocast, cfg.feature_gb)
     found = {"loss": evaluate(vlm, data, pictures, replace(cfg, eval_tokens=0), device, autocast)["val_loss"]} if data.step == 1 else {}
     rows = data.questions()
@@ -869,10 +728,13 @@ def main(given, shape):
     """Use the model if the settings ask for that, else train it."""
     with config.mistakes(ValueError):
         cfg = VlmConfig(**given)
-    uses = [use for key, use in (("caption", caption), ("ask", ask), ("chat", chat), ("eval", score)) if getattr(cfg, key)]
-    for use in uses:
-        use(cfg)
-    if not uses:
+    if cfg.caption:
+        caption(cfg)
+    elif cfg.ask or cfg.chat:
+        talk(cfg)
+    elif cfg.eval or cfg.eval_only:
+        score(cfg)
+    else:
         fit(cfg, shape)
 
 

@@ -18,8 +18,12 @@ from pathlib import Path
 import numpy as np
 
 import config
+from prepare import tokenizer
 
 SPLITS = ("train", "val", "test")
+IMAGE = "<image>"
+TURNS = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}"  # for tokenizers without a chat template
+         "{{ eos_token if m['role'] == 'assistant' else '\\n' }}{% endfor %}")
 MAX_PIXELS = 100_000_000  # a photo has up to 60 million; more than this is a mistake or an attack
 
 
@@ -165,3 +169,143 @@ def read_json(path):
         if not all(isinstance(r, dict) for r in found):
             raise ValueError("it is not a list of objects")
     return found
+
+
+# -- examples: what a model reads and what it is to learn of it --------------------------------------------------
+
+def with_image(tok):
+    """(tokenizer in which <image> is one token and conversations have a form, id of <image>)."""
+    settings = tok.settings if tok.chat_template else tok.settings | {"chat_template": TURNS}
+    added = [t for t in tok.spec.get("added_tokens") or [] if t["content"] == IMAGE]
+    if not added:  # not special, so that chat() takes it for an image within a message
+        added = [{"id": tok.vocab_size, "content": IMAGE, "single_word": False, "lstrip": False, "rstrip": False,
+                  "normalized": False, "special": False}]
+        tok = tokenizer.Tokenizer(tok.spec | {"added_tokens": [*(tok.spec.get("added_tokens") or []), *added]},
+                                  settings, tok.model)
+    if tok.eos_id is None:
+        raise config.Mistake("this tokenizer has no EOS, so captions could not end")
+    return tok, added[0]["id"]
+
+
+@dataclass
+class Row:
+    """One example: ids with one image_id for each picture, which of them to learn, pictures by number, accepted answers."""
+    ids: np.ndarray
+    learn: np.ndarray
+    pictures: tuple
+    answers: tuple
+    kind: str
+
+    def prompt(self):
+        return self.ids[:self.learn.argmax()]
+
+
+def caption_prompt(tok):
+    return tok.encode(IMAGE, bos=True)
+
+
+def with_pictures(text, count):
+    """text, begun by <image> for each of `count` pictures that it does not place itself."""
+    return text if IMAGE in text else (IMAGE + "\n") * count + text
+
+
+def spans(tok, messages):
+    """ids of a conversation, and which of them are the assistant's words and endings."""
+    ids = tok.chat(messages, add_generation_prompt=False)
+    learn = np.zeros(len(ids), bool)
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant":
+            before = tok.chat(messages[:i])
+            if ids[:len(before)] != before:
+                raise config.Mistake("this chat template changes earlier turns, so answers cannot be told from prompts")
+            end = next((n for n in range(len(before), len(ids)) if ids[n] in tok.stop_ids), len(ids) - 1)
+            learn[len(before):end + 1] = True
+    return np.array(ids, np.int32), learn
+
+
+def rows_of(record, tok, number):
+    """The examples in a record (see prepare/images.py); number: {picture: its number}. A pair of preferences is
+    two rows, chosen and rejected."""
+    pictures = tuple(number[p] for p in images_of(record))
+
+    def conversation(messages, kind):
+        first = messages[0]
+        messages = [first | {"content": with_pictures(first["content"], len(pictures))}, *messages[1:]]
+        return Row(*spans(tok, messages), pictures, (next(m["content"] for m in messages if m["role"] == "assistant"),), kind)
+    try:
+        found = []
+        for caption in record.get("captions", ()):
+            prompt, words = caption_prompt(tok), tok.encode(caption, eos=True)
+            found.append(Row(np.array(prompt + words, np.int32), np.arange(len(prompt + words)) >= len(prompt), pictures,
+                             tuple(record["captions"]), "caption"))
+        if "conversations" in record:
+            roles = {"human": "user", "gpt": "assistant", "system": "system"}
+            found.append(conversation([{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]], "answer"))
+        if "chosen" in record:
+            found += [conversation([{"role": "user", "content": record["question"]},
+                                    {"role": "assistant", "content": record[key]}], key) for key in ("chosen", "rejected")]
+    except (KeyError, TypeError, IndexError, StopIteration, AttributeError) as e:
+        raise config.Mistake(f"a record is not in the form that prepare/images.py describes ({e!r}): {str(record)[:200]}") from None
+    return found
+
+
+def spread(ids, image_id, image_tokens):
+    """ids (n,) with every image_id repeated image_tokens times."""
+    return np.repeat(ids, np.where(ids == image_id, image_tokens, 1))
+
+
+class Examples:
+    """The rows of a split, cut to block_size tokens; those that lose a picture or all their answer are left out."""
+
+    def __init__(self, folder, split, tok, image_id, image_tokens, block_size, number):
+        """number: {picture: its number}, to which the split's pictures are added."""
+        self.image_id, self.image_tokens, self.rows, self.step, self.lost = image_id, image_tokens, [], 1, 0
+        for record in load(folder, split):
+            for p in images_of(record):
+                number.setdefault(p, len(number))
+            made = rows_of(record, tok, number)
+            self.step = 2 if "chosen" in record else 1  # rows that belong together
+            for i in range(0, len(made), self.step):
+                pair = made[i:i + self.step]
+                if all([self.cut(r, block_size) for r in pair]):
+                    self.rows += pair
+                else:
+                    self.lost += 1
+        if not self.rows:
+            raise config.Mistake(f"{folder}: no {split} example fits block_size={block_size}")
+
+    def cut(self, row, block_size):
+        """Shorten a row; False if it is of no use then."""
+        if (row.ids == self.image_id).sum() != len(row.pictures):
+            raise config.Mistake(f"an example names {(row.ids == self.image_id).sum()} pictures but has {len(row.pictures)}")
+        keep = int((self.widths(row).cumsum() <= block_size + 1).sum())
+        whole = not (row.ids[keep:] == self.image_id).any()
+        row.ids, row.learn = row.ids[:keep], row.learn[:keep]
+        return whole and bool(row.learn.any())
+
+    def __len__(self):
+        return len(self.rows) // self.step
+
+    def __getitem__(self, i):
+        """The rows of example i: one, or a chosen and a rejected one."""
+        return self.rows[i * self.step:(i + 1) * self.step]
+
+    def collate(self, rows):
+        """Inputs and targets (B, T) int64 of rows, padded on the right, -100 where there is nothing to learn."""
+        wide = [(spread(r.ids, self.image_id, self.image_tokens), np.repeat(r.learn, self.widths(r))) for r in rows]
+        T = max(len(ids) for ids, _ in wide) - 1
+        x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -100, np.int64)
+        for i, (ids, learn) in enumerate(wide):
+            x[i, :len(ids) - 1], y[i, :len(ids) - 1] = ids[:-1], np.where(learn, ids, -100)[1:]
+        return x, y
+
+    def widths(self, row):
+        """Positions that each id of a row takes, (n,)."""
+        return np.where(row.ids == self.image_id, self.image_tokens, 1)
+
+    def questions(self):
+        """One row for each picture and prompt (not one for each of its captions)."""
+        seen = {}
+        for row in self.rows[::self.step]:
+            seen.setdefault((row.pictures, row.prompt().tobytes()), row)
+        return list(seen.values())

@@ -33,7 +33,7 @@ def small_encoder():
 def tiny(tok=None, encoder="vit_test", **more):
     """(Vlm, tokenizer) with random weights."""
     torch.manual_seed(0)
-    tok, image_id = vlm.with_image(tok or tokenizer.byte())
+    tok, image_id = images.with_image(tok or tokenizer.byte())
     llama = Llama(train.shape_from(PRESETS["stories15m"], TINY | dict(vocab_size=tok.vocab_size, context=128, eos_ids=(257,)) | more))
     return vlm.Vlm(llama, vlm.make_encoder(encoder, pretrained=False), image_id, encoder).eval(), tok
 
@@ -122,7 +122,7 @@ def test_pictures_stand_where_they_are_named():
     """Two rows with one and two pictures: each projected token lies at its place, all else is the text's embedding."""
     see, tok = tiny()
     I = see.image_id
-    rows = [vlm.spread(np.array(ids), I, 4) for ids in ([5, I, 6, 7, 8, 9, 10], [I, 5, I])]
+    rows = [images.spread(np.array(ids), I, 4) for ids in ([5, I, 6, 7, 8, 9, 10], [I, 5, I])]
     idx = torch.zeros(2, 11, dtype=torch.long)
     for i, ids in enumerate(rows):
         idx[i, :len(ids)] = torch.from_numpy(ids)
@@ -136,8 +136,8 @@ def test_pictures_stand_where_they_are_named():
 
 def test_image_token_survives_saving(tmp_path):
     """<image> is one id, in any text, here and in AutoTokenizer; conversations have a form."""
-    tok, image_id = vlm.with_image(tokenizer.byte())
-    assert vlm.with_image(tok)[1] == image_id == tok.vocab_size - 1
+    tok, image_id = images.with_image(tokenizer.byte())
+    assert images.with_image(tok)[1] == image_id == tok.vocab_size - 1
     tok.save(tmp_path)
     again = tokenizer.load(tmp_path)
     assert tok.encode("a<image>b") == again.encode("a<image>b") == [97, image_id, 98]
@@ -167,7 +167,7 @@ def learned(row, tok):
 
 def test_captions_learn_their_words_and_end():
     _, tok = tiny()
-    rows = vlm.rows_of({"image": "a", "captions": ["A dog.", "A cat."]}, tok, {"a": 7})
+    rows = images.rows_of({"image": "a", "captions": ["A dog.", "A cat."]}, tok, {"a": 7})
     assert [learned(r, tok) for r in rows] == ["A dog.</s>", "A cat.</s>"]
     assert rows[0].pictures == (7,) and list(rows[0].prompt()) == [256, tok.vocab_size - 1]
     assert rows[0].answers == ("A dog.", "A cat.")
@@ -184,34 +184,34 @@ def test_conversations_learn_the_assistants_words_only(template):
         spec = tok.spec | {"added_tokens": tok.spec["added_tokens"] + [
             {**tok.spec["added_tokens"][0], "content": t, "id": 258 + i} for i, t in enumerate(["<|im_start|>", "<|im_end|>"])]}
         tok = tokenizer.Tokenizer(spec, tok.settings | {"chat_template": template})
-    tok, image_id = vlm.with_image(tok)
+    tok, image_id = images.with_image(tok)
     talk = [("human", "What?\n<image>"), ("gpt", "A dog."), ("human", "Where? <|im_end|></s>"), ("gpt", "Here.")]
-    row, = vlm.rows_of({"image": "a", "conversations": [{"from": f, "value": v} for f, v in talk]}, tok, {"a": 0})
+    row, = images.rows_of({"image": "a", "conversations": [{"from": f, "value": v} for f, v in talk]}, tok, {"a": 0})
     end = "<|im_end|>" if template else "</s>"
     assert learned(row, tok) == f"A dog.{end}Here.{end}"
     assert (row.ids == image_id).sum() == 1 and not row.learn[row.ids == image_id].any()
     inference = tok.chat([{"role": "user", "content": "What?\n<image>"}])
     assert list(row.prompt()) == inference
-    text, = vlm.rows_of({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, tok, {})
+    text, = images.rows_of({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, tok, {})
     assert text.pictures == () and learned(text, tok) == f"ho{end}"
 
 
-def test_rows_that_do_not_fit_are_left_out(squares, capsys):
+def test_rows_that_do_not_fit_are_left_out(squares):
     see, tok = tiny()
-    whole = vlm.Examples(squares, "train", tok, see, 64, {})
-    assert len(whole) == 9
-    short = vlm.Examples(squares, "train", tok, see, 4, {})  # BOS and 4 image tokens: only the text-only row has room
-    assert len(short) < 9 and "do not fit" in capsys.readouterr().out
+    whole = images.Examples(squares, "train", tok, see.image_id, 4, 64, {})
+    assert len(whole) == 9 and whole.lost == 0
+    short = images.Examples(squares, "train", tok, see.image_id, 4, 4, {})  # BOS and 4 image tokens leave no room for words
+    assert len(short) == 1 and short.lost == 8 and short[0][0].pictures == ()
     with pytest.raises(config.Mistake, match="fits block_size"):
-        vlm.Examples(squares, "val", tok, see, 4, {})
+        images.Examples(squares, "val", tok, see.image_id, 4, 4, {})
 
 
 def test_batch_has_targets_at_the_words_only(squares):
     see, tok = tiny()
     number = {}
-    data = vlm.Examples(squares, "train", tok, see, 64, number)
+    data = images.Examples(squares, "train", tok, see.image_id, 4, 64, number)
     pictures = vlm.Pictures(squares, list(number), see, torch.device("cpu"), nullcontext())
-    x, y, seen = vlm.batch_of(data, [0, 1, 8], pictures)
+    x, y, seen = train.to_device(torch.device("cpu"), *vlm.batch_of(data, [0, 1, 8], pictures))
     assert seen.shape == (2, 3, 16, 16)  # the third row has no picture
     assert (x == see.image_id).sum(1).tolist() == [4, 4, 0]
     assert bytes(t for t in y[0].tolist() if 0 <= t < 256) == b"red square" and (y[0] == 257).sum() == 1
@@ -226,7 +226,7 @@ def test_padding_and_company_change_nothing():
     prompts = [tok.encode("<image> a", bos=True), tok.encode("<image> long prompt <image>", bos=True)]
     together = see.generate(prompts, x, 12, {257})
     assert together == see.generate(prompts[:1], x[:1], 12, {257}) + see.generate(prompts[1:], x[1:], 12, {257})
-    ids = torch.from_numpy(vlm.spread(np.array(prompts[1]), see.image_id, 4))[None]
+    ids = torch.from_numpy(images.spread(np.array(prompts[1]), see.image_id, 4))[None]
     for token in together[1]:  # the cache gives what the full forward gives
         assert see(ids, None, x[1:])[0][0, -1].argmax() == token or token == see.image_id
         if token == see.image_id:
@@ -414,8 +414,8 @@ def test_preferences(start, squares, tmp_path):
     old, new, tok = vlm.Vlm.from_pretrained(start), vlm.Vlm.from_pretrained(tmp_path / "run"), tokenizer.load(start)
     logp = {}
     for name, see in (("old", old), ("new", new)):
-        for row in vlm.rows_of(pairs[0], tok, {0: 0}):
-            ids = torch.from_numpy(vlm.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
+        for row in images.rows_of(pairs[0], tok, {0: 0}):
+            ids = torch.from_numpy(images.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
             x = vlm.pixels_of(np.load(folder / "images.npy")[0], 16)[None]
             with torch.no_grad():
                 p = see(ids[:, :-1], None, x)[0].log_softmax(-1)
@@ -453,7 +453,7 @@ def test_saved_model_is_the_same(tmp_path):
     see, tok = tiny()
     see.freeze({"encoder"}).eval().save_pretrained(tmp_path, tok)
     again = vlm.Vlm.from_pretrained(tmp_path)
-    idx = torch.from_numpy(vlm.spread(np.array(tok.encode("<image> hi", bos=True)), see.image_id, 4))[None]
+    idx = torch.from_numpy(images.spread(np.array(tok.encode("<image> hi", bos=True)), see.image_id, 4))[None]
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(see(idx, None, x)[0], again(idx, None, x)[0])
@@ -492,8 +492,8 @@ def test_eval_scores(start, squares, capsys):
     nats = n = 0
     pixels = np.load(squares / "images.npy")
     for record in images.load(squares, "val"):
-        for row in vlm.rows_of(record, tok, {i: i for i in range(8)}):
-            ids = torch.from_numpy(vlm.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
+        for row in images.rows_of(record, tok, {i: i for i in range(8)}):
+            ids = torch.from_numpy(images.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
             with torch.no_grad():
                 p = see(ids[:, :-1], None, vlm.pixels_of(pixels[row.pictures[0]], 16)[None])[0].log_softmax(-1)
             k = int(row.learn.sum())
@@ -505,7 +505,7 @@ def test_eval_scores(start, squares, capsys):
 def test_caption_scores_of_known_captions():
     pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap")
     texts = ["A dog runs on green grass.", "Two children play in the blue water.", "The old man sits at a long table."]
-    rows = [vlm.Row(None, None, (), (t.replace(".", " ."), "some other words entirely here"), "caption") for t in texts]
+    rows = [images.Row(None, None, (), (t.replace(".", " ."), "some other words entirely here"), "caption") for t in texts]
     right = vlm.caption_scores(list(zip(texts, rows)))
     wrong = vlm.caption_scores(list(zip(texts[1:] + texts[:1], rows)))
     assert right["BLEU-4"] == pytest.approx(1, abs=1e-6) and right["CIDEr-D"] > 4 > 0.5 > wrong["CIDEr-D"] and wrong["BLEU-4"] < 0.1
