@@ -13,7 +13,7 @@ learned all there is to learn comes close to the floor; a loss below it proves a
 
 How the grammar is written (WORDS and PLOTS below):
     {name}        a slot: drawn where it is first met, repeated wherever it is met again
-    {name.fact}   what WORDS says about the word in that slot: {place.animal} of pond is duck, frog, ...
+    {name.fact}   what WORDS says about the word in that slot: {object.fun} of kite is "fly it in the wind"
     [a | b | c]   one of them, all equally likely; alternatives may hold slots and brackets
 Every line of a rule is told in order; a line that starts with | is another way to say the line above.
 Sentences are written in lower case, and with "a" for both articles: `finish` puts that right.

@@ -1,0 +1,201 @@
+"""Built-in pictures: scenes of colored shapes, with captions, and questions whose answers are exact.
+
+    python prepare/shapes.py                    # writes data/shapes: no download, half a minute
+    python prepare/shapes.py --images=50000     # more of them
+
+A scene holds one or two objects, each with a color, a shape, a size and one of nine positions. Every seventh
+combination of these four is held out (see `held_out`): validation scenes are made of such objects only,
+training scenes of the others only. So a model that answers about validation has understood how the four
+go together; it cannot have seen the object. Where, how large, how turned and on what background an object
+is drawn varies a little, as do the colors themselves.
+
+`meta.json` has the chance level: how often the best guess without looking is right, for each kind of question.
+The pictures are rows of one images.npy (N, 64, 64, 3), read through a memory map: no files to open and nothing
+to decode, which loads fastest, at 12 kB each.
+"""
+import json
+import math
+import os
+import random
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+import config  # noqa: E402
+
+COLORS = {"red": (215, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 55), "green": (45, 160, 70),
+          "blue": (45, 85, 215), "purple": (135, 50, 170), "black": (20, 20, 20), "white": (248, 248, 248)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+SIZES = {"small": (5.0, 5.6), "large": (8.0, 9.0)}  # range of radii, in pixels of SIDE
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+SIDE = 64  # pixels, also of what a small ViT with patches of 8 cuts into 64
+SHARP = 4  # drawn so many times larger, then reduced: smooth edges
+
+
+def held_out(color, shape, size, place):
+    """Is this combination (of names) kept from training? One in seven is: where the four indices add up to 7 n."""
+    return (list(COLORS).index(color) + SHAPES.index(shape) + list(SIZES).index(size) + PLACES.index(place)) % 7 == 0
+
+
+OBJECTS = [(c, s, z, p) for c in COLORS for s in SHAPES for z in SIZES for p in PLACES]
+SEEN, UNSEEN = [o for o in OBJECTS if not held_out(*o)], [o for o in OBJECTS if held_out(*o)]
+
+
+def outline(shape):
+    """Corners of a shape around (0, 0) within the unit circle, y down; None for the circle itself."""
+    def around(angle, radius=1.0):
+        return radius * math.sin(math.radians(angle)), -radius * math.cos(math.radians(angle))
+    if shape == "square":
+        return [around(a) for a in (45, 135, 225, 315)]
+    if shape == "triangle":
+        return [around(a) for a in (0, 120, 240)]
+    if shape == "star":
+        return [around(36 * i, (1.0, 0.45)[i % 2]) for i in range(10)]
+    if shape == "cross":
+        a, b = 0.3, 0.95
+        corner = [(a, -b), (a, -a), (b, -a)]  # of one quarter; the others are this one turned
+        return [p for x, y, v, u in ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
+                for p in ((x * i + y * j, v * i + u * j) for i, j in corner)]
+    if shape == "heart":
+        waves = ((13, 1), (-5, 2), (-2, 3), (-1, 4))
+        return [(math.sin(t) ** 3, -sum(a * math.cos(k * t) for a, k in waves) / 17)
+                for t in (math.pi * i / 20 for i in range(40))]
+
+
+def draw(objects, rng):
+    """A picture (PIL, RGB, SIDE x SIDE) of objects (color, shape, size, place), each in its own place."""
+    from PIL import Image, ImageDraw
+    gray = rng.uniform(110, 165)
+    image = Image.new("RGB", (SIDE * SHARP, SIDE * SHARP), tuple(round(gray + rng.uniform(-12, 12)) for _ in range(3)))
+    pen = ImageDraw.Draw(image)
+    for color, shape, size, place in objects:
+        row, column = divmod(PLACES.index(place), 3)
+        x, y = ((cell + 0.5) * SIDE / 3 + rng.uniform(-1, 1) for cell in (column, row))
+        r, turn = rng.uniform(*SIZES[size]), math.radians(rng.uniform(-12, 12))
+        fill = tuple(max(0, min(255, round(level + rng.uniform(-12, 12)))) for level in COLORS[color])
+        corners = outline(shape)
+        if corners is None:
+            r *= 0.9  # as large to the eye as the others
+            pen.ellipse([SHARP * v for v in (x - r, y - r, x + r, y + r)], fill)
+        else:
+            pen.polygon([(SHARP * (x + r * (u * math.cos(turn) - v * math.sin(turn))),
+                          SHARP * (y + r * (u * math.sin(turn) + v * math.cos(turn)))) for u, v in corners], fill)
+    return image.reduce(SHARP)
+
+
+def describe(objects):
+    """The caption: objects in reading order."""
+    return " and ".join(f"a {size} {color} {shape} at the {place}"
+                        for color, shape, size, place in sorted(objects, key=lambda o: PLACES.index(o[3])))
+
+
+def questions(objects, rng):
+    """One question of each kind that has an answer here, in random order: [(question, answer), ...].
+
+    The kind is the first two words. A question names an object by what no other one shares; yes and no are equally
+    likely. To be asked one at a time: a question can give away the answer to another."""
+    color, shape, size, place = rng.choice(objects)
+    asked = [("How many shapes are there?", ("one", "two")[len(objects) - 1]),
+             (f"What is at the {place}?", f"a {size} {color} {shape}")]
+    if sum(o[1] == shape for o in objects) == 1:
+        asked += [(f"What color is the {shape}?", color), (f"What size is the {shape}?", size),
+                  (f"Where is the {shape}?", f"at the {place}")]
+    if sum(o[0] == color for o in objects) == 1:
+        asked.append((f"Which shape is {color}?", shape))
+    yes, present = rng.random() < 0.5, {o[:2] for o in objects}
+    absent = [(c, s) for c in COLORS for s in SHAPES if (c == color) != (s == shape) and (c, s) not in present]
+    c, s = (color, shape) if yes else rng.choice(absent)  # absent, but with the color or the shape of what is there
+    asked.append((f"Is there a {c} {s}?".replace("a orange", "an orange"), "yes" if yes else "no"))
+    if len({o[1] for o in objects}) == 2:
+        a, b = rng.sample(objects, 2)
+        (y, x), (v, u) = (divmod(PLACES.index(o[3]), 3) for o in (a, b))
+        yes = rng.random() < 0.5
+        relation = rng.choice([name for name, holds in (("left of", x < u), ("right of", x > u), ("above", y < v),
+                                                        ("below", y > v)) if holds == yes])
+        asked.append((f"Is the {a[1]} {relation} the {b[1]}?", "yes" if yes else "no"))
+    rng.shuffle(asked)
+    return asked
+
+
+def scene(rng, held_out=False):
+    """A scene -> (picture, caption, [(question, answer), ...]). rng: random.Random; held_out: made of objects that
+    training never shows, else of objects that validation never shows."""
+    pool = UNSEEN if held_out else SEEN
+    objects = [rng.choice(pool)]
+    if rng.random() < 0.5:
+        objects.append(rng.choice([o for o in pool if o[3] != objects[0][3]]))
+    return draw(objects, rng), describe(objects), questions(objects, rng)
+
+
+@dataclass
+class Settings:
+    images: int = 16000  # training pictures: 200 MB; a small model has not learned them by heart when it generalizes
+    val_images: int = 1000  # validation pictures, of held-out combinations only
+    turns: int = 3  # questions in a picture's conversation, at most
+    seed: int = 1337  # the same seed gives the same files
+    out: str | None = None  # folder to write; None: data/shapes
+
+    def __post_init__(self):
+        if min(self.images, self.val_images, self.turns) < 1:
+            raise ValueError("images, val_images and turns are counts: 1 or more")
+
+
+def kind(question):
+    """The kind of a question: its first two words."""
+    return " ".join(question.split()[:2])
+
+
+def chance(train, val):
+    """{kind: share of val that the best guess without looking gets right}; each is a list of (question, answer).
+
+    The guess for a question is the answer most frequent in training for its text (for its kind if the text is new)."""
+    counts = defaultdict(Counter)
+    for question, answer in train:
+        counts[question][answer] += 1
+        counts[kind(question)][answer] += 1
+    right = defaultdict(list)
+    for question, answer in val:
+        guess = (counts.get(question) or counts[kind(question)]).most_common(1)
+        right[kind(question)].append(bool(guess) and guess[0][0] == answer)
+    return {k: sum(v) / len(v) for k, v in sorted(right.items())} | {"all": sum(map(sum, right.values())) / len(val)}
+
+
+def main():
+    from tqdm import tqdm
+    cfg = config.load(Settings)
+    out = Path(cfg.out) if cfg.out else config.ROOT / "data/shapes"
+    sizes = {"train": cfg.images, "val": cfg.val_images}
+    with config.mistakes(OSError):
+        out.mkdir(parents=True, exist_ok=True)
+        pixels = np.lib.format.open_memmap(out / "images.npy.tmp", "w+", np.uint8, (sum(sizes.values()), SIDE, SIDE, 3))
+    row, asked = 0, {}
+    for split, count in sizes.items():
+        rng, lines, asked[split] = random.Random(f"{cfg.seed} {split}"), [], []
+        for _ in tqdm(range(count), desc=split, unit=" pictures"):
+            image, caption, found = scene(rng, split == "val")
+            pixels[row] = image
+            turns = [{"from": who, "value": text} for pair in found[:cfg.turns]
+                     for who, text in zip(("human", "gpt"), pair)]
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            lines.append(json.dumps({"image": row, "captions": [caption], "conversations": turns}) + "\n")
+            asked[split] += found
+            row += 1
+        (out / f"{split}.jsonl.tmp").write_text("".join(lines), encoding="utf-8")
+    pixels.flush()
+    guess = chance(asked["train"], asked["val"])
+    meta = {"name": out.resolve().name, "images": sizes, "seed": cfg.seed, "chance": guess,
+            "held_out": {"rule": "(color + shape + size + place) % 7 == 0, as indices in these lists",
+                         "color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "place": PLACES}}
+    (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    for name in ("images.npy", "train.jsonl", "val.jsonl", "meta.json"):
+        os.replace(out / f"{name}.tmp", out / name)
+    print(f"{out}: {cfg.images:,} pictures to learn from, {cfg.val_images:,} of held-out combinations")
+    print("right without looking: " + ", ".join(f"{k} {v:.0%}" for k, v in guess.items()))
+
+
+if __name__ == "__main__":
+    config.run(main)

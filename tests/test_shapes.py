@@ -1,0 +1,202 @@
+"""prepare/shapes.py: the pictures show what the captions say, and training never shows what is held out."""
+import hashlib
+import json
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from prepare import images, shapes  # noqa: E402
+
+CAPTION = re.compile(r"a (small|large) (\w+) (\w+) at the (\w+(?: (?:left|right))?)(?: and |$)")
+
+
+def read(caption):
+    """A caption -> its objects (color, shape, size, place)."""
+    found = [(color, shape, size, place) for size, color, shape, place in CAPTION.findall(caption)]
+    assert shapes.describe(found) == caption and all(o in shapes.OBJECTS for o in found)
+    return found
+
+
+def inside(shape, x, y):
+    """Is (x, y), y down, in a shape of radius 1? Written as inequalities, not as the outlines that are drawn."""
+    if shape == "circle":
+        return np.hypot(x, y) < 0.9
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) < 0.707
+    if shape == "triangle":
+        return (y < 0.5) & (y > 3 ** 0.5 * abs(x) - 1)
+    if shape == "cross":
+        return (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 0.95)
+    if shape == "heart":
+        c = np.sqrt(1 - np.minimum(abs(x), 1) ** (2 / 3))  # cos t where sin(t) ** 3 = x: between the arcs of c and -c
+        above, below = (-(19 * k - 2 * k * k - 8 * k ** 3 - 8 * k ** 4 + 4) / 17 for k in (c, -c))
+        return (abs(x) < 1) & (above < y) & (y < below)
+    angle = np.abs((np.degrees(np.arctan2(x, -y)) + 36) % 72 - 36)  # the star: from its nearest point
+    radius, t = np.hypot(x, y), np.radians(angle)
+    # the edge from the point (1 at 0 degrees) to the notch (0.45 at 36 degrees)
+    nx, ny = 0.45 * np.cos(np.pi / 5), 0.45 * np.sin(np.pi / 5)
+    return radius * (np.cos(t) * ny + np.sin(t) * (1 - nx)) < ny
+
+
+def templates():
+    """[(shape, size, mask (21, 21))] over turns, shifts and radii."""
+    grid = (np.arange(21 * 4) + 0.5) / 4 - 10.5
+    made = []
+    for shape in shapes.SHAPES:
+        for size, radii in shapes.SIZES.items():
+            for r in radii:
+                for turn in np.radians((-8, 0, 8)):
+                    for dx in (-0.7, 0, 0.7):
+                        for dy in (-0.7, 0, 0.7):
+                            x, y = np.meshgrid((grid - dx) / r, (grid - dy) / r)
+                            c, s = np.cos(turn), np.sin(turn)
+                            mask = inside(shape, x * c + y * s, y * c - x * s)
+                            made.append((shape, size, mask.reshape(21, 4, 21, 4).mean((1, 3))))
+    return made
+
+
+def decode(pixels, made, flat):
+    """What a picture shows, by comparing each of its nine places with templates -> objects."""
+    pixels = np.asarray(pixels, float)
+    ground = np.median(pixels.reshape(-1, 3), 0)  # most of a picture is background
+    found = []
+    for i, place in enumerate(shapes.PLACES):
+        row, column = divmod(i, 3)
+        top, left = (round((cell + 0.5) * 64 / 3 - 10.5) for cell in (row, column))
+        part = pixels[max(top, 0):top + 21, max(left, 0):left + 21] - ground
+        far = np.linalg.norm(part, axis=2)
+        if (far > 30).sum() < 12:
+            continue
+        level = np.median(part[far > 0.85 * np.quantile(far[far > 30], 0.9)], 0)  # away from the soft edge
+        color = min(shapes.COLORS, key=lambda c: np.linalg.norm(ground + level - shapes.COLORS[c]))
+        cover = np.zeros((21, 21))
+        cover[:part.shape[0], :part.shape[1]] = np.clip(part @ level / (level @ level), 0, 1)
+        shape, size, _ = made[((flat - cover.reshape(-1)) ** 2).sum(1).argmin()]
+        found.append((color, shape, size, place))
+    return found
+
+
+def test_pictures_show_what_captions_say():
+    """A decoder with nothing learned reads the caption off the picture."""
+    made, rng = templates(), random.Random(3)
+    flat = np.stack([mask.reshape(-1) for _, _, mask in made])
+    wrong = []
+    for i in range(400):
+        picture, caption, _ = shapes.scene(rng, held_out=i % 2)
+        assert picture.size == (64, 64) and picture.mode == "RGB"
+        if shapes.describe(decode(picture, made, flat)) != caption:
+            wrong.append(caption)
+    assert not wrong
+
+
+def answer(question, objects):
+    """The answer, worked out from the objects in another way than the questions are made."""
+    words = question.rstrip("?").split()
+
+    def one(key, value):
+        [found] = [o for o in objects if o[key] == value]
+        return found
+    if question == "How many shapes are there?":
+        return {1: "one", 2: "two"}[len(objects)]
+    if question.startswith("What is at the "):
+        color, shape, size, _ = one(3, " ".join(words[4:]))
+        return f"a {size} {color} {shape}"
+    if question.startswith("What color is the "):
+        return one(1, words[-1])[0]
+    if question.startswith("What size is the "):
+        return one(1, words[-1])[2]
+    if question.startswith("Where is the "):
+        return "at the " + one(1, words[-1])[3]
+    if question.startswith("Which shape is "):
+        return one(0, words[-1])[1]
+    if question.startswith("Is there "):
+        return "yes" if any(o[:2] == tuple(words[-2:]) for o in objects) else "no"
+    first, second = (shapes.PLACES.index(one(1, words[i])[3]) for i in (2, -1))
+    return "yes" if {"left": first % 3 < second % 3, "right": first % 3 > second % 3, "above": first // 3 < second // 3,
+                     "below": first // 3 > second // 3}[words[3]] else "no"
+
+
+def test_questions():
+    rng, yes, kinds = random.Random(4), Counter(), Counter()
+    for i in range(4000):
+        _, caption, asked = shapes.scene(rng, held_out=i % 2)
+        objects = read(caption)
+        assert len({shapes.kind(q) for q, _ in asked}) == len(asked) >= 3
+        for question, said in asked:
+            assert answer(question, objects) == said, (caption, question, said)
+            kinds[shapes.kind(question)] += 1
+            yes[shapes.kind(question)] += said == "yes"
+    assert set(kinds) == {"How many", "What is", "What color", "What size", "Where is", "Which shape", "Is there",
+                          "Is the"}
+    for kind in "Is there", "Is the":
+        assert abs(yes[kind] / kinds[kind] - 0.5) < 2 / kinds[kind] ** 0.5
+
+
+def test_held_out_combinations():
+    assert len(shapes.SEEN) + len(shapes.UNSEEN) == len(shapes.OBJECTS) == 8 * 6 * 2 * 9
+    assert not set(shapes.SEEN) & set(shapes.UNSEEN)
+    for i in range(4):  # whatever three of the four are, training shows them together
+        assert {o[:i] + o[i + 1:] for o in shapes.SEEN} == {o[:i] + o[i + 1:] for o in shapes.OBJECTS}
+    for pool in shapes.SEEN, shapes.UNSEEN:
+        for i, names in enumerate((shapes.COLORS, shapes.SHAPES, shapes.SIZES, shapes.PLACES)):
+            counts = Counter(o[i] for o in pool)
+            assert set(counts) == set(names) and max(counts.values()) < 1.5 * min(counts.values())
+    rng, shown = random.Random(5), {False: set(), True: set()}
+    for i in range(6000):
+        held = bool(i % 2)
+        shown[held] |= set(read(shapes.scene(rng, held)[1]))
+    assert shown[False] <= set(shapes.SEEN) and shown[True] == set(shapes.UNSEEN)
+
+
+def run(monkeypatch, out, *args):
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--out", str(out), "--images=400", "--val_images=100", *args])
+    shapes.main()
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
+
+
+def test_script(tmp_path, monkeypatch, capsys):
+    files = run(monkeypatch, tmp_path / "a")
+    assert "without looking" in capsys.readouterr().out
+    assert set(files) == {"images.npy", "train.jsonl", "val.jsonl", "meta.json"}
+    meta = json.loads((tmp_path / "a" / "meta.json").read_text())
+    pixels = np.load(tmp_path / "a" / "images.npy", mmap_mode="r")
+    assert pixels.shape == (500, 64, 64, 3) and pixels.dtype == np.uint8
+    rows = []
+    for split in "train", "val":
+        rng = random.Random(f"1337 {split}")
+        for record in images.load(tmp_path / "a", split):
+            picture, caption, asked = shapes.scene(rng, split == "val")
+            assert record["captions"] == [caption] and np.array_equal(pixels[record["image"]], np.asarray(picture))
+            assert all(shapes.held_out(*o) == (split == "val") for o in read(caption))
+            values = [turn["value"] for turn in record["conversations"]]
+            assert values[0].startswith("<image>\n") and "<image>" not in "".join(values[1:])
+            pairs = list(zip([values[0][8:], *values[2::2]], values[1::2]))
+            assert pairs == asked[:3] and [t["from"] for t in record["conversations"]] == ["human", "gpt"] * len(pairs)
+            rows.append(record["image"])
+    assert rows == list(range(500))
+    chance = meta["chance"]
+    assert chance["all"] < 0.5 and all(0 <= v < 0.75 for v in chance.values())
+    assert run(monkeypatch, tmp_path / "b")["images.npy"] == files["images.npy"]
+    again = run(monkeypatch, tmp_path / "a")
+    assert again == files
+    assert run(monkeypatch, tmp_path / "c", "--seed=2")["images.npy"] != files["images.npy"]
+
+
+def test_chance_is_the_best_guess_without_looking():
+    first, second, new = (f"What color is {word}?" for word in ("a", "b", "c"))
+    train = [(first, "red")] * 3 + [(first, "blue")] + [(second, "blue")] * 4
+    val = [(first, "red"), (first, "blue"), (second, "red"), (new, "blue"), ("How many?", "one")]
+    assert shapes.chance(train, val) == {"How many?": 0.0, "What color": 0.5, "all": 0.4}
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_outlines_fit_their_circle(shape):
+    corners = shapes.outline(shape)
+    assert corners is None or max(x * x + y * y for x, y in corners) < 1.1
