@@ -39,7 +39,8 @@ import torch.nn.functional as F  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from prepare import images, tokenizer  # noqa: E402
-from prepare.images import IMAGE, Examples, caption_prompt, spread, with_image, with_pictures  # noqa: E402
+from prepare.images import (  # noqa: E402
+    IMAGE, Examples, caption_prompt, spread, with_image, with_pictures)
 from train import RANK, WORLD, say  # noqa: E402
 
 STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
@@ -54,11 +55,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colour
 @dataclass
 class VlmConfig(train.TrainConfig):
     """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
-    stage: str = "align"  # what learns: "align" the projector, "instruct" and "prefer" (DPO) the Llama too, "together" all
-    encoder: str | None = None  # "vit_b_16", "efficientnet_lite0", "vit_tiny" (untrained); None: the checkpoint's, else vit_b_16
+    stage: str = "align"  # what learns: "align" the projector; "instruct", "prefer" (DPO) the Llama too; "together" all
+    encoder: str | None = None  # "vit_b_16", "efficientnet_lite0" or "vit_tiny"; None: the checkpoint's, else vit_b_16
     vit_weights: str | None = None  # file of torchvision's weights for the ViT; None: torchvision downloads its own
-    pixel_shuffle: bool | None = None  # join 2 x 2 image tokens into one (196 -> 49): shorter rows; None: the checkpoint's, else no
-    feature_gb: float = 16.0  # disk space for what a frozen encoder saw, so that it sees each picture once; COCO needs 35
+    pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
+    feature_gb: float = 16.0  # disk for what a frozen encoder saw, so that it sees each picture once; COCO needs 35
     beta: float = 0.1  # DPO's strength of the tie to the reference model; its authors'
     dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava
     sample_tokens: int = 128  # longest caption or answer, in tokens
@@ -79,14 +80,14 @@ class VlmConfig(train.TrainConfig):
         if self.ask and len(self.ask) < 2:
             raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
         if self.doc_mask or self.sample_tokens < 1 or self.sample_images < 1 or self.feature_gb < 0:
-            raise ValueError("doc_mask is for plain text; sample_tokens and sample_images are 1 or more, feature_gb 0 or more")
+            raise ValueError("doc_mask is for plain text; sample_tokens and sample_images are at least 1, feature_gb 0")
 
 
 # -- encoders: pictures (N, 3, S, S) -> image tokens (N, P, W) ---------------------------------------------------
 
 def torchvision_models():
-    """torchvision.models. Where torchvision was built for another torch (say for CUDA, beside a CPU build), its
-    compiled operators are missing and its import fails at the first of them; no ViT needs them, so they are declared."""
+    """torchvision.models. Where torchvision was built for another torch (for CUDA, beside a CPU build), its compiled
+    operators are missing and its import fails at the first of them; no ViT needs them, so they are declared."""
     try:
         import torchvision.models
     except ImportError:
@@ -112,7 +113,8 @@ class Vit(nn.Module):
         token = vit.class_token.detach()
         del vit.class_token, vit.heads
         vit.register_buffer("class_token", token)
-        self.vit, self.size, self.width, self.grid = vit, vit.image_size, vit.hidden_dim, vit.image_size // vit.patch_size
+        self.vit, self.size, self.width = vit, vit.image_size, vit.hidden_dim
+        self.grid = vit.image_size // vit.patch_size
 
     def load(self, name, path=None):
         """Read the weights of a torchvision checkpoint: a file (.pth, .safetensors), or torchvision's download."""
@@ -123,7 +125,8 @@ class Vit(nn.Module):
         else:
             from safetensors.torch import load_file
             with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
-                state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+                safe = str(path).endswith(".safetensors")
+                state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
         with config.mistakes(RuntimeError, AttributeError, TypeError, prefix=f"not the weights of {name}: "):
             self.vit.load_state_dict({k: v for k, v in state.items() if not k.startswith("heads.")})
         return self
@@ -187,11 +190,12 @@ class Vlm(nn.Module):
         self.llama, self.encoder, self.image_id, self.beta = llama, encoder, image_id, beta
         self.encoder_name, self.pixel_shuffle = encoder_name, pixel_shuffle
         if pixel_shuffle and encoder.grid % 2:
-            raise config.Mistake(f"pixel_shuffle joins 2 x 2 tokens, but {encoder_name} gives {encoder.grid} x {encoder.grid}")
+            raise config.Mistake(f"pixel_shuffle joins 2 x 2 tokens, which the {encoder.grid} x {encoder.grid} of "
+                                 f"{encoder_name} do not allow")
         joined, dim = 4 if pixel_shuffle else 1, llama.config.dim
         self.image_tokens = encoder.grid ** 2 // joined
         self.projector = nn.Sequential(nn.Linear(encoder.width * joined, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        nn.init.normal_(self.projector[2].weight, std=0.02 / (4 * dim) ** 0.5)  # image tokens start small, as embeddings do
+        nn.init.normal_(self.projector[2].weight, std=0.02 / (4 * dim) ** 0.5)  # start small, as embeddings do
         self.frozen, self.encoder_learned = (), False  # what does not learn now; whether the encoder ever did
 
     config = property(lambda self: self.llama.config)  # these four are what train.fit asks of a model
@@ -248,7 +252,7 @@ class Vlm(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, pictures, max_new_tokens, stop_ids):
-        """Greedy continuations of prompts (lists of ids with one image_id for each picture), lists of ids without the end."""
+        """Greedy continuations, as lists of ids without the end, of prompts: ids with one image_id for each picture."""
         prompts = [spread(np.asarray(p), self.image_id, self.image_tokens) for p in prompts]
         T, device = max(map(len, prompts)), self.llama.lm_head.weight.device
         idx, mask = (torch.zeros(len(prompts), T, dtype=torch.long) for _ in range(2))
@@ -286,7 +290,8 @@ class Vlm(nn.Module):
         directory = Path(directory)
         facts = model._read_json(directory / "vlm.json")
         try:
-            name, learned, image_id, joined = (facts[k] for k in ("encoder", "encoder_learned", "image_id", "pixel_shuffle"))
+            keys = ("encoder", "encoder_learned", "image_id", "pixel_shuffle")
+            name, learned, image_id, joined = (facts[k] for k in keys)
         except KeyError as e:
             raise ValueError(f"{directory / 'vlm.json'} has no {e}") from None
         llama = model.Llama.from_pretrained(directory, dtype=dtype, **overrides)
@@ -301,7 +306,7 @@ class Vlm(nn.Module):
 
 
 def grow(llama, vocab_size):
-    """Give a Llama embeddings for at least vocab_size tokens (up to a multiple of 64); new ones are the mean of the old."""
+    """Give a Llama embeddings for vocab_size tokens (up to a multiple of 64); the new ones are the mean of the old."""
     old = llama.config.vocab_size
     if old >= vocab_size:
         return llama
@@ -316,16 +321,16 @@ def grow(llama, vocab_size):
     return llama
 
 
-# -- examples ----------------------------------------------------------------------------------------------------
+# -- what the model sees -----------------------------------------------------------------------------------------
 
 class Pictures:
     """What the model sees of pictures, by number: pixels, or the kept features of an encoder that does not learn."""
 
     def __init__(self, folder, names, vlm, device, autocast, limit=0.0):
-        self.folder, self.names, self.encoder, self.device, self.autocast = Path(folder), names, vlm.encoder, device, autocast
+        self.folder, self.names, self.encoder = Path(folder), names, vlm.encoder
+        self.device, self.autocast, self.kept = device, autocast, None
         stored = self.folder / "images.npy"
         self.array = np.load(stored, mmap_mode="r") if stored.is_file() else None
-        self.kept, self.ready = (), None
         if "encoder" in vlm.frozen and names:
             self.keep(limit)
 
@@ -335,8 +340,9 @@ class Pictures:
         return np.asarray(self.array[name]) if isinstance(name, int) else images.read(self.folder / name)
 
     def pixels(self, which):
+        """(n, 3, S, S) of the pictures numbered `which`."""
         size = self.encoder.size
-        return torch.stack([pixels_of(self.look(i), size) for i in which]) if len(which) else torch.zeros(0, 3, size, size)
+        return torch.stack([pixels_of(self.look(i), size) for i in which] or [torch.empty(3, size, size)])[:len(which)]
 
     def encode(self, which):
         """Features (n, P, W) of the pictures numbered `which`, on the CPU."""
@@ -345,7 +351,7 @@ class Pictures:
 
     def __call__(self, which):
         """(n, P, W) features where the encoder is frozen, else (n, 3, S, S) pixels."""
-        if self.ready is None:
+        if self.kept is None:
             return self.pixels(which)
         x, which = torch.zeros(len(which), self.encoder.grid ** 2, self.encoder.width), np.array(which, int)
         kept = which < len(self.kept)
@@ -354,57 +360,63 @@ class Pictures:
             x[~kept] = self.encode(which[~kept])
         return x
 
+    def fingerprint(self, names):
+        """Stands for the encoder's weights and these pictures."""
+        digest = hashlib.sha256(json.dumps(names).encode())
+        for name in names:
+            stat = (self.folder / ("images.npy" if isinstance(name, int) else name)).stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        for t in self.encoder.state_dict().values():
+            digest.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
     def keep(self, limit):
         """Have the frozen encoder see every picture once, as float16 in files that later runs find again."""
         from tqdm import tqdm
         shape = self.encoder.grid ** 2, self.encoder.width
         count = min(len(self.names), int(limit * 2**30 / (2 * shape[0] * shape[1])))
-        digest = hashlib.sha256(json.dumps(self.names[:count]).encode())
-        for name in self.names[:count]:
-            stat = (self.folder / "images.npy" if isinstance(name, int) else self.folder / name).stat()
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-        for t in self.encoder.state_dict().values():
-            digest.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy() if t.dim() else str(t.item()).encode())
-        place = self.folder / "features" / digest.hexdigest()[:16]
-        files = [(place.with_suffix(".npy"), (count, *shape), np.float16), (place.with_suffix(".ready.npy"), (count,), np.bool_)]
-        say(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}: {count * shape[0] * shape[1] * 2 / 2**30:.2f} GiB "
-            f"in {place.parent} (feature_gb={limit:g})" + ("; the others are encoded at each use" if count < len(self.names) else ""))
+        place = self.folder / "features"
+        say(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}, "
+            f"{count * shape[0] * shape[1] * 2 / 2**30:.2f} of at most {limit:g} GiB (feature_gb) in {place}"
+            + "; the others are encoded at each use" * (count < len(self.names)))
         if not count:
-            self.kept, self.ready = np.empty((0, *shape)), np.empty(0, bool)
+            self.kept = np.empty((0, *shape))
             return
+        name = self.fingerprint(self.names[:count])
         with config.mistakes(OSError):
-            place.parent.mkdir(exist_ok=True)
-            for path, size, dtype in files:
+            place.mkdir(exist_ok=True)
+            found = []
+            for path, size, dtype in ((place / f"{name}.npy", (count, *shape), np.float16),
+                                      (place / f"{name}.ready.npy", (count,), np.uint8)):
                 if RANK == 0 and not path.exists():
                     np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
                     path.with_suffix(".tmp").rename(path)
-            barrier()
-            self.kept, self.ready = (np.lib.format.open_memmap(path, "r+") for path, *_ in files)
-        missing = np.flatnonzero(~self.ready)[RANK::WORLD]
-        for i in tqdm(range(0, len(missing), 32), desc="encoding", unit_scale=32, unit=" pictures", leave=False,
-                      disable=RANK > 0 or not len(missing)):
+                barrier()
+                found.append(np.lib.format.open_memmap(path, "r+"))
+        self.kept, ready = found
+        missing = np.flatnonzero(ready == 0)[RANK::WORLD]
+        bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
+        for i in range(0, len(missing), 32):
             chunk = missing[i:i + 32]
             self.kept[chunk] = self.encode(chunk).numpy()
-            if i % 1024 == 0:
-                self.kept.flush()
-            self.ready[chunk] = True
-        self.kept.flush()
+            ready[chunk] = 1
+            bar.update(len(chunk))
+        bar.close()
         barrier()
 
 
 def barrier():
+    """Wait for the other processes."""
     if WORLD > 1:
         dist.barrier()
 
 
-# -- training ----------------------------------------------------------------------------------------------------
-
 def draw(path, pictures, texts):
     """A grid of pictures (PIL or arrays) with their texts, as a PNG."""
     from matplotlib.figure import Figure
-    columns = min(4, len(texts))
-    figure = Figure(figsize=(3 * columns, 3.6 * -(-len(texts) // columns)), dpi=80, layout="constrained")
-    for axes, picture, text in zip(figure.subplots(-(-len(texts) // columns), columns, squeeze=False).flat, pictures, texts):
+    rows, columns = -(-len(texts) // 4), min(4, len(texts))
+    figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
+    for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
         axes.imshow(picture)
         axes.set_title(text.replace("$", r"\$"), fontsize=9, wrap=True)
     for axes in figure.axes:
@@ -414,74 +426,95 @@ def draw(path, pictures, texts):
     tmp.replace(path)
 
 
+# -- a model at work ---------------------------------------------------------------------------------------------
+
+class Runner:
+    """A Vlm on its device, with its tokenizer and settings, and the pictures of a data set."""
+
+    def __init__(self, cfg, vlm, tok, device):
+        self.cfg, self.vlm, self.tok, self.device = cfg, vlm.to(device), tok, device
+        self.dtype, self.why = train.pick_dtype(cfg.dtype, device)
+        self.autocast = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+    def read(self, folder, *splits):
+        """The examples of these splits of a data set; from now on the runner sees its pictures."""
+        number, vlm = {}, self.vlm
+        size = min(self.cfg.block_size, vlm.config.context)
+        found = [Examples(folder, s, self.tok, vlm.image_id, vlm.image_tokens, size, number) for s in splits]
+        if lost := sum(data.lost for data in found):
+            say(f"{lost:,} examples do not fit block_size={size} and were left out")
+        self.pictures = Pictures(folder, list(number), vlm, self.device, self.autocast, self.cfg.feature_gb)
+        return found
+
+    def batch(self, data, which, reference=None):
+        """The arguments of Vlm.forward for the examples numbered `which`."""
+        rows = [data[i][k] for k in range(data.step) for i in which]  # all chosen, then all rejected
+        seen = self.pictures([p for r in rows for p in r.pictures])
+        return *data.collate(rows), seen, *(() if reference is None else (reference[:, which],))
+
+    @torch.no_grad()
+    def evaluate(self, model, data, reference=None, limit=0):
+        """{"val_loss": mean over learned tokens (of pairs for DPO), ...} on the same examples each time, until `limit`
+        tokens (0: on all); every process takes a share."""
+        was, which, totals = model.training, order(0, 0, len(data)), np.zeros(4)
+        if limit:
+            learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data[i]) for i in which])
+            which = which[:int(np.searchsorted(learned, limit)) + 1]
+        mine = which[RANK::WORLD]
+        model.eval()
+        for i in range(0, len(mine), self.cfg.batch_size):
+            batch = self.batch(data, mine[i:i + self.cfg.batch_size], reference)
+            with self.autocast:
+                out, loss = model(*train.to_device(self.device, *batch))
+            n = (batch[1] != -100).sum() if reference is None else len(out)
+            totals += n, loss.item() * n, *((0, 0) if reference is None else (out.sum().item(), (out > 0).sum().item()))
+        model.train(was)
+        count, loss, margin, right = train.total(*totals.tolist())
+        found = {"val_loss": loss / count}
+        return found if reference is None else found | {"margin": margin / count, "accuracy": right / count}
+
+    @torch.no_grad()
+    def reference(self, data):
+        """Log-probabilities (2, examples) of chosen and rejected answers under the model as it is now."""
+        from tqdm import tqdm
+        found, mine, size = torch.zeros(2, len(data)), np.arange(len(data))[RANK::WORLD], self.cfg.batch_size
+        self.vlm.eval()
+        for i in tqdm(range(0, len(mine), size), desc="reference", unit=" batches", leave=False, disable=RANK > 0):
+            x, y, seen = train.to_device(self.device, *self.batch(data, mine[i:i + size]))
+            with self.autocast:
+                found[:, mine[i:i + size]] = self.vlm.log_probs(self.vlm(x, None, seen)[0], y).view(2, -1).float().cpu()
+        self.vlm.train()
+        if WORLD > 1:
+            dist.all_reduce(found)
+        return found
+
+    def answers(self, rows, progress=False):
+        """The model's text for each row's prompt."""
+        from tqdm import tqdm
+        texts, size = [], self.cfg.batch_size
+        for i in tqdm(range(0, len(rows), size), desc="answering", unit=" batches", leave=False, disable=not progress):
+            batch = rows[i:i + size]
+            texts += self.texts([r.prompt() for r in batch], self.pictures([p for r in batch for p in r.pictures]))
+        return texts
+
+    def texts(self, prompts, seen):
+        """The model's text after each prompt."""
+        with self.autocast:
+            new = self.vlm.generate(prompts, seen, self.cfg.sample_tokens, self.tok.stop_ids)
+        return [self.tok.decode(ids).strip() for ids in new]
+
+
 def normal(text):
     """A text as it is compared: lower case, without punctuation, single spaces."""
     return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
-
-
-@torch.no_grad()
-def evaluate(vlm, data, pictures, cfg, device, autocast, reference=None):
-    """{"val_loss": mean over learned tokens (of pairs for DPO), ...} on the same rows each time, shared by all processes."""
-    was, which = vlm.training, order(0, 0, len(data))
-    if cfg.eval_tokens:
-        learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data[i]) for i in which])
-        which = which[:int(np.searchsorted(learned, cfg.eval_tokens)) + 1]
-    mine, loss, count, margins, right = which[RANK::WORLD], 0.0, 0, 0.0, 0
-    vlm.eval()
-    for i in range(0, len(mine), cfg.batch_size):
-        batch = batch_of(data, mine[i:i + cfg.batch_size], pictures, reference)
-        with autocast:
-            out, value = vlm(*train.to_device(device, *batch))
-        n = int((batch[1] != -100).sum()) if reference is None else len(out)
-        if reference is not None:
-            margins, right = margins + out.sum().item(), right + (out > 0).sum().item()
-        loss, count = loss + value.item() * n, count + n
-    vlm.train(was)
-    loss, count, margins, right = train.total(loss, count, margins, right)
-    return {"val_loss": loss / count} | ({"margin": margins / count, "accuracy": right / count} if reference is not None else {})
-
-
-def batch_of(data, which, pictures, reference=None):
-    """The arguments of Vlm.forward for the examples numbered `which`."""
-    examples = [data[i] for i in which]
-    rows = [e[k] for k in range(data.step) for e in examples]  # all chosen, then all rejected
-    seen = pictures([p for r in rows for p in r.pictures])
-    return *data.collate(rows), seen, *(() if reference is None else (reference[:, which],))
-
-
-@torch.no_grad()
-def reference_of(vlm, data, pictures, cfg, device, autocast):
-    """Log-probabilities (2, examples) of chosen and rejected answers under the model as it is now."""
-    from tqdm import tqdm
-    found, mine = torch.zeros(2, len(data)), np.arange(len(data))[RANK::WORLD]
-    vlm.eval()
-    for i in tqdm(range(0, len(mine), cfg.batch_size), desc="reference", unit=" batches", leave=False, disable=RANK > 0):
-        which = mine[i:i + cfg.batch_size]
-        x, y, seen = train.to_device(device, *batch_of(data, which, pictures))
-        with autocast:
-            found[:, which] = vlm.log_probs(vlm(x, None, seen)[0], y).view(2, -1).float().cpu()
-    vlm.train()
-    if WORLD > 1:
-        dist.all_reduce(found)
-    return found
-
-
-def answers_to(vlm, tok, rows, pictures, cfg, autocast, progress=False):
-    """The model's text for each row's prompt."""
-    from tqdm import tqdm
-    texts = []
-    for i in tqdm(range(0, len(rows), cfg.batch_size), desc="answering", unit=" batches", leave=False, disable=not progress):
-        batch = rows[i:i + cfg.batch_size]
-        with autocast:
-            new = vlm.generate([r.prompt() for r in batch], pictures([p for r in batch for p in r.pictures]), cfg.sample_tokens, tok.stop_ids)
-        texts += [tok.decode(ids).strip() for ids in new]
-    return texts
 
 
 def agree(texts, rows):
     """Share of texts that are one of their row's answers."""
     return sum(normal(t) in {normal(a) for a in r.answers} for t, r in zip(texts, rows)) / max(1, len(rows))
 
+
+# -- training ----------------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=2)
 def order(seed, epoch, length):
@@ -490,6 +523,7 @@ def order(seed, epoch, length):
 
 
 def folder_of(cfg):
+    """The data set's folder."""
     return Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
 
 
@@ -515,17 +549,18 @@ def build(cfg, shape, folder, out):
                 if getattr(cfg, key) not in (None, have):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
         else:
-            tok, image_id = with_image(tokenizer.load(source) if source else new_tokenizer(folder, shape.get("vocab_size", 512)))
+            vocab_size, name = shape.get("vocab_size", 512), cfg.encoder or "vit_b_16"
+            tok, image_id = with_image(tokenizer.load(source) if source else new_tokenizer(folder, vocab_size))
             if source:
                 llama = grow(model.Llama.from_pretrained(source, dtype=torch.float32, **kept), tok.vocab_size)
+            elif cfg.model in model.PRESETS:
+                given = {"vocab_size": tok.vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id,
+                         "eos_ids": tuple(sorted(tok.stop_ids))} | shape
+                llama = model.Llama(train.shape_from(model.PRESETS[cfg.model], given))
             else:
-                base = model.PRESETS.get(cfg.model)
-                if base is None:
-                    raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(model.PRESETS)}")
-                llama = model.Llama(train.shape_from(base, {"vocab_size": tok.vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id,
-                                                            "eos_ids": tuple(sorted(tok.stop_ids))} | shape))
-            name = cfg.encoder or "vit_b_16"
-            vlm = Vlm(llama, make_encoder(name, cfg.vit_weights, cfg.stage != "together"), image_id, name, bool(cfg.pixel_shuffle), cfg.beta)
+                raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(model.PRESETS)}")
+            encoder = make_encoder(name, cfg.vit_weights, cfg.stage != "together")
+            vlm = Vlm(llama, encoder, image_id, name, bool(cfg.pixel_shuffle), cfg.beta)
     for key, value in shape.items():
         if getattr(vlm.config, key) != value:
             raise config.Mistake(f"the checkpoint has {key}={getattr(vlm.config, key)}, not {value}; leave the key out")
@@ -537,62 +572,55 @@ def build(cfg, shape, folder, out):
 def fit(cfg, shape):
     """Train one stage as `cfg` says."""
     if cfg.gradient_accumulation_steps % WORLD:
-        raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the {WORLD} processes")
-    device = train.pick_device(cfg.device)
-    dtype, why = train.pick_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    folder = folder_of(cfg)
+        raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
+                             f"{WORLD} processes, which share them")
+    device, folder = train.pick_device(cfg.device), folder_of(cfg)
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / f"vlm_{folder.name}"
     if device.type == "cpu":
         train.keep_freed_memory()
-    images.load(folder, "train"), images.load(folder, "val")  # a missing data set says so before anything is downloaded
+    records = [r for split in ("train", "val") for r in images.load(folder, split)]  # before anything is downloaded
+    if {"chosen" in r for r in records} != {cfg.stage == "prefer"}:
+        raise config.Mistake(f"stage {cfg.stage!r} takes " + ("pairs of chosen and rejected answers and nothing else"
+                             if cfg.stage == "prefer" else "captions and conversations, not pairs of answers"))
     vlm, tok = build(cfg, shape, folder, out)
-    vlm.freeze(STAGES[cfg.stage]).to(device)
-    vlm.llama.model.checkpointing = cfg.checkpointing
+    vlm.freeze(STAGES[cfg.stage]).llama.model.checkpointing = cfg.checkpointing
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    number = {}
-    data, val = (Examples(folder, split, tok, vlm.image_id, vlm.image_tokens, cfg.block_size, number) for split in ("train", "val"))
-    if lost := data.lost + val.lost:
-        say(f"{lost:,} examples do not fit block_size={cfg.block_size} and were left out")
-    if {data.step, val.step} != {2 if cfg.stage == "prefer" else 1}:
-        raise config.Mistake(f"stage {cfg.stage!r} needs " + ("pairs of answers, chosen and rejected" if cfg.stage == "prefer" else
-                                                              "captions or conversations, not pairs of answers"))
-    accumulate = cfg.gradient_accumulation_steps // WORLD
-    per_step, mean = cfg.batch_size * cfg.gradient_accumulation_steps, float(np.mean([
-        len(r.ids) + len(r.pictures) * (vlm.image_tokens - 1) for r in data.rows]))
+    run = Runner(cfg, vlm, tok, device)
     sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
              for n in ("encoder", "projector", "llama")]
     say(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
-    say(f"data       {folder.name}: {len(data):,} training examples, {len(val):,} validation, {len(number):,} pictures, {mean:.0f} tokens each")
-    say(f"schedule   {cfg.max_iters:,} steps of {per_step} examples ({cfg.max_iters * per_step / len(data):.2f} epochs), {cfg.optimizer}, "
-        f"lr {cfg.learning_rate:g}")
-    say(f"hardware   {device}, {str(dtype).removeprefix('torch.')} ({why})")
-    pictures = Pictures(folder, list(number), vlm, device, autocast, cfg.feature_gb)
+    data, val = run.read(folder, "train", "val")
+    accumulate, per_step = cfg.gradient_accumulation_steps // WORLD, cfg.batch_size * cfg.gradient_accumulation_steps
+    length = float(np.mean([len(r.ids) + len(r.pictures) * (vlm.image_tokens - 1) for r in data.rows]))
+    say(f"data       {folder.name}: {len(data):,} training examples, {len(val):,} validation, "
+        f"{len(run.pictures.names):,} pictures, {length:.0f} tokens each")
+    say(f"schedule   {cfg.max_iters:,} steps of {per_step} examples ({cfg.max_iters * per_step / len(data):.2f} "
+        f"epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}")
+    say(f"hardware   {device}, {str(run.dtype).removeprefix('torch.')} ({run.why})")
     references = None, None
     if cfg.stage == "prefer":
         saved = train.latest(out) / "reference.pt" if cfg.init_from == "resume" else None
-        references = torch.load(saved, weights_only=True) if saved else [
-            reference_of(vlm, d, pictures, cfg, device, autocast) for d in (data, val)]
+        references = torch.load(saved, weights_only=True) if saved else [run.reference(d) for d in (data, val)]
     shown = val.questions()
     shown = [shown[i] for i in np.linspace(0, len(shown) - 1, min(cfg.sample_images, len(shown))).astype(int)]
 
     def batches(step):
         drawn = (divmod(n, len(data)) for n in range(step * per_step, (step + 1) * per_step))
         which = [order(cfg.seed, epoch, len(data))[i] for epoch, i in drawn][RANK * accumulate * cfg.batch_size:]
-        return [batch_of(data, which[i * cfg.batch_size:][:cfg.batch_size], pictures, references[0]) for i in range(accumulate)]
+        return [run.batch(data, which[i * cfg.batch_size:][:cfg.batch_size], references[0]) for i in range(accumulate)]
 
     def validate(compiled):
-        found = evaluate(compiled, val, pictures, cfg, device, autocast, references[1])
+        found = run.evaluate(compiled, val, references[1], cfg.eval_tokens)
         if RANK == 0:
-            texts = answers_to(vlm, tok, shown, pictures, cfg, autocast)
+            texts = run.answers(shown)
             found["exact"] = agree(texts, shown)
-            seen = [(t, r) for t, r in zip(texts, shown) if r.pictures]
-            prompts = [tok.decode(r.prompt()).replace(IMAGE, "").strip() for _, r in seen]
-            draw(out / "samples.png", [pictures.look(r.pictures[0]) for _, r in seen],
-                 [f"{p}\n{t}".strip() for p, (t, _) in zip(prompts, seen)])
+            seen = [(tok.decode(r.prompt()).replace(IMAGE, "").strip(), t, r.pictures[0])
+                    for t, r in zip(texts, shown) if r.pictures]
+            draw(out / "samples.png", [run.pictures.look(p) for *_, p in seen],
+                 [f"{q}\n{t}".strip() for q, t, _ in seen])
             say("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in found.items()))
-            say("".join(f"  | {t}\n" for t in texts[:4]).rstrip())
+            say("\n".join(f"  | {t}" for t in texts[:4]))
         return found
 
     def write(directory):
@@ -600,8 +628,8 @@ def fit(cfg, shape):
         if references[0] is not None:
             torch.save(references, Path(directory) / "reference.pt")
 
-    work = vlm.llama.flops_per_token(int(mean)) * (2 / 3 if "llama" in vlm.frozen else 1)  # no gradients of frozen weights
-    train.fit(cfg, vlm, out, device, dtype, batches, validate, write, round(per_step * data.step * mean), work)
+    work = vlm.llama.flops_per_token(int(length)) * (2 / 3 if "llama" in vlm.frozen else 1)  # frozen: no gradients
+    train.fit(cfg, vlm, out, device, run.dtype, batches, validate, write, round(per_step * data.step * length), work)
     if WORLD > 1:
         dist.destroy_process_group()
 
@@ -609,8 +637,8 @@ def fit(cfg, shape):
 # -- use ---------------------------------------------------------------------------------------------------------
 
 def load(cfg):
-    """(Vlm, tokenizer, device, autocast) of the run in out_dir, of init_from, or of the newest run."""
-    directory = cfg.out_dir if cfg.out_dir else cfg.init_from if cfg.init_from not in ("scratch", "resume") else None
+    """Runner of the run in out_dir, of init_from, or of the newest run."""
+    directory = cfg.out_dir or (cfg.init_from if cfg.init_from not in ("scratch", "resume") else None)
     if directory is None:
         found = sorted((config.ROOT / "out").glob("*/vlm.json"), key=lambda p: p.stat().st_mtime)
         if not found:
@@ -618,54 +646,51 @@ def load(cfg):
                                  "python vlm.py config/vlm_shapes.py`, or name one with --init_from")
         directory = found[-1].parent
     device = train.pick_device(cfg.device)
-    dtype, _ = train.pick_dtype(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = model.find(directory)
-        vlm = Vlm.from_pretrained(directory, cfg.vit_weights).to(device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    return vlm, tokenizer.load(directory), device, autocast
+        return Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
 
 
-def look(vlm, paths, device, autocast, strict=False):
-    """What the encoder makes of the pictures that can be read, (n, P, W), and their paths; the others are complained about."""
-    seen, good = [], []
+def look(run, paths, strict=False):
+    """(features (n, P, W) of the pictures that can be read, their paths); the others are named, or raised if strict."""
+    seen, good = [torch.empty(0, run.vlm.encoder.grid ** 2, run.vlm.encoder.width, device=run.device)], []
     for path in paths:
         try:
-            with torch.no_grad(), autocast:
-                seen.append(vlm.encoder(pixels_of(images.read(path), vlm.encoder.size)[None].to(device)))
+            with torch.no_grad(), run.autocast:
+                seen.append(run.vlm.encoder(pixels_of(images.read(path), run.vlm.encoder.size)[None].to(run.device)))
             good.append(path)
         except config.Mistake as e:
             if strict:
                 raise
             print(f"error: {e}", file=sys.stderr)
-    return torch.cat(seen) if seen else None, good
+    return torch.cat(seen), good
 
 
 def caption(cfg):
     """One line for each picture; exit code 2 if any could not be read."""
-    vlm, tok, device, autocast = load(cfg)
-    seen, good = look(vlm, cfg.caption, device, autocast)
+    run = load(cfg)
+    seen, good = look(run, cfg.caption)
     for i in range(0, len(good), cfg.batch_size):
         batch = good[i:i + cfg.batch_size]
-        with autocast:
-            new = vlm.generate([caption_prompt(tok)] * len(batch), seen[i:i + cfg.batch_size], cfg.sample_tokens, tok.stop_ids)
-        for path, ids in zip(batch, new):
-            print(f"{path}: {tok.decode(ids).strip()}")
+        for path, text in zip(batch, run.texts([caption_prompt(run.tok)] * len(batch), seen[i:i + cfg.batch_size])):
+            print(f"{path}: {text}")
     if len(good) < len(cfg.caption):
         sys.exit(2)
 
 
-def reply(vlm, tok, messages, seen, cfg, autocast):
+def reply(run, messages, seen):
     """Print the answer to a conversation as it comes; returns its text."""
+    vlm, tok = run.vlm, run.tok
     ids = spread(np.array(tok.chat(messages)), vlm.image_id, vlm.image_tokens)
     if len(ids) >= vlm.config.context:
-        raise config.Mistake(f"the conversation has {len(ids)} tokens, and the model's context holds {vlm.config.context}")
-    if (ids == vlm.image_id).sum() != len(seen) * vlm.image_tokens:
-        raise config.Mistake(f"the text places {(ids == vlm.image_id).sum() // vlm.image_tokens} pictures with {IMAGE}, but there are {len(seen)}")
+        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={vlm.config.context}")
+    if (places := (ids == vlm.image_id).sum() // vlm.image_tokens) != len(seen):
+        raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {len(seen)}")
     text, new = tok.stream(), []
-    with torch.no_grad(), autocast:
-        embeds = vlm.embed(torch.from_numpy(ids)[None].to(seen.device), seen)
-        for token in vlm.llama.stream(embeds=embeds, max_new_tokens=cfg.sample_tokens, temperature=0, eos_id=tok.stop_ids):
+    with torch.no_grad(), run.autocast:
+        embeds = vlm.embed(torch.from_numpy(ids)[None].to(run.device), seen)
+        for token in vlm.llama.stream(embeds=embeds, max_new_tokens=run.cfg.sample_tokens, temperature=0,
+                                      eos_id=tok.stop_ids):
             if token.item() not in tok.stop_ids:
                 new.append(token.item())
                 print(text.feed(new[-1]), end="", flush=True)
@@ -675,9 +700,8 @@ def reply(vlm, tok, messages, seen, cfg, autocast):
 
 def talk(cfg):
     """Answer one question about pictures, or hold a conversation until an empty line, Ctrl-C or Ctrl-D."""
-    vlm, tok, device, autocast = load(cfg)
-    paths, messages = cfg.chat or cfg.ask[1:], []
-    seen, _ = look(vlm, paths, device, autocast, strict=True)
+    run, paths, messages = load(cfg), cfg.chat or cfg.ask[1:], []
+    seen, _ = look(run, paths, strict=True)
     while True:
         try:
             text = input("you> ").strip() if cfg.chat else "" if messages else cfg.ask[0]
@@ -688,18 +712,16 @@ def talk(cfg):
             return
         messages.append({"role": "user", "content": text if messages else with_pictures(text, len(paths))})
         print("llama> " if cfg.chat else "", end="", flush=True)
-        messages.append({"role": "assistant", "content": reply(vlm, tok, messages, seen, cfg, autocast)})
+        messages.append({"role": "assistant", "content": reply(run, messages, seen)})
 
 
 def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
-    vlm, tok, device, autocast = load(cfg)
-    folder, number = folder_of(cfg), {}
-    data = Examples(folder, cfg.split, tok, vlm.image_id, vlm.image_tokens, min(cfg.block_size, vlm.config.context), number)
-    pictures = Pictures(folder, list(number), vlm, device, autocast, cfg.feature_gb)
-    found = {"loss": evaluate(vlm, data, pictures, replace(cfg, eval_tokens=0), device, autocast)["val_loss"]} if data.step == 1 else {}
+    run, folder = load(cfg), folder_of(cfg)
+    data, = run.read(folder, cfg.split)
+    found = {"loss": run.evaluate(run.vlm, data)["val_loss"]} if data.step == 1 else {}
     rows = data.questions()
-    texts = answers_to(vlm, tok, rows, pictures, cfg, autocast, progress=True)
+    texts = run.answers(rows, progress=True)
     for kind in sorted({r.kind for r in rows}):
         pairs = [(t, r) for t, r in zip(texts, rows) if r.kind == kind]
         found[f"{kind} exact"] = agree(*zip(*pairs))
@@ -710,7 +732,7 @@ def score(cfg):
 
 
 def caption_scores(pairs):
-    """CIDEr-D (arXiv:1411.5726) and BLEU-4 of (text, row) pairs by pycocoevalcap, {} with a hint where that is not installed.
+    """CIDEr-D (arXiv:1411.5726) and BLEU-4 of (text, row) pairs by pycocoevalcap; {} and a hint where it is missing.
 
     Words are lower case without punctuation, as its Java tokenizer leaves them."""
     try:
@@ -721,7 +743,8 @@ def caption_scores(pairs):
         return {}
     said = {i: [normal(t)] for i, (t, _) in enumerate(pairs)}
     meant = {i: [normal(a) for a in r.answers] for i, (_, r) in enumerate(pairs)}
-    return {"CIDEr-D": float(Cider().compute_score(meant, said)[0]), "BLEU-4": Bleu(4).compute_score(meant, said, verbose=0)[0][3]}
+    return {"CIDEr-D": float(Cider().compute_score(meant, said)[0]),
+            "BLEU-4": Bleu(4).compute_score(meant, said, verbose=0)[0][3]}
 
 
 def main(given, shape):

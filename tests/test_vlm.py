@@ -208,10 +208,9 @@ def test_rows_that_do_not_fit_are_left_out(squares):
 
 def test_batch_has_targets_at_the_words_only(squares):
     see, tok = tiny()
-    number = {}
-    data = images.Examples(squares, "train", tok, see.image_id, 4, 64, number)
-    pictures = vlm.Pictures(squares, list(number), see, torch.device("cpu"), nullcontext())
-    x, y, seen = train.to_device(torch.device("cpu"), *vlm.batch_of(data, [0, 1, 8], pictures))
+    run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"))
+    data, = run.read(squares, "train")
+    x, y, seen = train.to_device(torch.device("cpu"), *run.batch(data, [0, 1, 8]))
     assert seen.shape == (2, 3, 16, 16)  # the third row has no picture
     assert (x == see.image_id).sum(1).tolist() == [4, 4, 0]
     assert bytes(t for t in y[0].tolist() if 0 <= t < 256) == b"red square" and (y[0] == 257).sum() == 1
@@ -472,7 +471,7 @@ def test_ask_and_chat(start, zoo, monkeypatch, capsys):
         vlm.main(use | dict(ask=("colour?", str(bad["text.jpg"]))), {})
     with pytest.raises(config.Mistake, match="places 2 pictures"):
         vlm.main(use | dict(ask=("<image> or <image>?", str(good["plain.jpg"]))), {})
-    with pytest.raises(config.Mistake, match="tokens, and the model's context holds 64"):
+    with pytest.raises(config.Mistake, match="too many for the model's context=64"):
         vlm.main(use | dict(ask=("very " * 20, str(good["plain.jpg"]))), {})
     with pytest.raises(config.Mistake, match="a question and at least one picture"):
         vlm.main(use | dict(ask=("colour?",)), {})
