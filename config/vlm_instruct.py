@@ -1,6 +1,7 @@
 """Stage 2: projector and Llama learn to follow instructions about pictures. LLaVA's 150,000 conversations, once.
 
-    python prepare/llava.py --input llava_instruct_150k.json --images coco/train2017 && python vlm.py config/vlm_instruct.py
+    python prepare/llava.py --input llava_instruct_150k.json --images coco/train2017
+    python vlm.py config/vlm_instruct.py
     python vlm.py config/vlm_instruct.py --init_from=out/vlm_align
 """
 dataset = "llava"

@@ -1,4 +1,4 @@
-"""A Llama that sees, from scratch on a laptop: a small ViT, a projector and a small Llama learn the built-in shapes together.
+"""A Llama that sees, from scratch on a laptop: small ViT, projector and small Llama learn the built-in shapes together.
 
     python prepare/shapes.py && python vlm.py config/vlm_shapes.py
     python vlm.py config/vlm_shapes.py --eval

@@ -20,14 +20,16 @@ LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt",
 
 
 def tidy(caption):
-    """A caption without the spaces that its tokenizer put before punctuation, ending in a period."""
+    """A caption without the spaces that its tokenizer put before punctuation, with a capital and an end."""
     text = re.sub(r"\s+([.,!?;:'])", r"\1", " ".join(caption.replace('"', " ").split()))
+    text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else text + "."
 
 
 def captions(folder):
     """{photo: its captions} from captions.txt (photo,caption) or Flickr8k.token.txt (photo#number<tab>caption)."""
-    path = next((folder / n for n in ("captions.txt", "Flickr8k.token.txt") if (folder / n).is_file()), folder / "captions.txt")
+    path = folder / "Flickr8k.token.txt"
+    path = path if path.is_file() else folder / "captions.txt"
     found = {}
     with config.mistakes(OSError, UnicodeDecodeError, prefix="--input must hold Flickr8k's own files: "):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -53,11 +55,13 @@ def photos(folder, out):
 
 def from_folder(folder, out, limit):
     """{split: records} of Flickr8k's own files."""
-    texts, paths, records = captions(folder), photos(folder, out), {}
+    texts, names, records = captions(folder), {}, {}
     for split, name in LISTS.items():
         with config.mistakes(OSError, prefix="--input must hold Flickr8k's own files: "):
-            names = (folder / name).read_text(encoding="utf-8").split()[:limit]
-        records[split] = [{"image": paths.get(n, n), "captions": texts[n]} for n in names if n in texts]
+            names[split] = (folder / name).read_text(encoding="utf-8").split()[:limit]
+    paths = photos(folder, out)
+    for split in LISTS:
+        records[split] = [{"image": paths.get(n, n), "captions": texts[n]} for n in names[split] if n in texts]
     return records
 
 
@@ -67,7 +71,8 @@ def main():
     if cfg.input:
         records = from_folder(Path(cfg.input), out, cfg.limit)
     else:
-        records = images.from_hub(HUB, out, cfg.limit, lambda r: {"captions": [tidy(r[f"caption_{i}"]) for i in range(5)]})
+        keys = [f"caption_{i}" for i in range(5)]
+        records = images.from_hub(HUB, out, cfg.limit, lambda row: {"captions": [tidy(row[k]) for k in keys]})
     images.save(records, out)
 
 

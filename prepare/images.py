@@ -48,18 +48,14 @@ def read(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes, which are checked here, and about odd metadata
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                image = Image.open(path)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
-            with image:
+            Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: it refuses large photos of good faith
+            with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
                 return _rgb(ImageOps.exif_transpose(image))
     except Exception as e:  # Pillow's decoders raise whatever a damaged file leads them to
         reason = {"FileNotFoundError": "there is no such file", "UnidentifiedImageError": "it is not a picture",
-                  "IsADirectoryError": "it is a folder"}.get(type(e).__name__, " ".join(str(e).split()) or type(e).__name__)
+                  "IsADirectoryError": "it is a folder"}.get(type(e).__name__) or " ".join(str(e).split()) or repr(e)
         raise config.Mistake(f"{name}: {reason}") from e
 
 
@@ -67,7 +63,7 @@ def _rgb(image):
     from PIL import Image
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these instead of scaling them
         x = np.asarray(image, np.float32)
-        top = 1.0 if image.mode == "F" and x.max() <= 1 else 255.0 if x.max() <= 255 else 65535.0 if x.max() <= 65535 else x.max()
+        top = next((t for t in (1 if image.mode == "F" else 255, 255, 65535) if x.max() <= t), x.max())
         image = Image.fromarray((x.clip(0) * (255 / top)).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -125,7 +121,8 @@ def load(folder, split):
     if not path.is_file():
         script = f"prepare/{Path(folder).name}.py"
         known = (config.ROOT / script).is_file()
-        raise config.Mistake(f"no {path}: run `python {script}` first" if known else f"no {path}: there is no such data set")
+        hint = f"run `python {script}` first" if known else "there is no such data set"
+        raise config.Mistake(f"no {path}: {hint}")
     return read_json(path)
 
 
@@ -137,7 +134,7 @@ def json_of(path):
 def from_hub(name, folder, limit, words):
     """{split: records} of a hub data set with a column `image`, whose pictures are kept in folder/images.
 
-    words(row): the record's other keys. Rows of one picture, side by side, become one record."""
+    words(row): the record's captions. Rows of one picture become one record."""
     from datasets import Image, load_dataset
     from tqdm import tqdm
     records, place = {}, Path(folder) / "images"
@@ -145,19 +142,16 @@ def from_hub(name, folder, limit, words):
     for split, theirs in (("train", "train"), ("val", "validation"), ("test", "test")):
         with config.mistakes(Exception, prefix=f"the hub did not give {name} (use --input FOLDER instead): "):
             rows = load_dataset(name, split=theirs, streaming=True).cast_column("image", Image(decode=False))
-            found, last = [], None
+            found = {}
             for row in tqdm(rows, desc=f"{name} {split}", unit=" rows"):
                 data = row["image"]["bytes"]
-                path = place / f"{hashlib.sha256(data).hexdigest()[:20]}.jpg"
-                if path.name == last:
-                    found[-1]["captions"] += words(row)["captions"]
-                    continue
-                if len(found) == limit:
-                    break
-                path.write_bytes(data)
-                found.append({"image": f"images/{path.name}", **words(row)})
-                last = path.name
-        records[split] = found
+                path = f"images/{hashlib.sha256(data).hexdigest()[:20]}.jpg"
+                if path in found:
+                    found[path]["captions"] += words(row)["captions"]
+                elif limit is None or len(found) < limit:
+                    (place / Path(path).name).write_bytes(data)
+                    found[path] = {"image": path, **words(row)}
+        records[split] = list(found.values())
     return records
 
 
@@ -165,7 +159,8 @@ def read_json(path):
     """The objects of a .json list or of a .jsonl file."""
     with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} cannot be read: "):
         text = Path(path).read_text(encoding="utf-8")
-        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+        whole = text.lstrip().startswith("[")
+        found = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
         if not all(isinstance(r, dict) for r in found):
             raise ValueError("it is not a list of objects")
     return found
@@ -189,7 +184,7 @@ def with_image(tok):
 
 @dataclass
 class Row:
-    """One example: ids with one image_id for each picture, which of them to learn, pictures by number, accepted answers."""
+    """One example: ids with one image_id for each picture, which to learn, pictures by number, accepted answers."""
     ids: np.ndarray
     learn: np.ndarray
     pictures: tuple
@@ -231,21 +226,24 @@ def rows_of(record, tok, number):
     def conversation(messages, kind):
         first = messages[0]
         messages = [first | {"content": with_pictures(first["content"], len(pictures))}, *messages[1:]]
-        return Row(*spans(tok, messages), pictures, (next(m["content"] for m in messages if m["role"] == "assistant"),), kind)
+        answer = next(m["content"] for m in messages if m["role"] == "assistant")
+        return Row(*spans(tok, messages), pictures, (answer,), kind)
     try:
         found = []
         for caption in record.get("captions", ()):
             prompt, words = caption_prompt(tok), tok.encode(caption, eos=True)
-            found.append(Row(np.array(prompt + words, np.int32), np.arange(len(prompt + words)) >= len(prompt), pictures,
-                             tuple(record["captions"]), "caption"))
+            ids = np.array(prompt + words, np.int32)
+            found.append(Row(ids, np.arange(len(ids)) >= len(prompt), pictures, tuple(record["captions"]), "caption"))
         if "conversations" in record:
             roles = {"human": "user", "gpt": "assistant", "system": "system"}
-            found.append(conversation([{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]], "answer"))
+            turns = [{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]]
+            found.append(conversation(turns, "answer"))
         if "chosen" in record:
-            found += [conversation([{"role": "user", "content": record["question"]},
-                                    {"role": "assistant", "content": record[key]}], key) for key in ("chosen", "rejected")]
+            ask = {"role": "user", "content": record["question"]}
+            found += [conversation([ask, {"role": "assistant", "content": record[key]}], key)
+                      for key in ("chosen", "rejected")]
     except (KeyError, TypeError, IndexError, StopIteration, AttributeError) as e:
-        raise config.Mistake(f"a record is not in the form that prepare/images.py describes ({e!r}): {str(record)[:200]}") from None
+        raise config.Mistake(f"{e!r} in a record that is not as prepare/images.py says: {str(record)[:200]}") from None
     return found
 
 
@@ -277,7 +275,7 @@ class Examples:
     def cut(self, row, block_size):
         """Shorten a row; False if it is of no use then."""
         if (row.ids == self.image_id).sum() != len(row.pictures):
-            raise config.Mistake(f"an example names {(row.ids == self.image_id).sum()} pictures but has {len(row.pictures)}")
+            raise config.Mistake(f"an example has {len(row.pictures)} pictures but not as many {IMAGE} marks")
         keep = int((self.widths(row).cumsum() <= block_size + 1).sum())
         whole = not (row.ids[keep:] == self.image_id).any()
         row.ids, row.learn = row.ids[:keep], row.learn[:keep]

@@ -533,3 +533,108 @@ def test_mistakes_are_one_line(args, message, tmp_path):
 def test_help_lists_the_keys_of_training_too():
     done = subprocess.run([sys.executable, "vlm.py", "-h"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and all(f"--{k}=" in done.stdout for k in ("caption", "stage", "learning_rate", "n_layer"))
+
+
+# -- prepare scripts -----------------------------------------------------------------------------------------------
+
+def prepare(script, *args):
+    return subprocess.run([sys.executable, f"prepare/{script}.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_flickr8k_of_the_real_files(data, tmp_path):
+    """The published split; tidy captions; photos come out of the tar files."""
+    done = prepare("flickr8k", "--input", data / "flickr8k", "--limit=20", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-500:]
+    records = {s: images.load(tmp_path, s) for s in images.SPLITS}
+    assert [len(r) for r in records.values()] == [20, 20, 20] and all(len(r["captions"]) == 5 for r in records["train"])
+    first = next(n for n in (data / "flickr8k/Flickr_8k.devImages.txt").read_text().split())
+    assert records["val"][0]["image"] == f"images/{first}" and images.read(tmp_path / "images" / first).mode == "RGB"
+    assert all(c.endswith((".", "!", "?")) and " ." not in c for r in records["train"] for c in r["captions"])
+
+
+def test_coco_of_the_real_files(data, tmp_path):
+    done = prepare("coco", "--input", data / "coco_mini", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert len(images.load(tmp_path, "train")) == 80 and len(images.load(tmp_path, "val")) == 159
+    table = json.loads((data / "coco_mini/captions_val2017.json").read_text())
+    record = images.load(tmp_path, "val")[0]
+    number = next(i["id"] for i in table["images"] if record["image"].endswith(i["file_name"]))
+    assert sorted(record["captions"]) == sorted(" ".join(a["caption"].split()) for a in table["annotations"] if a["image_id"] == number)
+
+
+def test_llava_of_the_real_files(data, tmp_path):
+    source = data / "llava_pretrain"
+    done = prepare("llava", "--input", source / "blip_laion_cc_sbu_300.json", "--images", source / "images", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-500:]
+    records = images.load(tmp_path, "train") + images.load(tmp_path, "val")
+    assert len(records) == 300 and all("<image>" in r["conversations"][0]["value"] for r in records)
+
+
+def test_llava_keeps_what_fits_together(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    raw = [{"image": "a.png", "conversations": talk}, {"conversations": talk},  # the second names a picture it does not have
+           {"image": "a.png", "conversations": talk[:1]}, {"image": "a.png", "conversations": talk[::-1]},
+           {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+           {"image": "a.png", "instruction": "What?", "output": "A cat."}, {"image": "a.png", "instruction": "What?", "output": " "},
+           {"image": "a.png", "question": "What?", "chosen": "A dog.", "rejected": "A cat."},
+           {"image": ["a.png", "a.png"], "conversations": talk}, {"image": "gone.png", "conversations": talk}]
+    (tmp_path / "raw.json").write_text(json.dumps(raw))
+    done = prepare("llava", "--input", tmp_path / "raw.json", "--val_fraction=0", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-500:]
+    kept = images.load(tmp_path / "out", "train")
+    assert [sorted(r) for r in kept] == [["conversations", "image"], ["conversations"], ["conversations", "image"],
+                                         ["chosen", "image", "question", "rejected"]]
+    assert "5 of no use" in done.stdout and "1 pictures cannot be read" in done.stdout
+
+
+def test_hub_data_sets(monkeypatch, tmp_path, capsys):
+    """Rows of one picture become one record, wherever they are; pictures are kept as files."""
+    datasets = pytest.importorskip("datasets")
+
+    def row(colour, text):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), colour).save(file, "png")
+        return {"image": {"bytes": file.getvalue(), "path": None}, "caption": text}
+    rows = [row("red", "one"), row("blue", "two"), row("red", "three"), row("green", "four")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()))
+    records = images.from_hub("some/name", tmp_path, 2, lambda r: {"captions": [r["caption"]]})
+    assert [r["captions"] for r in records["train"]] == [["one", "three"], ["two"]] and set(records) == set(images.SPLITS)
+    assert images.read(tmp_path / records["train"][1]["image"]).getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("script, args, message", [
+    ("flickr8k", ["--input=/nowhere"], "must hold Flickr8k's own files"),
+    ("coco", ["--input=/nowhere"], "must hold COCO's captions_train2017.json"),
+    ("llava", [], "name LLaVA's files with --input"),
+    ("llava", ["--input=/nowhere.json"], "/nowhere.json cannot be read"),
+    ("coco", ["--limit=0"], "limit counts images"),
+])
+def test_prepare_mistakes_are_one_line(script, args, message, tmp_path):
+    done = prepare(script, *args, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# -- what it can do ------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_shapes_are_learned_from_scratch(tmp_path):
+    """config/vlm_shapes.py: at least 95 % of captions and of answers exact on combinations never seen in training;
+    with blank pictures, no more than chance."""
+    done = prepare("shapes", "--out", tmp_path / "shapes")
+    assert done.returncode == 0, done.stderr[-500:]
+    cfg = dict(config.load("vlm.py:VlmConfig", ["config/vlm_shapes.py", "--device=cpu"], "model.py:LlamaConfig")[0],
+               dataset=str(tmp_path / "shapes"), out_dir=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "vlm.py", "config/vlm_shapes.py", *(f"--{k}={cfg[k]}" for k in ("dataset", "out_dir", "device"))],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = vlm.score(vlm.VlmConfig(**cfg))
+    assert found["caption exact"] >= 0.95 and found["answer exact"] >= 0.95
+    blank = tmp_path / "blank"
+    blank.mkdir()
+    np.save(blank / "images.npy", np.full_like(np.load(tmp_path / "shapes/images.npy", mmap_mode="r"), 128))
+    os.link(tmp_path / "shapes/val.jsonl", blank / "val.jsonl")
+    found = vlm.score(vlm.VlmConfig(**cfg | dict(dataset=str(blank))))
+    chance = json.loads((tmp_path / "shapes/meta.json").read_text())["chance"]["all"]
+    assert found["caption exact"] < 0.02 and found["answer exact"] < chance + 0.1
