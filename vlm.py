@@ -22,7 +22,7 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import config
@@ -45,9 +45,10 @@ from train import RANK, WORLD, say  # noqa: E402
 
 STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
           "together": ("encoder", "projector", "llama")}  # what learns in each
-VITS = {  # torchvision's VisionTransformer by name
+VITS = {  # torchvision's VisionTransformer by name; stem: channels of 3 x 3 convolutions that cut the patches
     "vit_b_16": dict(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072),
-    "vit_tiny": dict(image_size=64, patch_size=8, num_layers=4, num_heads=4, hidden_dim=128, mlp_dim=384),
+    "vit_tiny": dict(image_size=64, patch_size=8, num_layers=3, num_heads=4, hidden_dim=128, mlp_dim=256,
+                     stem=(32, 64, 128)),
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which the pretrained encoders expect
 
@@ -109,7 +110,10 @@ class Vit(nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        vit = torchvision_models().VisionTransformer(**VITS[name])
+        shape, vision = dict(VITS[name]), torchvision_models().vision_transformer
+        if stem := shape.pop("stem", ()):  # sees outlines much sooner (arXiv:2106.14881)
+            shape["conv_stem_configs"] = [vision.ConvStemConfig(c, 3, 2, partial(nn.GroupNorm, 8)) for c in stem]
+        vit = vision.VisionTransformer(**shape)
         token = vit.class_token.detach()
         del vit.class_token, vit.heads
         vit.register_buffer("class_token", token)

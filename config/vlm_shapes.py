@@ -6,7 +6,7 @@
 dataset = "shapes"
 out_dir = "out/vlm_shapes"
 stage = "together"
-encoder = "vit_tiny"  # 64 x 64 pixels in patches of 8, 4 layers of width 128
+encoder = "vit_tiny"  # 64 x 64 pixels, three convolutions to 8 x 8 patches, 3 layers of width 128
 pixel_shuffle = True  # 64 patches -> 16 image tokens: rows of 32 tokens, half the work
 model = "stories15m"  # Llama 2, made smaller below: captions have some sixty words
 vocab_size = 512
