@@ -448,7 +448,8 @@ class Llama(nn.Module):
     def init_weights(self):
         """Draw every tensor by its role.
 
-        norms: 1. Embedding and head: normal, std 0.02, so that the first loss is close to ln V. Matrices that read
+        norms: 1. Embedding: normal, std 1, or dim^-0.5 where it is the head too: a token must stand out from what blocks
+        add to it, or copying is learned late. Head: std 0.02, so that the first loss is close to ln V. Matrices that read
         the residual stream: normal, std 1/sqrt(inputs), so that activations start at unit scale at any width.
         Matrices that write to it (o_proj, every down_proj): the same over sqrt(2 * n_layer), so that the stream's
         variance does not grow with depth (GPT-2). Router: std 1/sqrt(dim), logits of unit scale.
@@ -457,7 +458,9 @@ class Llama(nn.Module):
             role = name.removesuffix(".weight").rsplit(".", 1)[-1]
             if role.endswith("norm"):
                 p.fill_(1.0)
-            elif role in ("embed_tokens", "lm_head"):
+            elif role == "embed_tokens":
+                p.normal_(std=self.config.dim ** -0.5 if self.config.tie_embeddings else 1.0)
+            elif role == "lm_head":
                 p.normal_(std=0.02)
             else:
                 inputs = p.shape[1]  # Linear is (out, in), Experts are (E, in, out): both have it second

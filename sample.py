@@ -84,12 +84,12 @@ def write(model, tok, ids, cfg, seed):
     if not ids or room < 1:
         raise config.Mistake("the prompt is empty" if not ids else f"the prompt has {len(ids)} tokens, and the model's "
                              f"context holds {model.config.context}: shorten it by at least {1 - room}")
-    text, new = tok.stream(after=ids), []
+    text, new, stops = tok.stream(after=ids), [], tok.stop_ids | set(model.config.eos_ids)
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
     for token in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p,
-                              tok.stop_ids or None, seed):
+                              stops, seed):
         new.append(token.item())
-        print(text.feed(new[-1]) if new[-1] not in tok.stop_ids else "", end="", flush=True)
+        print(text.feed(new[-1]) if new[-1] not in stops else "", end="", flush=True)
     print(text.end(), flush=True)
     return new
 
@@ -107,7 +107,8 @@ def complete(model, tok, cfg):
             begin = time.perf_counter()
             count += len(write(model, tok, ids, cfg, cfg.seed + i))
             seconds += time.perf_counter() - begin
-            print("---", flush=True)
+            if len(prompts) * cfg.num_samples > 1:
+                print("---", flush=True)
     print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 

@@ -589,6 +589,8 @@ def main(cfg, shape):
         raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
                              f"{WORLD} processes, which share them")
     device = pick_device(cfg.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype, why = pick_dtype(cfg.dtype, device)
     folder = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / folder.name

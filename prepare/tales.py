@@ -33,8 +33,8 @@ from prepare import shards, tokenizer  # noqa: E402
 # Tables: the first line names the slot and the facts that each row gives, separated by semicolons.
 WORDS = """
 hero: they
-    Mia, Lily, Zoe, Rosa, Nora, Ella, Ivy, Ruby, Luna, Clara, Daisy, Hana, Maya, Tess, Olive, Pearl, Dot, Ada: she
-    Tom, Ben, Leo, Max, Sam, Finn, Oscar, Hugo, Theo, Noah, Jack, Otto, Milo, Felix, Toby, Kofi, Emil, Pip: he
+    Mia, Lily, Zoe, Rosa, Nora, Ella, Ruby, Luna, Hana, Tess, Pearl, Dot: she
+    Tom, Ben, Leo, Max, Sam, Finn, Oscar, Hugo, Otto, Milo, Kofi, Pip: he
 
 helper: they
     owl, hen, seal, turtle, goose, bee, robin, sheep: she
@@ -127,12 +127,12 @@ opening:
   | long ago, near the {place}, there was {hero}, a {trait} {kind}.
 
 home:
-    {their} house had {windows} windows and a [round | tiny | squeaky | secret] door.
-  | {they} had {few} [brothers | sisters | cousins | goldfish] and a [tall | busy | funny | sleepy] {family}.
-  | {they} liked {soup} soup and [mint | apple | lemon | cherry] tea.
-  | {they} could [whistle | skip | hum | yodel] {few} [songs | times | hours | minutes] without a stop.
-  | {they} lived with {their} {family} in a [paper | wooden | stone | straw] [house | tower | boat | tent].
-  | {they} slept in a [paper | wooden | stone | straw] bed with {few} [pillows | teddies | blankets | quilts].
+    {hero} had a house with {windows} windows and a [round | tiny | squeaky | secret] door.
+  | {hero} had {few} [brothers | sisters | cousins | goldfish] and a [tall | busy | funny | sleepy] {family}.
+  | {hero} liked {soup} soup and [mint | apple | lemon | cherry] tea.
+  | {hero} could [whistle | skip | hum | yodel] {few} [songs | times | hours | minutes] without a stop.
+  | {hero} lived with {their} {family} in a [paper | wooden | stone | straw] [house | tower | boat | tent].
+  | {hero} slept in a [paper | wooden | stone | straw] bed with {few} [pillows | teddies | blankets | quilts].
 
 closing:
     from that day on, {hero} and the {helper} met {often}.
@@ -162,7 +162,7 @@ dream:
     more than anything, {they} wanted to {wish}.
   | "I wish I could {wish}," {they} said {often}.
   | {they} told {their} {family}, "one day I will {wish}."
-    one {weather} {hour}, {they} met {who} {spot}.
+    one {weather} {hour}, {hero} met {who} {spot}.
   | one {weather} {hour}, {who} [walked | danced | rolled | marched] by.
     "that is easy," said the {helper}, and {wish.way}.
   | the {helper} thought about it. then {helper.they} {wish.way}.
@@ -173,7 +173,7 @@ dream:
 friend:
     {they} was sad, because {they} had nobody to play {game} with.
   | "who wants to play {game} with me?" {they} asked {often}.
-    one {weather} {hour}, {they} saw {who} {spot}.
+    one {weather} {hour}, {hero} saw {who} {spot}.
   | one {weather} {hour}, {who} sat {spot}, all alone.
     {hero} held out {treat} and asked, "can we play {game}?"
   | "hello, I am {hero}," {they} said. "I have {treat}."
@@ -183,8 +183,8 @@ friend:
 rescue:
     {they} never went out without a {color} {tool}.
   | {their} {family} gave {them} a {color} {tool}.
-    one {weather} {hour}, {they} met {who}, who {tool.trouble}.
-  | one {weather} {hour}, {they} heard a cry. {spot} sat {who}, who {tool.trouble}.
+    one {weather} {hour}, {hero} met {who}, who {tool.trouble}.
+  | one {weather} {hour}, {hero} heard a cry. {spot} sat {who}, who {tool.trouble}.
     so {hero} {tool.fix}.
   | "do not worry," said {hero}, and {tool.fix}.
     "thank you!" said the {helper}, and gave {them} {treat}.
@@ -193,7 +193,7 @@ rescue:
   | now everybody near the {place} wants to have a {color} {tool}.
 
 mystery:
-    one {weather} {hour}, {they} heard a [strange | loud | soft | terrible] sound: {noise}, {noise}!
+    one {weather} {hour}, {hero} heard a [strange | loud | soft | terrible] sound: {noise}, {noise}!
   | {noise}, {noise}! what was that sound, one {weather} {hour}?
     "it must be a {monster}!" cried {hero}.
   | {they} was not afraid of any {monster} and went to look.

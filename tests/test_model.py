@@ -223,15 +223,15 @@ def test_router_aux_adds_the_balancing_loss_to_the_gradient_and_not_to_the_value
 
 # -- draw of the weights -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ("llama-2-7b", "llama4-tiny"))
+@pytest.mark.parametrize("name", ("llama-2-7b", "smollm2-135m", "llama4-tiny"))
 def test_init_by_role(name):
-    cfg = tiny(name, vocab_size=512, n_layer=8, dim=160, n_head=8, head_dim=24, ffn_dim=320, expert_dim=200)
+    cfg = tiny(name, vocab_size=512, n_layer=8, dim=160, n_head=8, n_kv_head=4, head_dim=24, ffn_dim=320, expert_dim=200)
     torch.manual_seed(0)
     model, reads, writes = Llama(cfg), cfg.dim ** -0.5, 16 ** -0.5  # 16 writes to the stream in 8 layers
     for name, p in model.named_parameters():
         width = cfg.expert_dim if "expert" in name else cfg.ffn_dim
-        want = {"embed_tokens": 0.02, "lm_head": 0.02, "q_proj": reads, "k_proj": reads, "v_proj": reads,
-                "gate_proj": reads, "up_proj": reads, "gate_up_proj": reads, "router": reads,
+        want = {"embed_tokens": cfg.dim ** -0.5 if cfg.tie_embeddings else 1.0, "lm_head": 0.02,
+                "q_proj": reads, "k_proj": reads, "v_proj": reads, "gate_proj": reads, "up_proj": reads, "gate_up_proj": reads, "router": reads,
                 "o_proj": writes * (cfg.n_head * cfg.head_dim) ** -0.5, "down_proj": writes * width ** -0.5}
         role = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if role.endswith("norm"):
@@ -248,7 +248,7 @@ def test_first_loss_is_ln_v_and_the_stream_does_not_grow_with_depth(depth):
     stream = []
     model.model.norm.register_forward_hook(lambda _, inputs, out: stream.append(inputs[0].std().item()))
     _, loss = model(*honest(tokens(8, 33)))
-    assert abs(loss.item() - math.log(VOCAB)) < 0.1 and 0.2 < stream[0] < 1.5
+    assert abs(loss.item() - math.log(VOCAB)) < 0.1 and 1 < stream[0] < 1.6
 
 
 # -- counts ------------------------------------------------------------------------------------------------------
