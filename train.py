@@ -112,6 +112,17 @@ def total(*numbers):
     return t.tolist()
 
 
+def leave():
+    """End a process among several: together with the others, and without the interpreter's own teardown, in which the
+    threads of gloo now and then abort a run that is complete."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 # -- hardware ----------------------------------------------------------------------------------------------------
 
 def pick_device(name):
@@ -657,9 +668,8 @@ def main(cfg, shape):
     floor = val.floor_bpb / bits_per_byte(1.0, held_out) if val.floor_bpb else None  # nats per token
     fit(cfg, model, out, device, dtype, lambda step: list(batches(step)), validate, write, tokens_per_step,
         model.flops_per_token(cfg.block_size), floor)
-    if WORLD > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     config.run(main, *settings)
+    leave()

@@ -636,8 +636,6 @@ def fit(cfg, shape):
 
     work = vlm.llama.flops_per_token(int(length)) * (2 / 3 if "llama" in vlm.frozen else 1)  # frozen: no gradients
     train.fit(cfg, vlm, out, device, run.dtype, batches, validate, write, round(per_step * data.step * length), work)
-    if WORLD > 1:
-        dist.destroy_process_group()
 
 
 # -- use ---------------------------------------------------------------------------------------------------------
@@ -775,3 +773,4 @@ def main(given, shape):
 
 if __name__ == "__main__":
     config.run(main, *settings)
+    train.leave()
