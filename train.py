@@ -88,7 +88,7 @@ from prepare import shards, tokenizer  # noqa: E402
 from prepare.windows import Windows, draws, restarts  # noqa: E402
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux", "router_bias")  # fields no checkpoint carries
-NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "conv_proj", "pos_embedding")  # matrices that Muon is not meant for
+NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "pos_embedding")  # matrices that Muon is not meant for
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
 
 
@@ -193,7 +193,8 @@ def to_device(device, *arrays):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is brought near an orthogonal matrix, for hidden weight matrices.
 
-    Takes matrices (out, in) and stacks of them (E, in, out); matrices of one shape are handled as one batch.
+    Takes matrices (out, in), convolutions (out, in, h, w) as (out, in·h·w), and stacks of matrices (E, in, out);
+    those of one shape are handled as one batch.
     Updates have the root mean square of AdamW's (0.2 * sqrt(max(out, in)) times an orthogonal matrix).
     Sources: Keller Jordan, "Muon", 2024 (the quintic iteration); Moonlight, arXiv:2502.16982 (the scale).
     """
@@ -228,8 +229,9 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                update = self.orthogonalize(torch.stack(nesterov).view(-1, *shape[-2:]))  # (n·E, a, b)
-                update *= -0.2 * group["lr"] * max(shape[-2:]) ** 0.5
+                matrix = (shape[0], shape[1:].numel()) if len(shape) == 4 else shape[-2:]
+                update = self.orthogonalize(torch.stack(nesterov).view(-1, *matrix))  # (n·E, a, b)
+                update *= -0.2 * group["lr"] * max(matrix) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(update.view(len(params), *shape)))
 

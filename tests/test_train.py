@@ -258,6 +258,19 @@ def test_muon_step_is_the_formula():
     assert 0.15 < (0.2 * 12 ** 0.5 * update).pow(2).mean().sqrt() < 0.25  # the size of an AdamW update
 
 
+def test_muon_takes_a_convolution_as_one_matrix():
+    """Its step is near U V^T of the singular value decomposition of (out, in·h·w), at the same root mean square."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(16, 8, 3, 3))
+    muon = train.Muon([p], lr=1.0, momentum=0.0, weight_decay=0.0, dtype=torch.float32)
+    p.grad = torch.randn_like(p)
+    muon.step()
+    u, _, v = torch.linalg.svd(p.grad.view(16, 72), full_matrices=False)
+    mapped = -(u.T @ p.detach().view(16, 72) @ v.T) / (0.2 * 72 ** 0.5)
+    assert torch.allclose(mapped, torch.diag(mapped.diag()), atol=1e-4)
+    assert mapped.diag().min() > 0.6 and mapped.diag().max() < 1.3
+
+
 def test_learning_rate_schedules(words):
     cfg = settings(words, "unused", max_iters=100, warmup_iters=10, learning_rate=1.0, min_lr=0.1)
     rates = [train.learning_rate(s, cfg) for s in range(101)]
