@@ -48,6 +48,7 @@ COMMIT_SECONDS = 2  # at most so much work is done again after an interruption
 
 @dataclass
 class Settings(shards.Settings):
+    """What the scripts for text share."""
     separator: tuple[str, ...] = ("<|endoftext|>",)  # between documents of a .txt file: the first of these it contains
     field: str = "text"  # where a record of jsonl, json or parquet has its text
 

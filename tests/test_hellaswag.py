@@ -3,15 +3,10 @@
 Against lm-eval and on real weights: test_weights.py.
 """
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 import config
 import train
@@ -88,22 +83,16 @@ def test_in_training_it_lands_in_the_log(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("over 5 items") == 2
 
 
-def test_alone_it_needs_no_data_set_and_any_number_of_processes(tmp_path):
-    """In a copy of the project, as nothing but the items, a run directory and the command line count."""
-    for part in "train.py", "model.py", "config", "prepare":
-        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
+def test_alone_it_needs_no_data_set_and_any_number_of_processes(project, tmp_path):
     prepared(tmp_path / "data/hellaswag")
     tiny(64).save_pretrained(tmp_path / "run")
     tokenizer.byte().save(tmp_path / "run")
     said = []
     for n in 1, 2:
-        command = (f"-m torch.distributed.run --standalone --nproc_per_node={n} train.py --eval_only --hellaswag=True "
-                   "--init_from=run --device=cpu")
-        done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "HellaSwag:   0%" in done.stderr
-        said.append(done.stdout)
+        out, errors = project("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py",
+                              "--eval_only", "--hellaswag=True", "--init_from=run", "--device=cpu")
+        assert "HellaSwag:   0%" in errors
+        said.append(out)
     assert said[0] == said[1]
     assert re.fullmatch(r"hellaswag acc 0\.\d{4} ± 0\.\d{3}  acc_norm 0\.\d{4} ± 0\.\d{3}  over 6 items\n", said[0])
     assert not (tmp_path / "out").exists()
