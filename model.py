@@ -391,12 +391,16 @@ class Decoder(nn.Module):
         self.checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
 
     def masks(self, positions):
-        """Which keys each query sees when documents share a row: (full, chunked), (B, 1, T, T) bool each.
+        """Which keys each query sees when texts share a row: (full, chunked), (B, 1, T, T) bool each.
 
-        A document begins where positions (B, T) is 0."""
+        A document begins where positions (B, T) is 0. Where they jump back to p > 0, another continuation of the
+        document's first p tokens begins, which does not see the continuations before it."""
         T = positions.shape[1]
         document, place = (positions == 0).cumsum(1), torch.arange(T, device=positions.device)
         full = (document[:, :, None] == document[:, None]) & (place[:, None] >= place)
+        jump = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)  # (B, T)
+        begin = torch.where(jump, place, 0).cummax(1).values  # where each token's continuation begins
+        full &= (place >= begin[:, :, None]) | (positions[:, None] < positions.gather(1, begin)[:, :, None])
         chunk = positions // (self.cfg.chunk or self.cfg.context)
         return full[:, None], (full & (chunk[:, :, None] == chunk[:, None]))[:, None]
 

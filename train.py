@@ -5,6 +5,7 @@
     python train.py config/tales.py --learning_rate=1e-3 --n_layer=8      any key, also the model's
     python train.py --init_from=resume --out_dir=out/tales                go on where it stopped
     python train.py --eval_only --init_from=out/tales --dataset=tales     loss, perplexity, bits per byte
+    python train.py --eval_only --init_from=out/tales --hellaswag=True    HellaSwag, after prepare/hellaswag.py
 
 The run directory is a Hugging Face checkpoint (config.json, model.safetensors, the tokenizer's files) with
 train_state.pt, run.json, log.jsonl and loss.png beside it; best/ has the weights of the lowest validation loss.
@@ -54,6 +55,8 @@ class TrainConfig:
     eval_interval: int = 250  # steps between evaluations; each also saves a checkpoint
     eval_tokens: int = 0  # validation tokens per evaluation, always the same ones; 0: all of them
     eval_only: bool = False  # print loss, perplexity and bits per byte of the whole validation split, and stop
+    hellaswag: bool = False  # score HellaSwag at each evaluation; with eval_only that alone, and no dataset is needed
+    hellaswag_items: int = 0  # only the first so many of its items; 0: all 10,042
     log_interval: int = 10  # steps between log lines
     sample_tokens: int = 60  # length of the sample printed at each evaluation; 0: none
     keep: int = 2  # latest checkpoints kept, so that a bad one is not the only one
@@ -71,7 +74,8 @@ class TrainConfig:
                      "log_interval", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "min_lr", "warmup_iters", "decay_frac", "weight_decay", "grad_clip", "eval_tokens"):
+        for name in ("learning_rate", "min_lr", "warmup_iters", "decay_frac", "weight_decay", "grad_clip", "eval_tokens",
+                     "hellaswag_items"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
 
@@ -83,8 +87,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from model import PRESETS, Llama  # noqa: E402
-from prepare import shards, tokenizer  # noqa: E402
+from model import PRESETS, Llama, find  # noqa: E402
+from prepare import hellaswag, shards, tokenizer  # noqa: E402
 from prepare.windows import Windows, draws, restarts  # noqa: E402
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux", "router_bias")  # fields no checkpoint carries
@@ -110,6 +114,12 @@ def total(*numbers):
     t = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(t)
     return t.tolist()
+
+
+def meet(device):
+    """Join the other processes, if there are any."""
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def leave():
@@ -296,6 +306,25 @@ def evaluate(model, windows, device, autocast, bos_id=None, limit=0, progress=Fa
     model.train(was)
     nats, count = total(nats, count)
     return nats / count
+
+
+def hellaswag_scores(model, tok, cfg, device, autocast):
+    """A function that scores HellaSwag, of which each process takes a share: {name: value} for the log.
+
+    Reads and tokenizes the items at once, so that what is wrong with them shows before a long run."""
+    items = hellaswag.load(cfg.hellaswag_items)
+    share = items[RANK::WORLD]
+    rows = hellaswag.rows(share, tok, model.config.context)
+    tokens = 256 if device.type == "cpu" else cfg.batch_size * cfg.block_size  # what stays in cache, or fits in memory
+
+    def score():
+        with autocast:
+            found = hellaswag.log_likelihoods(model, rows, device, tokens, progress=RANK == 0)
+        acc, norm = (n / len(items) for n in total(*hellaswag.correct(share, found)))
+        error = [math.sqrt(p * (1 - p) / max(len(items) - 1, 1)) for p in (acc, norm)]
+        say(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  over {len(items):,} items")
+        return {"hellaswag_acc": acc, "hellaswag_acc_norm": norm, "hellaswag_items": len(items)}
+    return score
 
 
 def bits_per_byte(loss, windows):
@@ -598,15 +627,23 @@ def build_model(cfg, shape, data, tok, out):
 
 def main(cfg, shape):
     """Train as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
-    if cfg.gradient_accumulation_steps % WORLD:
+    if cfg.gradient_accumulation_steps % WORLD and not cfg.eval_only:
         raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
                              f"{WORLD} processes, which share them")
     device = pick_device(cfg.device)
     if device.type == "cpu":
         keep_freed_memory()
     dtype, why = pick_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     folder = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / folder.name
+    if cfg.eval_only and cfg.hellaswag:
+        with config.mistakes(ValueError, FileNotFoundError):
+            source = find(latest(out) or out if cfg.init_from == "resume" else cfg.init_from)
+            model = Llama.from_pretrained(source, dtype=torch.float32).to(device)
+        meet(device)
+        hellaswag_scores(model, tokenizer.load(source), cfg, device, autocast)()
+        return
     val = shards.Split(folder, "val")
     data = val if cfg.eval_only else shards.Split(folder, "train")
     tok = tokenizer.load(folder)
@@ -616,9 +653,7 @@ def main(cfg, shape):
         raise config.Mistake(f"the training split has {len(data)} tokens, too few for block_size={cfg.block_size}")
     model = build_model(cfg, shape, val, tok, out).to(device).train()
     model.model.checkpointing = cfg.checkpointing
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    meet(device)
     held_out = Windows(val, cfg, tok.bos_id)
 
     def summary(loss):
@@ -633,6 +668,7 @@ def main(cfg, shape):
         say(f"{summary(loss)}  perplexity {math.exp(loss):.3f}  over {len(val) - 1:,} tokens of {folder}")
         return
 
+    score = hellaswag_scores(model, tok, cfg, device, autocast) if cfg.hellaswag else dict
     accumulate = cfg.gradient_accumulation_steps // WORLD
     windows = Windows(data, cfg, tok.bos_id)
     tokens_per_step = int(cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * windows.fill)
@@ -661,7 +697,7 @@ def main(cfg, shape):
                 ids = model.eval().generate(start, cfg.sample_tokens, eos_id=tok.stop_ids or None, seed=cfg.seed)[0].tolist()
             model.train()
             say("  | " + tok.decode(ids).strip().replace("\n", "\n  | "))
-        return {"val_loss": loss} | ({"val_bpb": bits_per_byte(loss, held_out)} if val.bytes else {})
+        return {"val_loss": loss} | ({"val_bpb": bits_per_byte(loss, held_out)} if val.bytes else {}) | score()
 
     def write(directory):
         model.save_pretrained(directory)

@@ -56,7 +56,7 @@ class Key:
     why: str
 
 
-def keys_of(source, class_name):
+def _keys_in(source, class_name):
     """The settings of dataclass `class_name` in Python text `source` -> {name: Key}, in order."""
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
@@ -69,7 +69,7 @@ def keys_of(source, class_name):
     return found
 
 
-def _keys(cls):
+def keys_of(cls):
     """The settings of a dataclass and its bases; of "file.py:Class" without importing it, bases written file.Class too."""
     found = {}
     if isinstance(cls, str):
@@ -77,10 +77,10 @@ def _keys(cls):
         source = (ROOT / file).read_text(encoding="utf-8")
         tree = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
         for base in tree.bases:
-            found |= _keys(f"{base.value.id}.py:{base.attr}")
-        return found | keys_of(source, name)
+            found |= keys_of(f"{base.value.id}.py:{base.attr}")
+        return found | _keys_in(source, name)
     for base in reversed(cls.__mro__[:-1]):
-        found |= keys_of(textwrap.dedent(inspect.getsource(base)), base.__name__)
+        found |= _keys_in(textwrap.dedent(inspect.getsource(base)), base.__name__)
     return found
 
 
@@ -187,7 +187,7 @@ def load(cls, argv=None, also=None):
     -h prints the keys and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    own, other = _keys(cls), _keys(also) if also else {}
+    own, other = keys_of(cls), keys_of(also) if also else {}
     if {"-h", "--help"} & set(argv):
         _help(sys.modules["__main__" if isinstance(cls, str) else cls.__module__].__doc__, own, other)
         sys.exit(0)

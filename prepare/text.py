@@ -40,7 +40,7 @@ from prepare import shards, tokenizer  # noqa: E402
 
 KINDS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 PIECE = 1 << 20  # characters read at a time; a longer .txt document is cut at a line break
-BATCH = 1 << 20  # characters a worker tokenizes at a time
+BATCH = 1 << 18  # characters a worker tokenizes at a time
 HEAD = 1000  # documents among which at least one validates and one trains, however small the fraction
 SAMPLE = 1 << 25  # characters a new tokenizer is trained on
 COMMIT_SECONDS = 2  # at most so much work is done again after an interruption
@@ -48,6 +48,7 @@ COMMIT_SECONDS = 2  # at most so much work is done again after an interruption
 
 @dataclass
 class Settings(shards.Settings):
+    """What the scripts for text share."""
     separator: tuple[str, ...] = ("<|endoftext|>",)  # between documents of a .txt file: the first of these it contains
     field: str = "text"  # where a record of jsonl, json or parquet has its text
 

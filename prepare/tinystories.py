@@ -16,6 +16,7 @@ from prepare import text  # noqa: E402
 
 @dataclass
 class Settings(text.Settings):
+    """What can be chosen; the defaults suit config/scout.py."""
     separator: tuple[str, ...] = ("<|endoftext|>", "\n\n")  # between stories: the mark, or blank lines without it
 
 

@@ -108,6 +108,11 @@ class Tokenizer:
         return engine
 
     @functools.cached_property
+    def adds_bos(self):
+        """Whether transformers, and whatever builds on it, begins a text with BOS unless told otherwise."""
+        return self.bos_id is not None and self.bos_id in self._library.encode("").ids
+
+    @functools.cached_property
     def _tiktoken(self):
         import tiktoken
         ranks = {piece: i for i, piece in self._plain.items()}

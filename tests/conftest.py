@@ -1,4 +1,7 @@
 """What every test shares: the repository on the path, the optional data, and torchvision beside a CPU-only torch."""
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,3 +31,17 @@ def data():
     if not DATA.is_dir():
         pytest.skip("needs ../shared/data, which is not part of the project")
     return DATA
+
+
+@pytest.fixture
+def project(tmp_path):
+    """command(*words) -> (stdout, stderr) of Python, in a copy of the project that may write its data/ and out/."""
+    for part in "train.py", "model.py", "config", "prepare":
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
+
+    def command(*words):
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout, done.stderr
+    return command

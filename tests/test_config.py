@@ -1,4 +1,5 @@
 """Settings: what is accepted, what is refused and how, and that every default says its reason."""
+import math
 import subprocess
 import sys
 import time
@@ -7,7 +8,9 @@ from dataclasses import dataclass
 import pytest
 
 import config
+import train
 from conftest import ROOT
+from model import Llama
 
 
 @dataclass
@@ -93,14 +96,32 @@ def test_keys_of_another_class():
 
 @pytest.mark.parametrize("name", ["train.py:TrainConfig", "sample.py:SampleConfig", "model.py:LlamaConfig", "vlm.py:VlmConfig"])
 def test_every_default_says_its_reason(name):
-    keys = config._keys(name)
+    keys = config.keys_of(name)
     assert len(keys) > 10 and all(len(k.why) > 3 for k in keys.values()), [k.name for k in keys.values() if len(k.why) <= 3]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda p: p.stem)
 def test_every_config_file_loads(path):
-    known = config._keys("vlm.py:VlmConfig" if path.stem.startswith("vlm") else "train.py:TrainConfig")
-    assert len(config._from_file(path, known | config._keys("model.py:LlamaConfig"))) > 3
+    known = config.keys_of("vlm.py:VlmConfig" if path.stem.startswith("vlm") else "train.py:TrainConfig")
+    assert len(config._from_file(path, known | config.keys_of("model.py:LlamaConfig"))) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, script, sizes", [
+    ("mini_llama", "fineweb_edu", "109,529,856 parameters (llama, 12 layers, dim 768)"),
+    ("llama4_tiny", "cosmopedia", "223,795,968 parameters, 138,861,312 active per token (llama4, 12 layers, dim 768)")])
+def test_config_runs_as_it_is_on_a_processor(name, script, sizes, project, data, tmp_path):
+    """A few steps on the sample: only the size of a step is overridden, to what a test can wait for."""
+    project(f"prepare/{script}.py", "--input", data / "text/fineweb_sample.jsonl.gz", "--limit=600")
+    project("prepare/hellaswag.py", "--input", data / "text/hellaswag_val.jsonl.gz")
+    out, _ = project("train.py", f"config/{name}.py", "--max_iters=3", "--gradient_accumulation_steps=1", "--batch_size=1",
+                     "--block_size=256", "--eval_tokens=512", "--hellaswag_items=4", "--log_interval=1", "--device=cpu")
+    assert f"model      {sizes}\n" in out and "vocabulary 32,000\n" in out
+    log = train.read_log(tmp_path / "out" / name / "log.jsonl")
+    losses = [r["train_loss"] for r in log if "train_loss" in r]
+    assert len(losses) == 3 and losses[0] == pytest.approx(math.log(32000), abs=1)
+    assert ("hellaswag_acc" in log[-1]) == (name == "mini_llama")
+    assert Llama.from_pretrained(tmp_path / "out" / name).config.vocab_size == 32000
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])

