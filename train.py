@@ -87,6 +87,7 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 
 from model import PRESETS, Llama  # noqa: E402
 from prepare import shards, tokenizer  # noqa: E402
@@ -380,7 +381,7 @@ def save(out, write, state, keep, best):
         publish(final, out)
         if best:
             publish(final, out / "best", skip=("train_state.pt",))
-    except (OSError, RuntimeError) as e:  # torch and safetensors have errors of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as e:  # each library has its own error for a full disk
         shutil.rmtree(tmp, ignore_errors=True)
         before = latest(out)
         raise config.Mistake(f"cannot save to {out}: {str(e).splitlines()[0]}; "
@@ -391,8 +392,12 @@ def save(out, write, state, keep, best):
 
 def read_state(path):
     """train_state.pt of a checkpoint directory."""
-    with config.mistakes(Exception, prefix=f"{path / 'train_state.pt'} cannot be read: "):
-        return torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
+        return {"held_out": None} | {key: state[key] for key in ("step", "seconds", "best", "optimizers", "scaler", "router_bias")} | state
+    except Exception as e:  # torch advises to load it without weights_only, which would run what code it holds
+        raise config.Mistake(f"{path / 'train_state.pt'} cannot be read, or is no state of a run ({type(e).__name__}): "
+                             f"remove {path} to go on from the checkpoint before") from e
 
 
 def gathered(state):
@@ -482,11 +487,15 @@ def start_directory(out, cfg, model_config, log):
             aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
             out.rename(aside)
             say(f"{out} held an earlier run, which is now {aside}")
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in (("log.jsonl", "".join(json.dumps(r) + "\n" for r in log)),
-                           ("run.json", json.dumps(facts_of_run(cfg, model_config), indent=1) + "\n")):
-            (out / f"{name}.tmp").write_text(text, encoding="utf-8")
-            os.replace(out / f"{name}.tmp", out / name)
+        new = not out.exists()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            shards.write_text(out / "run.json", json.dumps(facts_of_run(cfg, model_config), indent=1) + "\n")
+            shards.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+        except OSError:
+            if new:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------
@@ -513,7 +522,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
             best = state["best"]
         else:
             say("resume     with another validation set: best/ begins anew")
-        with config.mistakes(ValueError, prefix=f"{latest(out)} was made by another optimizer: "):
+        with config.mistakes(ValueError, KeyError, prefix=f"{latest(out)} was made by another optimizer: "):
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
         scaler.load_state_dict(state["scaler"])
@@ -704,6 +713,14 @@ def build_model(cfg, shape, data, tok, out):
     return model
 
 
+def restarted(out):
+    """Whether torchrun started this process again after one of them had died, and the run in `out` is the one that died."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not latest(out) or not (out / "run.json").is_file():
+        return False
+    facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    return (facts["run_id"], facts["command"]) == (os.environ.get("TORCHELASTIC_RUN_ID"), sys.argv)
+
+
 def main(cfg, shape):
     """Train as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
     if cfg.gradient_accumulation_steps % WORLD:
@@ -715,6 +732,9 @@ def main(cfg, shape):
     dtype, why = pick_dtype(cfg.dtype, device)
     folder = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / folder.name
+    if restarted(out):
+        say(f"restart    a process had died; going on from {latest(out)}")
+        cfg, shape = replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
     val = shards.Split(folder, "val")
     data = val if cfg.eval_only else shards.Split(folder, "train")
     tok = tokenizer.load(folder)
