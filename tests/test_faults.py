@@ -1,18 +1,25 @@
 """Whatever is wrong with what a user gives, the answer is one line: bad settings, damaged files, full disks, full memory."""
 import contextlib
+import copy
 import json
+import math
+import os
 import pickle
+import random
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import config
 import model
 import train
 from conftest import ROOT
@@ -281,3 +288,112 @@ def test_out_of_memory_names_what_helps(place, monkeypatch, capsys, where):
     check("out of memory on cpu: training takes about 0.0 GiB; try --batch_size=4 --gradient_accumulation_steps=2, --checkpointing, "
           "a shorter --block_size, --dtype=bfloat16, --shard on more GPUs, or a smaller model", *found)
     assert files_in(place) == before
+
+
+STRANGE = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**400, 1e308, -1e-300, math.nan, math.inf, "", "7", "llama4_text", "x" * 10000, [], [7],
+           [[]] * 3, {}, {"a": {"b": []}}]
+
+
+def mutated(data, rng, packed=False):
+    """data (bytes), with a bit turned, cut, grown, or (JSON; packed: behind its length) with something in it replaced."""
+    start = 8 if packed else 0
+    end = start + int.from_bytes(data[:8], "little") if packed else len(data)
+    if rng.random() < 0.6:
+        tree = json.loads(data[start:end])
+        spots = []
+
+        def walk(node, spots=spots):
+            for key, value in list(node.items()) if isinstance(node, dict) else list(enumerate(node)):
+                spots.append((node, key))
+                if isinstance(value, (dict, list)):
+                    walk(value)
+        walk(tree)
+        for _ in range(rng.choice((1, 1, 2))):
+            node, key = rng.choice(spots)
+            what = rng.random()
+            if what < 0.2:
+                node.pop(key, None) if isinstance(node, dict) else node.clear()
+            elif what < 0.3 and isinstance(node, dict) and key in node:
+                node[str(key) + "_"] = node.pop(key)
+            elif isinstance(node, dict) or key < len(node):
+                node[key] = copy.deepcopy(rng.choice(STRANGE))
+        header = json.dumps(tree).encode()
+        return (len(header).to_bytes(8, "little") if packed else b"") + header + data[end:]
+    at, what = rng.randrange(end if packed and rng.random() < 0.8 else len(data)), rng.random()
+    if what < 0.6:
+        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
+    return data[:at] if what < 0.8 else data[:at] + rng.randbytes(rng.choice((1, 8, 1000))) + data[at:]
+
+
+def tensors_of(data):
+    """{name: (dtype, shape, bytes)} of a safetensors file, read by its definition."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    return {n: (t["dtype"], t["shape"], data[end:][slice(*t["data_offsets"])]) for n, t in header.items() if n != "__metadata__"}
+
+
+def load_run(d):
+    """Llama.from_pretrained(d), which must be what the files say: each number of config.json, each bit of the weights."""
+    found = model.Llama.from_pretrained(d)
+    said, kept = json.loads((d / "config.json").read_bytes()), model.config_to_hf(found.config)
+    lists = {"interleave_moe_layer_step", "no_rope_layer_interval"}  # overruled by what config.json lists for each layer
+    for key in set((model.NAMES4 if found.config.arch == "llama4" else model.NAMES).values()) & said.keys() - lists:
+        if key == "attn_scale" and not (found.config.nope_every and said.get("attn_temperature_tuning", True)):
+            continue  # tunes NoPE layers only
+        assert said[key] in (kept[key], None, 0) and type(said[key]) in (type(kept[key]), int, type(None)), (key, said[key], kept[key])
+    state = found.state_dict()
+    for name, (dtype, shape, data) in tensors_of((d / "model.safetensors").read_bytes()).items():
+        assert name.endswith("inv_freq") or list(state[name].shape) == shape and state[name].numpy().tobytes() == data, name
+
+
+def load_data(d):
+    """Both splits, whose ids must be those that were written."""
+    for split in "train", "val":
+        found = shards.Split(d, split)
+        assert found[:].tobytes() == (d / f"{split}_000.bin").read_bytes() and found[:].max() < found.vocab_size
+
+
+def load_tokenizer(d):
+    """A tokenizer, which must either work as before or show that it is another one."""
+    found = tokenizer.load(d)
+    good = next(t for t in (tokenizer.char("abcd"), tokenizer.byte()) if t.kind == json.loads((d / "meta.json").read_text())["tokenizer"]["kind"])
+    assert found.fingerprint != good.fingerprint or found.encode("abcd") == good.encode("abcd")
+
+
+def fuzz(place, seed, count):
+    """Load `count` mutations of each kind of file; prints what was refused and what was not, by kind."""
+    place, rng, refused = Path(place), random.Random(seed), (ValueError, FileNotFoundError, config.Mistake)
+    kinds = [("config.json", "run", load_run), ("config.json", "sparse", load_run), ("model.safetensors", "run", load_run),
+             ("meta.json", "data", load_data), ("tokenizer.json", "data", load_tokenizer),
+             ("tokenizer.json", "bytes", load_tokenizer)]
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, now + 2**30))  # what allocates more than 1 GiB fails
+    for name, source, load in kinds:
+        shutil.copytree(place / source, place / "fuzzed", dirs_exist_ok=True)
+        good, clean = (place / source / name).read_bytes(), 0
+        (place / "fuzzed" / name).unlink()
+        for i in range(count):
+            bad = mutated(good, rng, packed=name == "model.safetensors")
+            (place / "fuzzed" / name).write_bytes(bad)
+            signal.alarm(20)  # ends this process if it hangs
+            try:
+                load(place / "fuzzed")
+            except refused:
+                clean += 1
+            except BaseException as e:
+                raise AssertionError(f"{name} of {source}, mutation {i} of seed {seed}: {bad[:3000]}") from e
+        print(f"{name}: {clean} of {count} refused", flush=True)
+        assert clean > count / 4
+        shutil.rmtree(place / "fuzzed")
+
+
+@pytest.mark.parametrize("count", [110, pytest.param(2000, marks=pytest.mark.slow)])
+def test_files_that_cannot_be_trusted(place, count):
+    """Damaged files never crash the interpreter, hang, take more than 1 GiB, or load as anything but what they say."""
+    cfg = train.TrainConfig(dataset=str(place / "data"), out_dir=str(place / "sparse"), **RUN)
+    if not (place / "sparse").exists():
+        train.main(cfg, SMALL | dict(arch="llama4", n_experts=2, nope_every=2, chunk=8, n_layer=2, qk_norm=True, attn_scale=0.1))
+    done = subprocess.run([sys.executable, "-c", f"import test_faults; test_faults.fuzz({str(place)!r}, {count}, {count})"], text=True,
+                          capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-4000:])
+    print(done.stdout)
