@@ -340,7 +340,7 @@ def load_run(d):
     for key in set((model.NAMES4 if found.config.arch == "llama4" else model.NAMES).values()) & said.keys() - lists:
         if key == "attn_scale" and not (found.config.nope_every and said.get("attn_temperature_tuning", True)):
             continue  # tunes NoPE layers only
-        assert said[key] in (kept[key], None, 0) and type(said[key]) in (type(kept[key]), int, type(None)), (key, said[key], kept[key])
+        assert not said[key] or said[key] == kept[key] and type(said[key]) in (type(kept[key]), int), (key, said[key], kept[key])
     state = found.state_dict()
     for name, (dtype, shape, data) in tensors_of((d / "model.safetensors").read_bytes()).items():
         assert name.endswith("inv_freq") or list(state[name].shape) == shape and state[name].numpy().tobytes() == data, name
