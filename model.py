@@ -72,6 +72,7 @@ class LlamaConfig:
             if f.type in (int, float):  # 0 is allowed where it is the default
                 need(type(value) in (int, f.type) and 0 <= value < 2**40 and (value or not f.default),
                      f"{f.name} must be {'a' if f.default else '0 or a'} positive {f.type.__name__}, not {value!r}")
+        need(max(self.n_layer, self.n_experts) <= 4096, "more than 4096 layers or experts: no Llama has that many")
         need(self.arch in ("llama", "llama4"), f"arch must be 'llama' or 'llama4', not {self.arch!r}")
         need(self.dim % self.n_head == 0, f"dim={self.dim} is not divisible by n_head={self.n_head}")
         self.head_dim = self.head_dim or self.dim // self.n_head
@@ -694,6 +695,9 @@ def config_from_hf(hf):
         values[name] = 0 if value is None and name in ("n_kv_head", "head_dim", "chunk") else value
     ends = hf.get("eos_token_id", 2)
     values["eos_ids"] = ends if isinstance(ends, list) else () if ends is None else (ends,)
+    for keys, kind in (("rope_parameters", "rope_scaling"), dict), (("moe_layers", "no_rope_layers", "layer_types"), list):
+        if any(not isinstance(hf.get(key) or kind(), kind) for key in keys):
+            raise ValueError(f"config.json: one of {', '.join(keys)} is no {kind.__name__}")
     rope = {"rope_theta": hf.get("rope_theta", default["rope_theta"])}
     rope |= (hf.get("rope_parameters") or {}) | (hf.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -715,7 +719,7 @@ def config_from_hf(hf):
                 if (hf.get(key) or have) != have:
                     raise ValueError(f"{key} {hf[key]} is no regular pattern of layers, as all that is built has")
         return cfg
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         raise ValueError(f"config.json: {e}") from None
 
 

@@ -77,13 +77,18 @@ def load(cfg):
     return model, tok, directory
 
 
-def write(model, tok, ids, cfg, seed):
-    """Generate after ids and print each piece as it comes; returns the new ids."""
-    import torch
+def fitting(ids, model):
+    """ids, if the model's context holds them and at least one more."""
     room = model.config.context - len(ids)
     if not ids or room < 1:
         raise config.Mistake("the prompt is empty" if not ids else f"the prompt has {len(ids)} tokens, and the model's "
                              f"context holds {model.config.context}: shorten it by at least {1 - room}")
+    return ids
+
+
+def write(model, tok, ids, cfg, seed):
+    """Generate after ids and print each piece as it comes; returns the new ids."""
+    import torch
     text, new, stops = tok.stream(after=ids), [], tok.stop_ids | set(model.config.eos_ids)
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
     for token in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p,
@@ -94,14 +99,15 @@ def write(model, tok, ids, cfg, seed):
     return new
 
 
-def complete(model, tok, cfg):
-    """Continue every prompt num_samples times."""
+def complete(model, tok, cfg, title):
+    """Continue every prompt num_samples times; title goes first."""
     prompts = [read_prompt(t) for t in cfg.start] or [""]
+    if cfg.start and "" in prompts:
+        raise config.Mistake("the prompt is empty: give some text, or leave --start out to begin a document")
+    encoded = [fitting(tok.encode(p, bos=True) if p or tok.bos_id is not None else tok.encode("\n"), model) for p in prompts]
+    print(title, file=sys.stderr)
     count, seconds = 0, 0.0
-    for prompt in prompts:
-        if cfg.start and not prompt:
-            raise config.Mistake("the prompt is empty: give some text, or leave --start out to begin a document")
-        ids = tok.encode(prompt, bos=True) if prompt or tok.bos_id is not None else tok.encode("\n")
+    for prompt, ids in zip(prompts, encoded):
         for i in range(cfg.num_samples):
             print(prompt, end="", flush=True)
             begin = time.perf_counter()
@@ -112,10 +118,11 @@ def complete(model, tok, cfg):
     print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def chat(model, tok, cfg):
+def chat(model, tok, cfg, title):
     """A conversation until an empty line, Ctrl-C or Ctrl-D; the oldest turns are dropped when the context is full."""
     if not tok.chat_template:
         raise config.Mistake("this model has no chat template; use --start, or a chat model such as `python prepare/smollm2.py`")
+    print(title, file=sys.stderr)
     system = [{"role": "system", "content": cfg.system}] if cfg.system else []
     turns = []
     while True:
@@ -133,16 +140,17 @@ def chat(model, tok, cfg):
             ids = tok.chat(system + turns)
         print("llama> ", end="", flush=True)
         begin = time.perf_counter()
-        new = write(model, tok, ids, cfg, cfg.seed + len(turns))
+        new = write(model, tok, fitting(ids, model), cfg, cfg.seed + len(turns))
         print(f"({len(new) / (time.perf_counter() - begin):.1f} tokens/s)", file=sys.stderr)
         turns.append({"role": "assistant", "content": tok.decode([i for i in new if i not in tok.stop_ids])})
 
 
 def main(cfg):
     """Load the model once, then complete or chat."""
-    model, tok, directory = load(cfg)
-    print(f"{os.path.relpath(directory)}: {model.counts()[0]:,} parameters", file=sys.stderr)
-    (chat if cfg.chat else complete)(model, tok, cfg)
+    import torch
+    with config.mistakes(torch.OutOfMemoryError, prefix="try --dtype=bfloat16, fewer --max_new_tokens or --device=cpu: "):
+        model, tok, directory = load(cfg)
+        (chat if cfg.chat else complete)(model, tok, cfg, f"{os.path.relpath(directory)}: {model.counts()[0]:,} parameters")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@
 The run directory is a Hugging Face checkpoint (config.json, model.safetensors, the tokenizer's files) with
 train_state.pt, run.json, log.jsonl and loss.png beside it; best/ has the weights of the lowest validation loss.
 """
+import contextlib
 import ctypes
+import inspect
+import itertools
 import json
 import math
 import os
@@ -22,6 +25,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import config
@@ -59,6 +63,7 @@ class TrainConfig:
     hellaswag_items: int = 0  # only the first so many of its items; 0: all 10,042
     log_interval: int = 10  # steps between log lines
     sample_tokens: int = 60  # length of the sample printed at each evaluation; 0: none
+    shard: bool = False  # split parameters and optimizer over the processes (fully_shard); False: a copy on each (DDP)
     keep: int = 2  # latest checkpoints kept, so that a bad one is not the only one
     seed: int = 1337  # nanoGPT's; draws the weights, the order of the data, dropout and router noise
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
@@ -86,6 +91,7 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 
 from model import PRESETS, Llama, find  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
@@ -224,6 +230,17 @@ class Muon(torch.optim.Optimizer):
             x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
         return (x.mT if tall else x).to(g.dtype)
 
+    def each(self, stack):
+        """stack (n, ..., a, b), each matrix orthogonalized. Of a sharded stack each process has some rows of all matrices;
+        for this it gets all rows of some in exchange."""
+        if not hasattr(stack, "placements"):
+            return self.orthogonalize(stack.flatten(0, -3)).view_as(stack)
+        from torch.distributed.tensor import DTensor, Shard
+        whole = stack.redistribute(placements=[Shard(0)])
+        done = DTensor.from_local(self.each(whole.to_local()), whole.device_mesh, [Shard(0)], run_check=False,
+                                  shape=whole.shape, stride=whole.stride())
+        return done.redistribute(placements=stack.placements)
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -238,12 +255,16 @@ class Muon(torch.optim.Optimizer):
                 grads = [p.grad for p in params]
                 buffers = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                matrix = (shape[0], shape[1:].numel()) if len(shape) == 4 else shape[-2:]
-                update = self.orthogonalize(torch.stack(nesterov).view(-1, *matrix))  # (n·E, a, b)
-                update *= -0.2 * group["lr"] * max(matrix) ** 0.5
+                stack = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (n, ..., a, b)
+                stack = stack.flatten(2) if len(shape) == 4 else stack  # convolutions: (n, out, in·h·w)
+                update = self.each(stack) * (-0.2 * group["lr"] * max(stack.shape[-2:]) ** 0.5)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.view(len(params), *shape)))
+                torch._foreach_add_(params, [u.view(shape) for u in update.unbind()])
+
+
+def for_muon(name, p, cfg):
+    """Whether Muon takes this parameter; AdamW has the others."""
+    return cfg.optimizer == "muon" and p.dim() > 1 and not any(part in name for part in NOT_HIDDEN)
 
 
 def make_optimizers(model, cfg, device, dtype):
@@ -254,7 +275,7 @@ def make_optimizers(model, cfg, device, dtype):
             continue
         if p.dim() == 1:
             vectors.append(p)
-        elif cfg.optimizer == "muon" and not any(part in name for part in NOT_HIDDEN):
+        elif for_muon(name, p, cfg):
             hidden.append(p)
         else:
             matrices.append(p)
@@ -278,6 +299,21 @@ def learning_rate(step, cfg):
     return cfg.min_lr + height * (cfg.learning_rate - cfg.min_lr)
 
 
+# -- sharding ----------------------------------------------------------------------------------------------------
+
+def shard(model, device, dtype):
+    """Split a Llama over all processes, so that each computes with one whole block at a time, in dtype."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(device.type, (WORLD,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:  # already in dtype, so that autocast keeps no copy of its weights for the backward pass
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "generate")
+    return model
+
+
 # -- evaluation --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -290,7 +326,7 @@ def evaluate(model, windows, device, autocast, bos_id=None, limit=0, progress=Fa
     wanted = -(-limit // cfg.block_size) if limit else len(spans)
     if wanted < len(spans):
         spans = spans[np.linspace(0, len(spans) - 1, wanted).astype(int)]
-    spans = spans[RANK::WORLD]
+    spans = np.append(spans, [(0, 1)] * (-len(spans) % WORLD)).astype(int).reshape(-1, 2)[RANK::WORLD]  # (0, 1): no target
     batches = range(0, len(spans), cfg.batch_size)
     if progress and RANK == 0:
         from tqdm import tqdm
@@ -301,7 +337,8 @@ def evaluate(model, windows, device, autocast, bos_id=None, limit=0, progress=Fa
         n = int((y != -100).sum())
         x, y, positions = to_device(device, x, y, restarts(x, bos_id) if cfg.doc_mask else None)
         with autocast:
-            nats += model(x, y, positions)[1].item() * n if n else 0.0
+            loss = model(x, y, positions)[1].item()  # on every process: those that share a model compute together
+        nats += loss * n if n else 0.0
         count += n
     model.train(was)
     nats, count = total(nats, count)
@@ -348,10 +385,13 @@ def publish(source, directory, skip=()):
             tmp = directory / (path.name + ".tmp")
             tmp.unlink(missing_ok=True)
             try:
-                os.link(path, tmp)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, tmp)
-            os.replace(tmp, directory / path.name)
+                try:
+                    os.link(path, tmp)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(path, tmp)
+                os.replace(tmp, directory / path.name)
+            finally:
+                tmp.unlink(missing_ok=True)
 
 
 def save(out, write, state, keep, best):
@@ -371,7 +411,7 @@ def save(out, write, state, keep, best):
         publish(final, out)
         if best:
             publish(final, out / "best", skip=("train_state.pt",))
-    except (OSError, RuntimeError) as e:  # torch and safetensors have errors of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as e:  # each library has its own error for a full disk
         shutil.rmtree(tmp, ignore_errors=True)
         before = latest(out)
         raise config.Mistake(f"cannot save to {out}: {str(e).splitlines()[0]}; "
@@ -382,8 +422,33 @@ def save(out, write, state, keep, best):
 
 def read_state(path):
     """train_state.pt of a checkpoint directory."""
-    with config.mistakes(Exception, prefix=f"{path / 'train_state.pt'} cannot be read: "):
-        return torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
+        return {"held_out": None} | {key: state[key] for key in ("step", "seconds", "best", "optimizers", "scaler", "router_bias")} | state
+    except Exception as e:  # torch advises to load it without weights_only, which would run what code it holds
+        raise config.Mistake(f"{path / 'train_state.pt'} cannot be read, or is no state of a run ({type(e).__name__}): "
+                             f"remove {path} to go on from the checkpoint before") from e
+
+
+def gathered(state):
+    """A nested state whose sharded tensors are whole on the first process, and None on the others."""
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    whole = state.full_tensor()  # every process takes part
+    return whole.cpu() if RANK == 0 else None
+
+
+def load_optimizer(optimizer, saved):
+    """Restore an optimizer from a whole state, of which this process keeps its part where the parameters are sharded."""
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if hasattr(p, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+            saved["state"][i] = {
+                key: distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None) if value.shape == p.shape else value
+                for key, value in saved["state"][i].items()}
+    optimizer.load_state_dict(saved)
 
 
 def read_log(path):
@@ -425,17 +490,24 @@ def plot(log, path, floor=None):
 
 def facts_of_run(cfg, model_config):
     """What run.json records: every setting, versions, hardware, code."""
-    def git(*words):
-        try:
-            return subprocess.run(["git", "-C", config.ROOT, *words], capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
+    try:
+        commit = subprocess.run(["git", "-C", config.ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                                capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": sys.argv, "settings": asdict(cfg), "model": asdict(model_config), "processes": WORLD,
-            "git_commit": git("rev-parse", "HEAD"), "git_changed": bool(git("status", "--porcelain")),
+            "run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "git_commit": commit,
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "gpu": gpu,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def check_writable(out):
+    """Raise `Mistake` where a run directory cannot be made, without making it."""
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise config.Mistake(f"cannot write the run directory {out}: {there} is not a directory that can be written to")
 
 
 def start_directory(out, cfg, model_config, log):
@@ -445,45 +517,58 @@ def start_directory(out, cfg, model_config, log):
             aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
             out.rename(aside)
             say(f"{out} held an earlier run, which is now {aside}")
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in (("log.jsonl", "".join(json.dumps(r) + "\n" for r in log)),
-                           ("run.json", json.dumps(facts_of_run(cfg, model_config), indent=1) + "\n")):
-            (out / f"{name}.tmp").write_text(text, encoding="utf-8")
-            os.replace(out / f"{name}.tmp", out / name)
+        new = not out.exists()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            shards.write_text(out / "run.json", json.dumps(facts_of_run(cfg, model_config), indent=1) + "\n")
+            shards.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+        except OSError:
+            if new:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------
 
-def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_step, flops_per_token, floor=None):
+def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_step, flops_per_token, floor=None, held_out=None):
     """Train `model` for cfg.max_iters steps, in the run directory `out`, from its last checkpoint if cfg says so.
 
     batches(step): this process's micro-batches, each the arguments of model(...), whose second result is the loss.
     validate(model): evaluates on every process and returns {"val_loss": nats per token, ...} for the log.
-    write(directory): writes the model's own files. `model` may have `moe_layers` and `balance` like a Llama.
+    write(directory): writes the model's own files, of a sharded model with the whole of it as state=.
+    `model` may have `moe_layers` and `balance` like a Llama. held_out: tells one validation set from another.
     """
+    sharded = hasattr(model, "unshard")
+    if cfg.shard and WORLD > 1 and not sharded:
+        raise config.Mistake("--shard=True splits a Llama, not one that sees")
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     optimizers = make_optimizers(model, cfg, device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
     experts, first, seconds, best, log = model.moe_layers(), 0, 0.0, math.inf, []
     if cfg.init_from == "resume":
         state = read_state(latest(out))
-        first, seconds, best = state["step"], state["seconds"], state["best"]
-        with config.mistakes(ValueError, prefix=f"{latest(out)} was made by another optimizer: "):
+        first, seconds = state["step"], state["seconds"]
+        if state["held_out"] == held_out:
+            best = state["best"]
+        else:
+            say("resume     with another validation set: best/ begins anew")
+        with config.mistakes(ValueError, KeyError, prefix=f"{latest(out)} was made by another optimizer: "):
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                load_optimizer(optimizer, saved)
         scaler.load_state_dict(state["scaler"])
         for layer, saved in zip(experts, state["router_bias"], strict=True):
             layer.bias.copy_(saved)
         log = [r for r in read_log(out / "log.jsonl") if r["step"] <= first]
-    if RANK == 0:
-        start_directory(out, cfg, model.config, log)
+    check_writable(out)
     compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
-    step_model = compiled
-    if WORLD > 1:
-        step_model = torch.nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
+    step_model, ddp = compiled, WORLD > 1 and not sharded
+    if ddp:  # the buffers, loads and biases of experts, are each process's own or the same anyway
+        DDP = torch.nn.parallel.DistributedDataParallel
+        new = "forward_sync_buffers" in inspect.signature(DDP).parameters  # what torch calls it from 2.13 on
+        step_model = DDP(compiled, gradient_as_bucket_view=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
     peak = peak_flops(device) * WORLD
-    memory = memory_estimate(model, cfg, dtype.itemsize, optimizers)
-    say(f"run        {out}, compile {'off' if compiled is model else 'on'}, about {memory / 2**30:.1f} GiB"
+    say(f"run        {out}, compile {'off' if compiled is model else 'on'}, about "
+        f"{memory_estimate(model, cfg, dtype) / 2**30:.1f} GiB" + (" for each process" if WORLD > 1 else "")
         + (f", resumed after step {first}" if first else ""))
 
     def record(entry):
@@ -492,92 +577,125 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
 
-    stop = []  # a signal asks to stop after the step; a second Ctrl-C does so at once
+    skipped, times, clock = 0, [], time.perf_counter()
+    with (listening() as stop, memory_advice(model, cfg, device, dtype),
+          config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
+        for step in range(first, cfg.max_iters):
+            rate = learning_rate(step, cfg)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+            torch.manual_seed(int(draws(cfg.seed, 1, step, RANK).integers(2**63)))  # dropout and router noise
+            micro_batches, loss_sum = batches(step), 0.0
+            for i, batch in enumerate(micro_batches):
+                with step_model.no_sync() if ddp and i < len(micro_batches) - 1 else nullcontext():
+                    with autocast:
+                        loss = step_model(*to_device(device, *batch))[1] / len(micro_batches)
+                    scaler.scale(loss).backward()
+                loss_sum = loss_sum + loss.detach()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norm = (norm.full_tensor() if sharded else norm).item()
+            if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips bad steps of its own
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
+                scaler.update()
+                skipped = 0
+            else:
+                skipped += 1
+                say(f"step {step + 1}: the gradient is {norm}; step skipped")
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            load = model.balance() if experts else None
+
+            now, done = time.perf_counter(), step + 1
+            elapsed, clock = now - clock, now
+            seconds, times = seconds + elapsed, (times + [elapsed])[-50:]
+            last, stopping = done == cfg.max_iters, total(len(stop))[0] > 0
+            if step == first and RANK == 0:  # now that a step fits into memory
+                start_directory(out, cfg, model.config, log)
+            if done % cfg.log_interval == 0 or done == first + 1 or last or skipped:
+                typical = float(np.median(times))
+                speed, left = tokens_per_step / typical, int((cfg.max_iters - done) * typical)
+                entry = {"step": done, "tokens": done * tokens_per_step, "train_loss": total(float(loss_sum))[0] / WORLD,
+                         "lr": rate, "grad_norm": norm, "tokens_per_s": round(speed),
+                         "mfu": round(flops_per_token * speed / peak, 4) if peak else 0.0, "seconds": round(seconds, 3)}
+                if skipped:
+                    entry["skipped"] = skipped  # so many steps in a row
+                if experts:  # tokens of the least and most loaded expert, relative to the mean of its layer
+                    share = load / load.mean(1, keepdim=True)
+                    entry["expert_load"] = [round(share.min().item(), 3), round(share.max().item(), 3)]
+                record(entry)
+                say(f"step {done:>6}/{cfg.max_iters}  loss {entry['train_loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
+                    f"{elapsed * 1e3:.0f} ms  {speed:,.0f} tok/s  mfu {100 * entry['mfu']:.1f}%"
+                    + (f"  expert load {entry['expert_load'][0]:.2f} to {entry['expert_load'][1]:.2f}" if experts else "")
+                    + f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+            if skipped == 5:
+                raise config.Mistake(f"5 steps in a row had no finite gradient: try --learning_rate={cfg.learning_rate / 3:.2g}, "
+                                     "a longer --warmup_iters, or --dtype=float32; the last checkpoint is kept")
+            if done % cfg.eval_interval == 0 or last or stopping:
+                improved = False
+                if not stopping:
+                    found = validate(compiled)
+                    improved, best = found["val_loss"] < best, min(found["val_loss"], best)
+                    record({"step": done, "tokens": done * tokens_per_step, **found, "seconds": round(seconds, 3)})
+                model_writes = partial(write, state=gathered(model.state_dict())) if sharded else write
+                states = [gathered(o.state_dict()) for o in optimizers]
+                if RANK == 0:
+                    save(out, model_writes, {
+                        "step": done, "seconds": seconds, "best": best, "held_out": held_out, "scaler": scaler.state_dict(),
+                        "optimizers": states, "router_bias": [m.bias for m in experts]}, cfg.keep, improved)
+                    plot(log, out / "loss.png", floor)
+                clock = time.perf_counter()
+            if stopping:
+                say(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")
+                break
+
+
+@contextlib.contextmanager
+def listening():
+    """A list that a signal which asks to stop is added to; a second Ctrl-C stops at once."""
+    stop = []
 
     def ask(number, _):
         stop.append(number)
         signal.signal(number, before[number])
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    skipped, times, clock = 0, [], time.perf_counter()
-    for step in range(first, cfg.max_iters):
-        rate = learning_rate(step, cfg)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        torch.manual_seed(int(draws(cfg.seed, 1, step, RANK).integers(2**63)))  # dropout and router noise
-        micro_batches, loss_sum = batches(step), 0.0
-        for i, batch in enumerate(micro_batches):
-            waiting = step_model.no_sync() if WORLD > 1 and i < len(micro_batches) - 1 else nullcontext()
-            with waiting:
-                with autocast:
-                    loss = step_model(*to_device(device, *batch))[1] / len(micro_batches)
-                scaler.scale(loss).backward()
-            loss_sum = loss_sum + loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
-        if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips bad steps of its own
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scaler.update()
-            skipped = 0
-        else:
-            skipped += 1
-            say(f"step {step + 1}: the gradient is {norm}; step skipped")
-            if skipped == 5:
-                raise config.Mistake(f"5 steps in a row had no finite gradient: try --learning_rate={cfg.learning_rate / 3:.2g}, "
-                                     "a longer --warmup_iters, or --dtype=float32; the last checkpoint is kept")
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        load = model.balance() if experts else None
-
-        now, done = time.perf_counter(), step + 1
-        elapsed, clock = now - clock, now
-        seconds, times = seconds + elapsed, (times + [elapsed])[-50:]
-        last, stopping = done == cfg.max_iters, total(len(stop))[0] > 0
-        if done % cfg.log_interval == 0 or done == first + 1 or last:
-            typical = float(np.median(times))
-            speed, left = tokens_per_step / typical, int((cfg.max_iters - done) * typical)
-            entry = {"step": done, "tokens": done * tokens_per_step, "train_loss": total(float(loss_sum))[0] / WORLD, "lr": rate,
-                     "grad_norm": norm, "tokens_per_s": round(speed), "mfu": round(flops_per_token * speed / peak, 4) if peak else 0.0,
-                     "seconds": round(seconds, 3)}
-            if experts:  # tokens of the least and most loaded expert, relative to the mean of its layer
-                share = load / load.mean(1, keepdim=True)
-                entry |= {"expert_load": [round(share.min().item(), 3), round(share.max().item(), 3)]}
-            record(entry)
-            say(f"step {done:>6}/{cfg.max_iters}  loss {entry['train_loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
-                f"{elapsed * 1e3:.0f} ms  {speed:,.0f} tok/s  mfu {100 * entry['mfu']:.1f}%"
-                + (f"  expert load {entry['expert_load'][0]:.2f} to {entry['expert_load'][1]:.2f}" if experts else "")
-                + f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
-        if done % cfg.eval_interval == 0 or last or stopping:
-            improved = False
-            if not stopping:
-                found = validate(compiled)
-                improved, best = found["val_loss"] < best, min(found["val_loss"], best)
-                record({"step": done, "tokens": done * tokens_per_step, **found, "seconds": round(seconds, 3)})
-            if RANK == 0:
-                save(out, write, {"step": done, "seconds": seconds, "best": best, "scaler": scaler.state_dict(),
-                                  "optimizers": [o.state_dict() for o in optimizers],
-                                  "router_bias": [m.bias for m in experts]}, cfg.keep, improved)
-                plot(log, out / "loss.png", floor)
-            clock = time.perf_counter()
-        if stopping:
-            say(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")
-            break
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def memory_estimate(model, cfg, itemsize, optimizers):
-    """Bytes that training takes, roughly: weights, gradients and optimizer state, plus activations of one pass."""
-    m = model.config
-    states = 2 * sum(p.numel() for g in optimizers[0].param_groups for p in g["params"])
-    states += sum(p.numel() for o in optimizers[1:] for g in o.param_groups for p in g["params"])
+@contextlib.contextmanager
+def memory_advice(model, cfg, device, dtype):
+    """When memory runs out in this block, say how much training takes and which flags take less."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        have = f", and {device} has {torch.cuda.mem_get_info(device)[1] / 2**30:.1f}" if device.type == "cuda" else ""
+        less = [f"--batch_size={cfg.batch_size // 2} --gradient_accumulation_steps={2 * cfg.gradient_accumulation_steps}"
+                ] * (cfg.batch_size > 1) + ["--checkpointing"] * (not cfg.checkpointing) + ["a shorter --block_size"]
+        less += ["--dtype=bfloat16"] * (dtype == torch.float32) + ["--shard on more GPUs"] * (not cfg.shard)
+        raise config.Mistake(f"out of memory on {device}: training takes about {memory_estimate(model, cfg, dtype) / 2**30:.1f} GiB"
+                             f"{have}; try {', '.join(less)}, or a smaller model") from e
+
+
+def memory_estimate(model, cfg, dtype, world=WORLD):
+    """Bytes that training takes on each of `world` processes, roughly: weights, gradients and optimizer state, plus
+    activations of one pass."""
+    m, share, itemsize = model.config, world if cfg.shard else 1, dtype.itemsize
+    learn = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    states = sum(p.numel() * (1 if for_muon(n, p, cfg) else 2) for n, p in learn.items())
+    fixed = 4 * (model.counts()[0] + sum(p.numel() for p in learn.values()) + states) / share
     width = 8 * m.dim + 3 * (m.n_head + 2 * m.n_kv_head) * m.head_dim  # norms and residuals; q, k, v and their turns
     ffn = sum(4 * m.expert_dim * (1 + m.top_k) if m.is_moe(i) else 4 * m.ffn_dim for i in range(m.n_layer)) / m.n_layer
     kept = m.dim * m.n_layer + width + ffn if cfg.checkpointing else (width + ffn) * m.n_layer
-    return 4 * (2 * model.counts()[0] + states) + cfg.batch_size * cfg.block_size * (kept * itemsize + m.vocab_size * (8 + itemsize))
+    return fixed + cfg.batch_size * cfg.block_size * (kept * itemsize + m.vocab_size * (8 + itemsize))
 
 
 # -- starting ----------------------------------------------------------------------------------------------------
@@ -625,6 +743,14 @@ def build_model(cfg, shape, data, tok, out):
     return model
 
 
+def restarted(out):
+    """Whether torchrun started this process again after one of them had died, and the run in `out` is the one that died."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not latest(out) or not (out / "run.json").is_file():
+        return False
+    facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    return (facts["run_id"], facts["command"]) == (os.environ.get("TORCHELASTIC_RUN_ID"), sys.argv)
+
+
 def main(cfg, shape):
     """Train as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
     if cfg.gradient_accumulation_steps % WORLD and not cfg.eval_only:
@@ -644,16 +770,24 @@ def main(cfg, shape):
         meet(device)
         hellaswag_scores(model, tokenizer.load(source), cfg, device, autocast)()
         return
+    if restarted(out):
+        say(f"restart    a process had died; going on from {latest(out)}")
+        cfg, shape = replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
     val = shards.Split(folder, "val")
     data = val if cfg.eval_only else shards.Split(folder, "train")
     tok = tokenizer.load(folder)
+    if tok.fingerprint != data.tokenizer["fingerprint"]:
+        raise config.Mistake(f"{folder} was made with another tokenizer than the tokenizer.json in it: prepare the data again")
     if (cfg.doc_mask or cfg.whole_docs) and tok.bos_id is None:
         raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
     if len(data) < 2 * cfg.block_size and not cfg.eval_only:
         raise config.Mistake(f"the training split has {len(data)} tokens, too few for block_size={cfg.block_size}")
-    model = build_model(cfg, shape, val, tok, out).to(device).train()
+    model = build_model(cfg, shape, val, tok, out).train()
     model.model.checkpointing = cfg.checkpointing
     meet(device)
+    sharded = cfg.shard and WORLD > 1
+    with memory_advice(model, cfg, device, dtype):
+        model = shard(model, device, dtype) if sharded else model.to(device)
     held_out = Windows(val, cfg, tok.bos_id)
 
     def summary(loss):
@@ -664,7 +798,8 @@ def main(cfg, shape):
         return text
 
     if cfg.eval_only:
-        loss = evaluate(model, held_out, device, autocast, tok.bos_id, progress=True)
+        with memory_advice(model, cfg, device, dtype):
+            loss = evaluate(model, held_out, device, autocast, tok.bos_id, progress=True)
         say(f"{summary(loss)}  perplexity {math.exp(loss):.3f}  over {len(val) - 1:,} tokens of {folder}")
         return
 
@@ -691,21 +826,24 @@ def main(cfg, shape):
     def validate(compiled):
         loss = evaluate(compiled, held_out, device, autocast, tok.bos_id, cfg.eval_tokens)
         say(f"{summary(loss)}")
-        if cfg.sample_tokens and RANK == 0:
+        if cfg.sample_tokens and (sharded or RANK == 0):
             start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(val[0])]], device=device)
+            ends = tok.stop_ids if tok.stop_ids and not sharded else None  # sharded: the same length on every process
             with autocast:
-                ids = model.eval().generate(start, cfg.sample_tokens, eos_id=tok.stop_ids or None, seed=cfg.seed)[0].tolist()
+                first, *ids = model.eval().generate(start, cfg.sample_tokens, eos_id=ends, seed=cfg.seed)[0].tolist()
             model.train()
-            say("  | " + tok.decode(ids).strip().replace("\n", "\n  | "))
+            text = tok.decode([first, *itertools.takewhile(lambda i: i not in tok.stop_ids, ids)])
+            say("  | " + text.strip().replace("\n", "\n  | "))
         return {"val_loss": loss} | ({"val_bpb": bits_per_byte(loss, held_out)} if val.bytes else {}) | score()
 
-    def write(directory):
-        model.save_pretrained(directory)
+    def write(directory, state=None):
+        model.save_pretrained(directory, state)
         tok.save(directory)
 
     floor = val.floor_bpb / bits_per_byte(1.0, held_out) if val.floor_bpb else None  # nats per token
     fit(cfg, model, out, device, dtype, lambda step: list(batches(step)), validate, write, tokens_per_step,
-        model.flops_per_token(cfg.block_size), floor)
+        model.flops_per_token(cfg.block_size), floor, [val.meta["splits"]["val"], cfg.eval_tokens, cfg.block_size, cfg.whole_docs,
+                                                       cfg.doc_mask])
 
 
 if __name__ == "__main__":
