@@ -170,21 +170,22 @@ def rope_frequencies(cfg, device=None):
 
 
 def rope_angles(cfg, positions):
-    """cos and sin at positions (T,) or (B, T): (T, d/2) or (B, 1, T, d/2) each, float32 whatever the model's dtype."""
+    """cos and signed sin at positions (T,) or (B, T), for `rotate`: (T, d) or (B, 1, T, d) each, float32 at any dtype."""
     angle = positions[..., None].float() * rope_frequencies(cfg, positions.device)
     angle = angle if positions.dim() == 1 else angle[:, None]
-    return angle.cos(), angle.sin()
+    cos, sin, pair = angle.cos(), angle.sin(), -1 if cfg.arch == "llama4" else -2
+    return torch.stack((cos, cos), pair).flatten(-2), torch.stack((-sin, sin), pair).flatten(-2)
 
 
 def rotate(x, cos, sin, interleaved):
-    """Turn the pairs of x (B, H, T, d) by the given angles, in float32.
+    """Turn the pairs (a, b) of x (B, H, T, d) to (a cos - b sin, b cos + a sin), in float32.
 
     A pair is (x[2i], x[2i+1]) when interleaved (Meta's layout, Llama 4), else (x[i], x[i+d/2]) (Hugging Face's
     layout for Llama 1 to 3, whose q_proj and k_proj rows are permuted to match).
     """
-    pair = -1 if interleaved else -2
-    a, b = x.float().unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(pair)  # (B, H, T, d/2) each
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), pair).flatten(-2).type_as(x)
+    x32 = x.float()
+    other = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else x32.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x32 * cos, other, sin).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -207,7 +208,7 @@ class KVCache:
     """
 
     def __init__(self, cfg, batch, size, device=None, dtype=None):
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.lengths, self.rows = torch.zeros(batch, dtype=torch.long, device=device), torch.arange(batch, device=device)
         self.size, self.used = size, 0  # used: an upper bound of lengths, known without asking the device
         self.kv = [torch.zeros(2, batch, cfg.n_kv_head, min(cfg.chunk_of(i) or size, size), cfg.head_dim,
                                device=device, dtype=dtype) for i in range(cfg.n_layer)]
@@ -228,8 +229,7 @@ class KVCache:
     def append(self, layer, k, v):
         """Store one token's k, v (B, K, 1, d); returns all k, v (B, K, S, d), of which `mask` tells the visible."""
         kv = self.kv[layer]
-        slot = self.lengths % kv.shape[3]  # (B,)
-        rows = torch.arange(len(slot), device=slot.device)
+        rows, slot = self.rows, self.lengths if kv.shape[3] == self.size else self.lengths % kv.shape[3]  # (B,) each
         kv[0, rows, :, slot], kv[1, rows, :, slot] = k[:, :, 0], v[:, :, 0]
         return kv[:, :, :, :self.reach()].unbind()
 
@@ -471,6 +471,14 @@ class Llama(nn.Module):
                 inputs = p.shape[1]  # Linear is (out, in), Experts are (E, in, out): both have it second
                 depth = 2 * self.config.n_layer if role in ("o_proj", "down_proj") else 1
                 p.normal_(std=(inputs * depth) ** -0.5)
+
+    def to_decode(self):
+        """Store matrices by columns, with the same values and shapes: on a CPU the product with one vector then reads them
+        at up to three times the speed. For inference; training works on rows. Returns the model."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear) and m.weight.device.type == "cpu":
+                m.weight.data = m.weight.data.t().contiguous().t()
+        return self
 
     def forward(self, idx=None, targets=None, positions=None, *, embeds=None, cache=None, lengths=None):
         """Logits at every position, and the loss.

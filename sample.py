@@ -69,7 +69,7 @@ def load(cfg):
     dtype, _ = pick_dtype(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find(directory)
-        model = Llama.from_pretrained(directory, dtype=dtype, device=device)
+        model = Llama.from_pretrained(directory, dtype=dtype, device=device).to_decode()
     tok = tokenizer.load(directory)
     if tok.vocab_size > model.config.vocab_size:
         raise config.Mistake(f"{directory}: the tokenizer has {tok.vocab_size} tokens, the model {model.config.vocab_size}; "

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import islice, takewhile
 from pathlib import Path
@@ -197,6 +197,355 @@ def hellaswag(cfg):
     assert torch.allclose(ours, theirs, atol=0.5 if cfg.device == "cuda" else 0.01), "not the same figures"
     yield Pair(f"{len(items)} items in batches against one ending at a time", batched, one_by_one, 3.0, runs=3,
                warmup=False)
+
+
+def peers():
+    """transformers, or `Skip`."""
+    try:
+        import vlm
+        vlm.torchvision_models()  # lets a torchvision that was built for another torch be imported
+        import transformers
+    except ImportError as e:
+        raise Skip(f"{e.name} is not installed") from None
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def twin(model):
+    """transformers' model of the same shape with the same weights."""
+    transformers = peers()
+    from model import config_to_hf
+    shape = transformers.AutoConfig.for_model(**config_to_hf(model.config))
+    theirs = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa").float()
+    theirs.load_state_dict(model.state_dict())
+    return theirs.to(next(model.parameters()).device)
+
+
+def precision(cfg):
+    """(device, dtype, autocast()) that training takes here."""
+    import torch
+
+    import train
+    device = train.pick_device(cfg.device)
+    dtype, _ = train.pick_dtype("auto", device)
+    if device.type == "cpu":
+        train.keep_freed_memory()
+    return device, dtype, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def wait(device):
+    """Until the device has done its work."""
+    import torch
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def training_step(model, loss_of, autocast, device):
+    """Forward, backward and AdamW on one batch, as a callable."""
+    import torch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step():
+        with autocast():
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait(device)
+    return step
+
+
+def against_transformers(name, cfg, batch, length, goal, **changes):
+    """A Pair of whole training steps of one shape, and the model and step of ours."""
+    import torch
+
+    from model import PRESETS, Llama
+    device, dtype, autocast = precision(cfg)
+    torch.manual_seed(0)
+    model = Llama(replace(PRESETS[name], **changes)).to(device).train()
+    theirs = twin(model).train()
+    idx = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
+    x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+    if device.type == "cuda":
+        model.compile(), theirs.compile()
+    ours = training_step(model, lambda: model(x, y)[1], autocast, device)
+    other = training_step(theirs, lambda: theirs(input_ids=x, labels=x, use_cache=False).loss, autocast, device)
+    what = f"training step of {name}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}"
+    return Pair(what + ", against transformers with SDPA", ours, other, goal, runs=5), model, ours
+
+
+@row
+def shakespeare(cfg):
+    """From the start of the process to a validation loss of 1.88, nanoGPT's CPU recipe beside ours."""
+    import subprocess
+    if not cfg.nanogpt:
+        raise Skip("needs --nanogpt=DIR, with its data/shakespeare_char prepared")
+    if not (ROOT / "data/shakespeare").is_dir():
+        raise Skip("run prepare/shakespeare.py first")
+    reached = {}
+
+    def run(name, folder, *words):
+        start = time.perf_counter()
+        with subprocess.Popen([sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+            losses = [line.split("val loss ")[1].split()[0] for line in process.stdout if "val loss" in line]
+        took = time.perf_counter() - start
+        if process.returncode:
+            raise Skip(f"{name} failed: {' '.join(words)}")
+        reached[name] = float(losses[-1])
+        return took
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = dict(device="cpu", compile=False, eval_iters=20, block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128,
+                      max_iters=2000, lr_decay_iters=2000, dropout=0.0, out_dir=folder)
+        theirs = run("nanoGPT", cfg.nanogpt, "train.py", "config/train_shakespeare_char.py",
+                     *(f"--{key}={value}" for key, value in recipe.items()))
+        ours = run("everyllama", ROOT, "train.py", "config/shakespeare_fast.py", "--device=cpu", f"--out_dir={folder}/run")
+    yield Pair(f"process start to the end: validation loss {reached['everyllama']:.3f}, nanoGPT's CPU recipe {reached['nanoGPT']:.3f} "
+               "(its own estimate)", lambda: ours, lambda: theirs, 8.0, runs=1, warmup=False)
+
+
+@row
+def moe(cfg):
+    """Forward and backward of a mixture-of-experts layer: 16 experts, top-1 beside a shared one, 4,096 tokens."""
+    import torch
+
+    from model import LlamaConfig, MoE, SwiGLU, config_to_hf
+    device, dtype, autocast = precision(cfg)
+    torch.manual_seed(0)
+    shape = LlamaConfig(arch="llama4", dim=512, n_head=8, n_layer=1, ffn_dim=1024, n_experts=16, expert_dim=1024, vocab_size=64)
+    layer, dense = MoE(shape).to(device), SwiGLU(512, 2048).to(device)  # the shared expert and one routed: 2 x 1024
+    for name, p in (*layer.named_parameters(), *dense.named_parameters()):
+        torch.nn.init.normal_(p, std=0.02)
+    x = torch.randn(1, 4096, 512, device=device, requires_grad=True)
+
+    def work(forward):
+        def once():
+            with autocast():
+                y = forward(x)
+            y.float().sum().backward()
+            wait(device)
+        return once
+
+    def loop(x):
+        """The plain way: each expert in turn, on the tokens that chose it."""
+        flat = x[0]
+        logits = layer.router(flat)
+        score, expert = logits.topk(1, -1)
+        out = layer.shared_expert(flat)
+        for e in range(16):
+            rows = (expert[:, 0] == e).nonzero()[:, 0]
+            gate, up = (flat[rows] * score[rows].sigmoid() @ layer.experts.gate_up_proj[e]).chunk(2, -1)
+            out = out.index_add(0, rows, ((torch.nn.functional.silu(gate) * up) @ layer.experts.down_proj[e]).to(out.dtype))
+        return out[None]
+    ours = work(lambda x: layer(x)[0])
+    assert torch.allclose(layer(x)[0], loop(x), atol=1e-4), "not the same mixture"
+    kind = f"MoE layer, forward and backward, 4,096 tokens, {str(dtype).removeprefix('torch.')}: "
+    yield Pair(kind + "against a dense layer of the same active work", ours, work(dense), 0.85, runs=9)
+    yield Pair(kind + "against a loop over experts", ours, work(loop), 2.5, runs=9)
+    peers()
+    from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextMoe
+    theirs = Llama4TextMoe(Llama4TextConfig(**config_to_hf(shape))).to(device).float()
+    theirs.load_state_dict(layer.state_dict())
+    assert torch.allclose(layer(x)[0], theirs(x)[0].view(x.shape), atol=1e-4), "not the same mixture"
+    yield Pair(kind + "against transformers' Llama 4", ours, work(lambda x: theirs(x)[0]), 12.0, runs=3)
+
+
+@row
+def scout(cfg):
+    """A whole training step of config/scout.py, batch reduced."""
+    yield against_transformers("scout-128m", cfg, 4 if cfg.device == "cpu" else 64, 256, 3.5)[0]
+
+
+@row
+def dense(cfg):
+    """A whole training step of the 109.5M mini-llama, and how much of the arithmetic that the machine can do it uses."""
+    import torch
+    batch, length = (4, 256) if cfg.device == "cpu" else (64, 1024)
+    pair, model, ours = against_transformers("mini-llama", cfg, batch, length, 1.3)
+    yield pair
+    device, dtype, _ = precision(cfg)
+    a, b = (torch.randn(s, dtype=dtype, device=device) for s in ((1024, 768), (768, 3072)))
+    if device.type == "cuda":
+        a, b = (torch.randn(8192, 8192, dtype=dtype, device=device) for _ in range(2))
+    flops = model.flops_per_token(length) * batch * length
+    times = round(flops / (2 * a.shape[0] * a.shape[1] * b.shape[1]))
+
+    def products():
+        for _ in range(times):
+            a @ b
+        wait(device)
+    yield Pair(f"the same step against nothing but products of its model FLOPs ({tuple(a.shape)} x {tuple(b.shape)})", ours, products, 0.6)
+
+
+@row
+def decode(cfg):
+    """Greedy decoding of 256 tokens, random weights."""
+    import torch
+
+    from model import PRESETS, Llama
+    device, dtype, _ = precision(cfg)
+    for name in ("stories15m", "smollm2-135m"):
+        torch.manual_seed(0)
+        new = 240 if name == "stories15m" else 256  # with the prompt, what stories15m's context holds
+        model = Llama(PRESETS[name]).to(device, dtype).eval()
+        theirs, weights = twin(model).to(dtype).eval(), sum(p.numel() for p in model.parameters())
+        model.to_decode()
+        idx = torch.randint(model.config.vocab_size, (1, 8), device=device)
+        many = idx.expand(32, -1).contiguous()
+
+        def ours(idx=idx, model=model, new=new):
+            model.generate(idx, new, temperature=0)
+
+        def generate(idx=idx, theirs=theirs, new=new):
+            theirs.generate(idx, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        memory = torch.randn(weights, device=device).to(dtype)
+
+        def read(memory=memory, new=new):
+            for _ in range(new):
+                memory.sum()
+            wait(device)
+        kind = f"{name}, {new} tokens one by one, {str(dtype).removeprefix('torch.')}: "
+        yield Pair(kind + "against transformers.generate", ours, generate, 2.5, runs=3)
+        yield Pair(kind + "against reading the weights once a token", ours, read, 0.7, runs=3)
+        yield Pair(f"{name}: 32 rows at once against 32 one after another", lambda: ours(many), lambda: 32 * seconds(ours), 10.0, runs=3)
+        yield from llama_cpp(model, idx, new, kind, ours)
+
+
+def llama_cpp(model, idx, new, kind, ours):
+    """A Pair with llama.cpp at float32, if it is installed and the `gguf` package to write its file."""
+    try:
+        import gguf
+        import llama_cpp
+    except ImportError as e:
+        print(f"{'decode':<12} left out: {e.name} is not installed", flush=True)
+        return
+    cfg = model.config
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.gguf")
+        w = gguf.GGUFWriter(path, "llama")
+        for key, value in dict(context_length=cfg.context, embedding_length=cfg.dim, block_count=cfg.n_layer, head_count=cfg.n_head,
+                               feed_forward_length=cfg.ffn_dim, head_count_kv=cfg.n_kv_head, layer_norm_rms_eps=cfg.norm_eps,
+                               rope_dimension_count=cfg.head_dim, rope_freq_base=cfg.rope_theta).items():
+            getattr(w, f"add_{key}")(value)
+        w.add_tokenizer_model("llama")
+        w.add_token_list([f"<{i}>" for i in range(cfg.vocab_size)])
+        w.add_token_scores([0.0] * cfg.vocab_size)
+        w.add_token_types([gguf.TokenType.NORMAL] * cfg.vocab_size)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.n_layer)
+        for name, t in model.state_dict().items():
+            if name != "lm_head.weight" or not cfg.tie_embeddings:
+                w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), t.float().contiguous().cpu().numpy())
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+        other = llama_cpp.Llama(path, n_ctx=cfg.context, n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(), verbose=False,
+                                logits_all=False)
+
+        def theirs():
+            other.reset()
+            other.eval(idx[0].tolist())
+            for _ in range(new - 1):
+                other.eval([other.sample(temp=0.0)])
+        yield Pair(kind + f"against llama.cpp {llama_cpp.__version__} in float32", ours, theirs, 1.0, runs=3)
+
+
+@row
+def long_context(cfg):
+    """Attention in chunks of 512: forward and backward of one layer, 1,024 and 16,384 tokens."""
+    import torch
+
+    from model import Block, LlamaConfig, rope_angles
+    device, _, autocast = precision(cfg)
+    shape = LlamaConfig(arch="llama4", dim=256, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=512, chunk=512, vocab_size=64, context=16384)
+    torch.manual_seed(0)
+    block = Block(shape, 0).to(device)
+
+    def work(length):
+        x, positions = torch.randn(1, length, 256, device=device), torch.arange(length, device=device)
+        rope = rope_angles(shape, positions)
+
+        def once():
+            with autocast():
+                block(x, rope, positions, None, None, None)[0].float().sum().backward()
+            wait(device)
+        return once
+    short, whole = work(1024), work(16384)
+    yield Pair("a layer with chunks of 512: 16,384 tokens at once against 16 times 1,024", whole,
+               lambda: [short() for _ in range(16)], 1 / 1.2)
+
+
+@row
+def start_up(cfg):
+    """From the start of the process to what one waits for."""
+    import subprocess
+
+    def command(*words, until=None):
+        start = time.perf_counter()
+        with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE) as process:
+            seen = b""
+            while chunk := process.stdout.read1(1):
+                seen += chunk
+                if until and until in seen:
+                    took = time.perf_counter() - start
+                    process.kill()
+                    return took
+            if until or process.wait():
+                raise Skip(f"{' '.join(words)} did not do what it should")
+            return time.perf_counter() - start
+    yield Pair("`train.py -h` against 1 s", lambda: command("train.py", "-h"), lambda: 1.0, 1.0)
+    from model import PRESETS, Llama
+    from prepare import tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.load(shared("tokenizers/llama2_tokenizer.model")).save(folder)
+        Llama(PRESETS["stories15m"]).save_pretrained(folder)
+        start = "Once upon a time"
+        yield Pair("`sample.py` of stories15m's size: first token, against 4 s",
+                   lambda: command("sample.py", f"--init_from={folder}", f"--start={start}", "--device=cpu", until=start.encode() + b" "),
+                   lambda: 4.0, 1.0, runs=3)
+
+
+@row
+def overhead(cfg):
+    """What train.py's loop costs beside forward, backward and optimizers, and what its evaluations cost: config/tales.py."""
+    import torch
+
+    import train
+    from prepare import shards, tokenizer
+    device, dtype, autocast = precision(cfg)
+    folder = ROOT / "data/tales"
+    if not folder.is_dir():
+        raise Skip("run prepare/tales.py first")
+    settings, shape = config.load(train.TrainConfig, [str(ROOT / "config/tales.py"), f"--device={cfg.device}"], "model.py:LlamaConfig")
+    tok, steps = tokenizer.load(folder), 40
+    windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
+    model = train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train()
+    optimizers = train.make_optimizers(model, settings, device, dtype)
+    batches = [train.to_device(device, *windows["train"].read(windows["train"].step(i)[:settings.batch_size])) for i in range(steps)]
+
+    def bare():
+        for x, y in batches:
+            with autocast():
+                loss = model(x, y)[1]
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        wait(device)
+
+    def loop():
+        """The seconds of `steps` steps, from the loop's own log."""
+        with tempfile.TemporaryDirectory() as name, redirect_stdout(StringIO()):
+            train.main(replace(settings, max_iters=steps + 1, eval_interval=steps + 1, eval_tokens=256, sample_tokens=0, log_interval=1,
+                               out_dir=f"{name}/run"), shape)
+            log = [r for r in train.read_log(Path(name) / "run/log.jsonl") if "train_loss" in r]
+        return log[-1]["seconds"] - log[0]["seconds"]
+    yield Pair(f"{steps} steps of train.py, a log line at each, against forward, backward and optimizers alone", loop, bare, 0.97, runs=3)
+    evaluations = -(-settings.max_iters // settings.eval_interval)
+
+    def evaluate():
+        return evaluations * seconds(lambda: train.evaluate(model, windows["val"], device, autocast(), tok.bos_id, settings.eval_tokens))
+    yield Pair(f"the run's {evaluations} evaluations against a tenth of its {settings.max_iters} steps", evaluate,
+               lambda: settings.max_iters / steps * seconds(bare) / 10, 1.0, runs=3)
 
 
 if __name__ == "__main__":
