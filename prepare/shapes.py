@@ -135,13 +135,13 @@ def scene(rng, held_out=False):
 class Settings:
     images: int = 16000  # training pictures: 200 MB; a small model has not learned them by heart when it generalizes
     val_images: int = 1000  # validation pictures, of held-out combinations only
-    turns: int = 3  # questions in a picture's conversation, at most
+    questions: int = 3  # about each picture, each in a conversation of its own: an earlier answer can give away a later one
     seed: int = 1337  # the same seed gives the same files
     out: str | None = None  # folder to write; None: data/shapes
 
     def __post_init__(self):
-        if min(self.images, self.val_images, self.turns) < 1:
-            raise ValueError("images, val_images and turns are counts: 1 or more")
+        if min(self.images, self.val_images, self.questions) < 1:
+            raise ValueError("images, val_images and questions are counts: 1 or more")
 
 
 def kind(question):
@@ -178,10 +178,10 @@ def main():
         for _ in tqdm(range(count), desc=split, unit=" pictures"):
             image, caption, found = scene(rng, split == "val")
             pixels[row] = image
-            turns = [{"from": who, "value": text} for pair in found[:cfg.turns]
-                     for who, text in zip(("human", "gpt"), pair)]
-            turns[0]["value"] = "<image>\n" + turns[0]["value"]
-            lines.append(json.dumps({"image": row, "captions": [caption], "conversations": turns}) + "\n")
+            lines.append(json.dumps({"image": row, "captions": [caption]}) + "\n")
+            for question, answer in found[:cfg.questions]:
+                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+                lines.append(json.dumps({"image": row, "conversations": turns}) + "\n")
             asked[split] += found
             row += 1
         (out / f"{split}.jsonl.tmp").write_text("".join(lines), encoding="utf-8")
