@@ -560,6 +560,29 @@ def test_shakespeare_is_nanogpts(tmp_path, data):
     assert tok.decode(train[:].tolist()) + tok.decode(val[:].tolist()) == whole
 
 
+def test_shakespeare_takes_other_files_and_tokenizers(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text(" Who's there?\n\nNay, answer me.\n" * 40)
+    jsonl(tmp_path / "in/b.jsonl", ["Long live", "the king!"])
+    whole = (tmp_path / "in/a.txt").read_text() + "Long live\n\nthe king!"
+    for more, size in (["--tokenizer=byte"], 258), (["--tokenizer=None", "--vocab_size=300"], 300), ([], None):
+        run("shakespeare.py", "--input", tmp_path / "in", "--out", tmp_path / "out", "--val_fraction=0.25",
+            "--workers=2", "--limit=1000", *more)
+        tok, train = tokenizer.load(tmp_path / "out"), shards.Split(tmp_path / "out", "train")
+        assert tok.vocab_size == (size or len(set(whole[:1000]))) and train.bytes == 750
+        assert tok.decode(train[:].tolist()) == whole[:750]
+        assert tok.decode(shards.Split(tmp_path / "out", "val")[:].tolist()) == whole[750:1000]
+    run("shakespeare.py", "--input", tmp_path / "in/a.txt", tmp_path / "in/b.jsonl", "--out", tmp_path / "out")
+    assert tok.vocab_size <= len(set(whole)) == tokenizer.load(tmp_path / "out").vocab_size
+    assert sum(shards.Split(tmp_path / "out", s).bytes for s in shards.SPLITS) == len(whole)
+
+
+@pytest.mark.parametrize("script", ["text", "tinystories", "fineweb_edu", "cosmopedia", "shakespeare", "hellaswag"])
+def test_every_script_takes_the_shared_flags(script):
+    assert config.keys_of(f"prepare/{script}.py:Settings").keys() >= {"input", "out", "limit", "val_fraction",
+                                                                       "tokenizer", "workers"}
+
+
 def test_tinystories_from_both_kinds_of_files(tmp_path, data):
     head = (data / "text/tinystories_train.txt").read_text().split("<|endoftext|>")[:200]
     (tmp_path / "train.txt").write_text("<|endoftext|>".join(head))
