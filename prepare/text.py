@@ -412,7 +412,8 @@ def prepare(cfg, name, hub=None):
         raise config.Mistake("interrupted; the same command goes on from here") from None
     for split, counts in meta["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
-    print(f"{out} is ready: python train.py --dataset={out.name if out.parent == config.ROOT / 'data' else out}")
+    name = out.name if out.resolve().parent == config.ROOT / "data" else out
+    print(f"{out} is ready: python train.py --dataset={name}")
 
 
 def main():
