@@ -77,7 +77,7 @@ def keys_of(cls):
         source = (ROOT / file).read_text(encoding="utf-8")
         tree = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
         for base in tree.bases:
-            found |= keys_of(f"{base.value.id}.py:{base.attr}")
+            found |= keys_of(f"{Path(file).with_name(base.value.id)}.py:{base.attr}")
         return found | _keys_in(source, name)
     for base in reversed(cls.__mro__[:-1]):
         found |= _keys_in(textwrap.dedent(inspect.getsource(base)), base.__name__)

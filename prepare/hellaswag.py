@@ -24,11 +24,15 @@ FOLDER = config.ROOT / "data/hellaswag"  # where train.py looks
 
 
 @dataclass
-class Settings:
-    """Where the items come from and go to."""
+class Settings(shards.Settings):
+    """Where the items come from and go to, and what the scripts share."""
     input: tuple[str, ...] = ()  # files, folders or globs of jsonl, json (each also .gz) and parquet; none: the hub
     out: str | None = None  # folder to write; None: data/hellaswag, where train.py looks
     limit: int | None = None  # stop after this many items; None: all of them
+    tokenizer: str | None = None  # no effect, as is that of the next three: items are kept as text, all to be scored
+    vocab_size: int = 32768  # no effect
+    val_fraction: float = 0.0  # no effect
+    workers: int = 0  # no effect
 
 
 def clean(words):

@@ -24,6 +24,7 @@ MARK = "<image>"
 
 @dataclass
 class Settings:
+    """Where the conversations and their pictures come from and go to."""
     input: tuple[str, ...] = ()  # .json or .jsonl files
     images: str | None = None  # folder that the records' pictures are named from; None: the folder of the first file
     out: str | None = None  # folder to write; None: data/llava

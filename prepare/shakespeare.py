@@ -1,7 +1,7 @@
 """Prepare tiny Shakespeare, one id per character, as nanoGPT's shakespeare_char has it: the last tenth validates.
 
     python prepare/shakespeare.py                       # downloads 1.1 MB
-    python prepare/shakespeare.py --input FILE          # any text file
+    python prepare/shakespeare.py --input FILES         # any text, one after another
 """
 import sys
 import urllib.request
@@ -10,27 +10,35 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import shards, tokenizer  # noqa: E402
+from prepare import shards, text, tokenizer  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
 @dataclass
-class Settings:
-    input: str | None = None  # text file; None: download tiny Shakespeare
+class Settings(shards.Settings):
+    """What can be chosen; the defaults give nanoGPT's data."""
+    input: tuple[str, ...] = ()  # files, folders, globs of txt, jsonl, json and parquet; none: tiny Shakespeare
     out: str | None = None  # folder to write; None: data/shakespeare
+    tokenizer: str | None = "char"  # or 'byte', a tokenizer's file or folder; None: train a SentencePiece BPE
+    vocab_size: int = 1024  # tokens of that BPE: a megabyte has few words
     val_fraction: float = 0.1  # share of the characters at the end that validates, nanoGPT's
-
-    def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise ValueError("val_fraction lies between 0 and 1")
+    limit: int | None = None  # only the first so many characters; None: all of them
+    workers: int = 0  # no effect: one process tokenizes a megabyte at once
 
 
-def read(path):
-    """The text of a file, or of the download when path is None."""
-    if path is not None:
-        with config.mistakes(OSError, UnicodeDecodeError, prefix=f"--input {path}: "):
-            return Path(path).read_bytes().decode("utf-8")
+def read_file(path):
+    """The text of a .txt file to the letter; of other kinds the documents, blank lines between them."""
+    if path.suffix != ".txt":
+        return "\n\n".join(text.Files([path], text.Settings()))
+    with config.mistakes(OSError, UnicodeDecodeError, prefix=f"--input {path}: "):
+        return path.read_bytes().decode("utf-8")
+
+
+def read(paths):
+    """The text of these files, one after another, or the download when there are none."""
+    if paths:
+        return "".join(map(read_file, text.find_files(paths)))
     try:
         with urllib.request.urlopen(URL, timeout=20) as answer:
             return answer.read().decode("utf-8")
@@ -41,13 +49,16 @@ def read(path):
 
 def main():
     cfg = config.load(Settings)
-    text = read(cfg.input)
-    cut = int(len(text) * (1 - cfg.val_fraction))
-    if not 0 < cut < len(text):
-        raise config.Mistake(f"{len(text)} characters are too few to split into training and validation")
-    tok = tokenizer.char(text)
+    whole = read(cfg.input)[:cfg.limit]
+    cut = int(len(whole) * (1 - cfg.val_fraction))
+    if not 0 < cut < len(whole):
+        raise config.Mistake(f"{len(whole)} characters cannot be split into training and validation "
+                             f"at val_fraction={cfg.val_fraction}")
+    tok = (tokenizer.char(whole) if cfg.tokenizer == "char" else tokenizer.byte() if cfg.tokenizer == "byte" else
+           tokenizer.load(cfg.tokenizer) if cfg.tokenizer else
+           tokenizer.train_sentencepiece([whole[:cut]], cfg.vocab_size))
     writer = shards.Writer(cfg.out or config.ROOT / "data/shakespeare", tok)
-    for split, part in ("train", text[:cut]), ("val", text[cut:]):
+    for split, part in ("train", whole[:cut]), ("val", whole[cut:]):
         writer.add(split, tok.encode(part), len(part.encode()))
         print(f"{split}: {len(part):,} characters")
     writer.finish()

@@ -133,6 +133,7 @@ def scene(rng, held_out=False):
 
 @dataclass
 class Settings:
+    """How many scenes, and where they go."""
     images: int = 16000  # training pictures: 200 MB; a small model has not learned them by heart when it generalizes
     val_images: int = 1000  # validation pictures, of held-out combinations only
     questions: int = 3  # about each picture, each in a conversation of its own: an earlier answer can give away a later one

@@ -22,6 +22,7 @@ TOKENIZER = "https://raw.githubusercontent.com/karpathy/llama2.c/master/tokenize
 
 @dataclass
 class Settings:
+    """Where the weights come from and go to."""
     input: str | None = None  # file in llama2.c's format; None: download stories15M.bin
     tokenizer: str | None = None  # Llama 2's tokenizer.model, or the folder of it; None: download it
     out: str | None = None  # folder to write; None: out/stories15m

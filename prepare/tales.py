@@ -325,6 +325,7 @@ story, nats = GRAMMAR.story, GRAMMAR.nats
 
 @dataclass
 class Settings:
+    """How many tales, and where they go."""
     stories: int = 30000  # training stories: 3 million tokens, as much as a laptop reads in a few minutes
     val_stories: int = 1000  # validation stories, none of them in training
     vocab_size: int = 1536  # tokens of the BPE: enough for almost every word of the tales to be one

@@ -40,7 +40,7 @@ from prepare import shards, tokenizer  # noqa: E402
 
 KINDS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 PIECE = 1 << 20  # characters read at a time; a longer .txt document is cut at a line break
-BATCH = 1 << 18  # characters a worker tokenizes at a time
+BATCH = 1 << 19  # characters a worker tokenizes at a time
 HEAD = 1000  # documents among which at least one validates and one trains, however small the fraction
 SAMPLE = 1 << 25  # characters a new tokenizer is trained on
 COMMIT_SECONDS = 2  # at most so much work is done again after an interruption
@@ -300,7 +300,7 @@ def new_tokenizer(source, cfg, threshold):
 
 
 def batches(source, limit):
-    """(texts, position after them, fraction of the source read) for about a million characters at a time."""
+    """(texts, position after them, fraction of the source read) for about half a million characters at a time."""
     texts, size = [], 0
     for text in documents(source, limit):
         texts.append(text)
@@ -412,7 +412,8 @@ def prepare(cfg, name, hub=None):
         raise config.Mistake("interrupted; the same command goes on from here") from None
     for split, counts in meta["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
-    print(f"{out} is ready: python train.py --dataset={out.name if out.parent == config.ROOT / 'data' else out}")
+    name = out.name if out.resolve().parent == config.ROOT / "data" else out
+    print(f"{out} is ready: python train.py --dataset={name}")
 
 
 def main():

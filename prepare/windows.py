@@ -19,9 +19,10 @@ class Windows:
     """
 
     def __init__(self, split, cfg, bos_id=None):
-        self.split, self.cfg, self.cut, self.cached = split, cfg, None, (None, None)
+        self.split, self.cfg, self.cut, self.cached = split, cfg, None, {}
         if cfg.whole_docs:
-            begins = np.concatenate([i + np.flatnonzero(split[i:i + 2**24] == bos_id) for i in range(0, len(split), 2**24)])
+            begins = np.concatenate([i + np.flatnonzero(split[i:i + 2**24] == bos_id)
+                                     for i in range(0, len(split), 2**24)])
             self.cut = self.pack([*begins.tolist(), len(split)])
         self.per_epoch = len(split) // cfg.block_size - 1 if self.cut is None else len(self.cut)
         self.fill = 1.0 if self.cut is None else float((np.diff(self.cut).mean() - 1) / cfg.block_size)
@@ -41,14 +42,17 @@ class Windows:
 
     def epoch(self, number):
         """[start, end) of an epoch's windows in drawing order, (n, 2); number None: all of the split, in order."""
-        if self.cached[0] != number or self.cached[1] is None:
+        if number not in self.cached:
             T, length, rng = self.cfg.block_size, len(self.split), draws(self.cfg.seed, 0, number or 0)
             spans = self.cut
             if spans is None:
                 starts = np.arange(0, length - 1, T) if number is None else np.arange(rng.integers(T), length - T, T)
                 spans = np.stack((starts, np.minimum(starts + T + 1, length)), 1)
-            self.cached = number, spans if number is None else rng.permutation(spans)
-        return self.cached[1]
+            if number is not None:
+                spans = rng.permutation(spans)
+                self.cached = {key: value for key, value in self.cached.items() if key is None}  # of epochs, the last
+            self.cached[number] = spans
+        return self.cached[number]
 
     def step(self, step):
         """[start, end) of the windows of a step's whole batch, over all processes, (sequences, 2)."""

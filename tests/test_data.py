@@ -1,12 +1,16 @@
 """Data sets: what the prepare scripts write, what the reader refuses, and that interruptions do not show."""
 import gzip
 import hashlib
+import http.server
+import importlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -450,6 +454,83 @@ def test_the_hub_goes_on_at_any_document(tmp_path, monkeypatch):
         assert list(again) == texts[n:] and again.position[2] == 1500
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(records) lets `datasets` find these records under any name, behind a server that answers on this machine; it
+    returns the lists of what was then asked of the server and of `datasets`."""
+    datasets, parquet = pytest.importorskip("datasets"), pytest.importorskip("pyarrow.parquet")
+    visits, asked, load_dataset = [], [], datasets.load_dataset
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            visits.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    def load(*names, **options):
+        asked.append((*names, *options.items()))
+        return load_dataset("parquet", data_files=str(tmp_path / "hub.parquet"), split="train", streaming=True)
+
+    def start(records):
+        import pyarrow
+        parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "hub.parquet", row_group_size=90)
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        return visits, asked
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield start
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("script, repository, part", [
+    ("tinystories", "roneneldan/TinyStories", None), ("fineweb_edu", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    ("cosmopedia", "HuggingFaceTB/smollm-corpus", "cosmopedia-v2")])
+def test_the_hub_gives_what_files_give(tmp_path, monkeypatch, hub, script, repository, part):
+    texts = [f"<s>{t}</s>" for t in make_documents(700)]  # names of special tokens are text like any other
+    visits, asked = hub([{"text": t, "score": i} for i, t in enumerate(texts)])
+    main = importlib.import_module(f"prepare.{script}").main
+
+    def prepare(out, *more):
+        monkeypatch.setattr(sys, "argv", [script, f"--out={tmp_path / out}", "--tokenizer=byte", "--workers=1",
+                                          "--limit=600", *more])
+        main()
+    prepare("hub")
+    assert asked == [(repository, part, ("split", "train"), ("streaming", True))] * 2  # to find what validates; to read
+    assert visits == [f"/api/datasets/{repository}"] * 2
+    prepare("files", f"--input={jsonl(tmp_path / 'in.jsonl', texts)}")
+    assert len(asked) == 2 and bytes_of(tmp_path / "hub") == bytes_of(tmp_path / "files")
+    assert all_documents(tmp_path / "hub") == sorted(texts[:600])
+
+
+def test_hellaswag_from_the_hub(tmp_path, monkeypatch, hub):
+    items = [{"query": f"How {i}", "endings": ["a", "b", "c", "d"], "label": str(i % 4)} for i in range(9)]
+    _, asked = hub(items)
+    monkeypatch.setattr(sys, "argv", ["hellaswag", f"--out={tmp_path / 'out'}", "--limit=7"])
+    hellaswag.main()
+    assert asked == [("Rowan/hellaswag", None, ("split", "validation"), ("streaming", True))]
+    found = [json.loads(line) for line in (tmp_path / "out/val.jsonl").read_text().splitlines()]
+    assert found == [item | {"label": i % 4} for i, item in enumerate(items[:7])]
+
+
+def test_ones_own_folder_in_the_two_commands_of_the_readme(project, tmp_path):
+    texts = make_documents(300)
+    for i in range(3):
+        (tmp_path / f"my_folder/deeper/{i}").mkdir(parents=True)
+        (tmp_path / f"my_folder/deeper/{i}/a.txt").write_text("<|endoftext|>".join(texts[100 * i:100 * i + 100]))
+    out, bar = project("prepare/text.py", "--input", "my_folder", "--out", "data/mine", "--vocab_size=300")
+    assert "python train.py --dataset=mine" in out
+    assert re.search(r"100%\|.*300 documents, [\d,]+ tokens/s \[\d\d:\d\d<00:00\]", bar)  # ETA after the <
+    out, _ = project("train.py", "--dataset=mine", "--max_iters=2", "--n_layer=1", "--n_head=2", "--dim=32",
+                     "--ffn_dim=48", "--batch_size=2", "--block_size=64", "--device=cpu")
+    assert (tmp_path / "out/mine/model.safetensors").exists() and "bits/byte" in out
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_random_points_the_result_is_the_same(tmp_path, monkeypatch, workers):
     texts = make_documents(1200)
@@ -558,6 +639,29 @@ def test_shakespeare_is_nanogpts(tmp_path, data):
     chars = sorted(set(whole))  # nanoGPT's ids: characters in order
     assert [chars[i] for i in val[:1000]] == list(whole[1_003_854:1_003_854 + 1000])
     assert tok.decode(train[:].tolist()) + tok.decode(val[:].tolist()) == whole
+
+
+def test_shakespeare_takes_other_files_and_tokenizers(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text(" Who's there?\n\nNay, answer me.\n" * 40)
+    jsonl(tmp_path / "in/b.jsonl", ["Long live", "the king!"])
+    whole = (tmp_path / "in/a.txt").read_text() + "Long live\n\nthe king!"
+    for more, size in (["--tokenizer=byte"], 258), (["--tokenizer=None", "--vocab_size=300"], 300), ([], None):
+        run("shakespeare.py", "--input", tmp_path / "in", "--out", tmp_path / "out", "--val_fraction=0.25",
+            "--workers=2", "--limit=1000", *more)
+        tok, train = tokenizer.load(tmp_path / "out"), shards.Split(tmp_path / "out", "train")
+        assert tok.vocab_size == (size or len(set(whole[:1000]))) and train.bytes == 750
+        assert tok.decode(train[:].tolist()) == whole[:750]
+        assert tok.decode(shards.Split(tmp_path / "out", "val")[:].tolist()) == whole[750:1000]
+    run("shakespeare.py", "--input", tmp_path / "in/a.txt", tmp_path / "in/b.jsonl", "--out", tmp_path / "out")
+    assert tok.vocab_size <= len(set(whole)) == tokenizer.load(tmp_path / "out").vocab_size
+    assert sum(shards.Split(tmp_path / "out", s).bytes for s in shards.SPLITS) == len(whole)
+
+
+@pytest.mark.parametrize("script", ["text", "tinystories", "fineweb_edu", "cosmopedia", "shakespeare", "hellaswag"])
+def test_every_script_takes_the_shared_flags(script):
+    assert config.keys_of(f"prepare/{script}.py:Settings").keys() >= {"input", "out", "limit", "val_fraction",
+                                                                       "tokenizer", "workers"}
 
 
 def test_tinystories_from_both_kinds_of_files(tmp_path, data):

@@ -274,6 +274,13 @@ def test_batches_depend_on_seed_and_step_alone(words):
     assert data[int(drawn[0, 3, 0]):int(drawn[0, 3, 1])].tolist() == [*x[3].tolist(), int(y[3, -1])]
 
 
+def test_an_evaluation_of_the_training_split_keeps_the_epochs_order(words):
+    windows = train.Windows(shards.Split(words, "train"), settings(words, "unused"))
+    order = windows.epoch(3)
+    assert len(windows.epoch(None)) >= len(order) and windows.epoch(3) is order
+    assert (windows.epoch(4) != order).any() and (windows.epoch(3) == order).all()
+
+
 def test_windows_of_whole_documents(words):
     """Each begins with BOS, none cuts a document that would fit, and every target is there exactly once."""
     rng = np.random.default_rng(0)
