@@ -598,7 +598,7 @@ class Llama(nn.Module):
         when there is nothing to read, and ValueError, naming them, for missing, unexpected or mis-shaped tensors.
         """
         path = find(name)
-        cfg = replace(config_from_hf(_read_json(path / "config.json")), **overrides)
+        cfg = replace(config_from_hf(read_json(path / "config.json")), **overrides)
         with torch.device("meta"):
             model = cls(cfg)
         state = _read_tensors(path, model.state_dict(), cfg.tie_embeddings, dtype, device)
@@ -619,9 +619,9 @@ class Llama(nn.Module):
             state.pop("lm_head.weight", None)
         state = {n: t.detach().cpu().contiguous() for n, t in state.items()}
         dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        with _whole(directory / "model.safetensors") as path:
+        with whole_file(directory / "model.safetensors") as path:
             save_file(state, path, metadata={"format": "pt"})
-        with _whole(directory / "config.json") as path:
+        with whole_file(directory / "config.json") as path:
             Path(path).write_text(json.dumps(config_to_hf(self.config, dtype), indent=2) + "\n")
 
 
@@ -731,7 +731,7 @@ def config_from_hf(hf):
         raise ValueError(f"config.json: {e}") from None
 
 
-def _read_json(path):
+def read_json(path):
     """The dict in a JSON file."""
     if not path.exists():
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
@@ -752,7 +752,7 @@ def _read_tensors(path, like, tied, dtype, device):
         if not index.exists():
             pickled = " (pickled weights are not read: they can run code)" * any(path.glob("*.bin"))
             raise FileNotFoundError(f"no model.safetensors in {path}{pickled}")
-        table = _read_json(index).get("weight_map")
+        table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise ValueError(f"{index} has no weight_map")
         files = sorted({Path(str(file)).name for file in table.values()})
@@ -798,8 +798,8 @@ def find(name):
 
 
 @contextlib.contextmanager
-def _whole(path):
-    """A temporary path that takes the place of `path` once the block ends well; `with _whole(path) as tmp`."""
+def whole_file(path):
+    """A temporary path that takes the place of `path` once the block ends well; `with whole_file(path) as tmp`."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         tmp.touch()

@@ -710,18 +710,30 @@ def shape_from(base, given):
         return replace(base, **given)
 
 
+def new_shape(cfg, shape, tok, vocab_size):
+    """LlamaConfig of a model from scratch: the preset cfg.model for this tokenizer and block_size, changed by `shape`."""
+    if cfg.model not in PRESETS:
+        raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(PRESETS)}")
+    given = {"vocab_size": vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id, "eos_ids": tuple(sorted(tok.stop_ids))}
+    return shape_from(PRESETS[cfg.model], given | shape)
+
+
+def need_fit(c, cfg, shape, vocab_size):
+    """Refuse a LlamaConfig that differs from the fields in `shape`, or is too small for block_size or the data's ids."""
+    for key, value in shape.items():
+        if getattr(c, key) != value:
+            raise config.Mistake(f"the checkpoint has {key}={getattr(c, key)}, not {value}; leave the key out")
+    if cfg.block_size > c.context:
+        raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={c.context}")
+    if c.vocab_size < vocab_size:
+        raise config.Mistake(f"the data set has ids up to {vocab_size - 1}, the model only vocab_size={c.vocab_size}")
+
+
 def build_model(cfg, shape, data, tok, out):
     """The Llama that cfg.init_from names. Refuses one that does not fit the data."""
     if cfg.init_from == "scratch":
-        if cfg.model not in PRESETS:
-            raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(PRESETS)}")
-        given = {"vocab_size": data.vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id,
-                 "eos_ids": tuple(sorted(tok.stop_ids))} | shape
-        c = shape_from(PRESETS[cfg.model], given)
-        if c.vocab_size < data.vocab_size:
-            raise config.Mistake(f"vocab_size={c.vocab_size}, but the data set has {data.vocab_size} tokens")
-        if cfg.block_size > c.context:
-            raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={c.context}")
+        c = new_shape(cfg, shape, tok, data.vocab_size)
+        need_fit(c, cfg, {}, data.vocab_size)
         torch.manual_seed(cfg.seed)
         return Llama(c)
     source = latest(out) if cfg.init_from == "resume" else Path(cfg.init_from)
@@ -730,16 +742,10 @@ def build_model(cfg, shape, data, tok, out):
     with config.mistakes(ValueError, FileNotFoundError):
         keep = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
         model = Llama.from_pretrained(source if source.is_dir() else cfg.init_from, dtype=torch.float32, **keep)
-    for key, value in shape.items():
-        if getattr(model.config, key) != value:
-            raise config.Mistake(f"the checkpoint has {key}={getattr(model.config, key)}, not {value}; leave the key out")
-    if cfg.block_size > model.config.context:
-        raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={model.config.context}")
+    need_fit(model.config, cfg, shape, data.vocab_size)
     if source.is_dir() and (have := tokenizer.load(source)).fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) than "
                              f"{source} ({have.kind}, {have.vocab_size}); prepare it with --tokenizer={source}")
-    if model.config.vocab_size < data.vocab_size:
-        raise config.Mistake(f"the data set has ids up to {data.vocab_size - 1}, the model {model.config.vocab_size} embeddings")
     return model
 
 

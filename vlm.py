@@ -281,11 +281,11 @@ class Vlm(nn.Module):
         tok.save(directory)
         learned = {"projector": self.projector} | ({"encoder": self.encoder} if self.encoder_learned else {})
         for name, part in learned.items():
-            with model._whole(directory / f"{name}.safetensors") as path:
+            with model.whole_file(directory / f"{name}.safetensors") as path:
                 save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
         facts = {"encoder": self.encoder_name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
                  "pixel_shuffle": self.pixel_shuffle}
-        with model._whole(directory / "vlm.json") as path:
+        with model.whole_file(directory / "vlm.json") as path:
             Path(path).write_text(json.dumps(facts, indent=1) + "\n")
 
     @classmethod
@@ -294,7 +294,7 @@ class Vlm(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
         directory = Path(directory)
-        facts = model._read_json(directory / "vlm.json")
+        facts = model.read_json(directory / "vlm.json")
         try:
             keys = ("encoder", "encoder_learned", "image_id", "pixel_shuffle")
             name, learned, image_id, joined = (facts[k] for k in keys)
@@ -559,19 +559,11 @@ def build(cfg, shape, folder, out):
             tok, image_id = with_image(tokenizer.load(source) if source else new_tokenizer(folder, vocab_size))
             if source:
                 llama = grow(model.Llama.from_pretrained(source, dtype=torch.float32, **kept), tok.vocab_size)
-            elif cfg.model in model.PRESETS:
-                given = {"vocab_size": tok.vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id,
-                         "eos_ids": tuple(sorted(tok.stop_ids))} | shape
-                llama = model.Llama(train.shape_from(model.PRESETS[cfg.model], given))
             else:
-                raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(model.PRESETS)}")
+                llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size))
             encoder = make_encoder(name, cfg.vit_weights, cfg.stage != "together")
             vlm = Vlm(llama, encoder, image_id, name, bool(cfg.pixel_shuffle), cfg.beta)
-    for key, value in shape.items():
-        if getattr(vlm.config, key) != value:
-            raise config.Mistake(f"the checkpoint has {key}={getattr(vlm.config, key)}, not {value}; leave the key out")
-    if cfg.block_size > vlm.config.context:
-        raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={vlm.config.context}")
+    train.need_fit(vlm.config, cfg, shape if source else {}, tok.vocab_size)
     return vlm, tok
 
 
@@ -652,11 +644,14 @@ def load(cfg):
     device = train.pick_device(cfg.device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = model.find(directory)
-        return Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
+        vlm, tok = Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory)
+    vlm.llama.to_decode()
+    return Runner(cfg, vlm, tok, device)
 
 
-def look(run, paths, strict=False):
-    """(features (n, P, W) of the pictures that can be read, their paths); the others are named, or raised if strict."""
+def look(run, paths, need_all=False):
+    """(features (n, P, W) of the pictures that can be read, their paths); of the others each is named, or, with
+    need_all, the first is raised."""
     seen, good = [torch.empty(0, run.vlm.encoder.grid ** 2, run.vlm.encoder.width, device=run.device)], []
     for path in paths:
         try:
@@ -664,7 +659,7 @@ def look(run, paths, strict=False):
                 seen.append(run.vlm.encoder(pixels_of(images.read(path), run.vlm.encoder.size)[None].to(run.device)))
             good.append(path)
         except config.Mistake as e:
-            if strict:
+            if need_all:
                 raise
             print(f"error: {e}", file=sys.stderr)
     return torch.cat(seen), good
@@ -705,7 +700,7 @@ def reply(run, messages, seen):
 def talk(cfg):
     """Answer one question about pictures, or hold a conversation until an empty line, Ctrl-C or Ctrl-D."""
     run, paths, messages = load(cfg), cfg.chat or cfg.ask[1:], []
-    seen, _ = look(run, paths, strict=True)
+    seen, _ = look(run, paths, need_all=True)
     while True:
         try:
             text = input("you> ").strip() if cfg.chat else "" if messages else cfg.ask[0]
