@@ -43,16 +43,11 @@ def read_tokenizer(field):
     if kinds != ("gpt2", "smollm"):
         raise config.Mistake(f"its tokenizer {kinds} is not SmolLM2's")
     tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    special = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                "special": True} for i, (t, kind) in enumerate(zip(tokens, types)) if kind == 3]
-    spaces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    spec = {"version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None, "decoder": spaces,
-            "pre_tokenizer": {"type": "Sequence",
-                              "pretokenizers": [{"type": "Digits", "individual_digits": True}, spaces]},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": {t: i for i, t in enumerate(tokens)},
-                      "merges": [m.split(" ") for m in field("tokenizer.ggml.merges")]}}
+    words = tokenizer.byte_level(use_regex=True)
+    spec = tokenizer.make_spec(
+        tokenizer.bpe({t: i for i, t in enumerate(tokens)}, [m.split(" ") for m in field("tokenizer.ggml.merges")]),
+        {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind == 3},
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, words]}, words)
     names = {key: tokens[field(f"tokenizer.ggml.{id}_token_id")]
              for key, id in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))}
     return tokenizer.Tokenizer(spec, names | {"chat_template": field("tokenizer.chat_template")})

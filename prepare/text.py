@@ -181,7 +181,7 @@ def text_of(record, field):
     if not isinstance(text, str):
         has = f"; it has {', '.join(map(str, text))[:200]}" if isinstance(text, dict) else ""
         raise ValueError(f"a record has no text in its field '{field}'{has}: name the right one with --field")
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return tokenizer.valid(text)
 
 
 class Files:

@@ -326,7 +326,7 @@ def _decoder(spec, vocab):
     return table, prefix != "never" or steps.get("Strip", {}).get("start", 0) > 0
 
 
-def _spec(model, special, cut, undo, normalizer=None, bos=None):
+def make_spec(model, special, cut, undo, normalizer=None, bos=None):
     """A tokenizer.json. special: {text: id}; bos: the special token that AutoTokenizer puts in front of a text."""
     front = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
     first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
@@ -341,7 +341,8 @@ def _added(text, id, special=True):
             "special": special}
 
 
-def _bpe(vocab, merges, **more):
+def bpe(vocab, merges, **more):
+    """The model of a tokenizer.json. vocab: {piece: id}; merges: [left, right] each, the first the most urgent."""
     return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
             "vocab": vocab, "merges": merges, **more}
@@ -351,7 +352,8 @@ def _split(pattern):
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-def _byte_level(use_regex):
+def byte_level(use_regex):
+    """The step, of cutting and of decoding, that writes bytes as characters; use_regex: it cuts words as GPT-2 does."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
@@ -375,14 +377,14 @@ def char(text, special=()):
     special = {t: len(vocab) + i for i, t in enumerate(special)}
     bos, eos = [*special, None][0], [None, *special][-1]
     model = {"type": "WordLevel", "vocab": vocab | special, "unk_token": "<unk>"}
-    spec = _spec(model, special, _split(CHARACTERS), {"type": "Fuse"}, bos=bos)
+    spec = make_spec(model, special, _split(CHARACTERS), {"type": "Fuse"}, bos=bos)
     return Tokenizer(spec, {"bos_token": bos, "eos_token": eos})
 
 
 def byte():
     """The 256 bytes, each its own id, then BOS <s> and EOS </s>."""
-    special, step = {"<s>": 256, "</s>": 257}, _byte_level(False)
-    return Tokenizer(_spec(_bpe(CHAR_TO_BYTE, []), special, step, step, bos="<s>"))
+    special, step = {"<s>": 256, "</s>": 257}, byte_level(False)
+    return Tokenizer(make_spec(bpe(CHAR_TO_BYTE, []), special, step, step, bos="<s>"))
 
 
 def train_sentencepiece(texts, vocab_size):
@@ -465,7 +467,7 @@ def _read_sentencepiece(data):
                 for i in (trainer.get(41, 1), trainer.get(42, 2)))
     unk, prefix = texts[types.index(UNKNOWN)], bool(normalizer.get(3, 1))
     undo = [{"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    spec = _spec(_bpe(vocab, _merges(ranks), unk_token=unk, fuse_unk=True, byte_fallback=True), special, None,
+    spec = make_spec(bpe(vocab, _merges(ranks), unk_token=unk, fuse_unk=True, byte_fallback=True), special, None,
                  {"type": "Sequence", "decoders": undo[:2 + prefix]},
                  {"type": "Prepend", "prepend": " "} if prefix else None, bos)
     spec["added_tokens"] += [_added(text, vocab[text], False) for text, t in zip(texts, types) if t == USER_DEFINED]
@@ -508,8 +510,8 @@ def _read_ranks(data):
         raise ValueError("ranks or bytes are missing")
     words, names = RANK_FILES[len(ranks)]
     special = {name: len(ranks) + i for i, name in enumerate(names())}
-    cut = {"type": "Sequence", "pretokenizers": [_split(words), _byte_level(False)]}
-    return _spec(_bpe(ranks, _merges(ranks), ignore_merges=True), special, cut, _byte_level(True), bos=BOS_NAMES[0])
+    cut = {"type": "Sequence", "pretokenizers": [_split(words), byte_level(False)]}
+    return make_spec(bpe(ranks, _merges(ranks), ignore_merges=True), special, cut, byte_level(True), bos=BOS_NAMES[0])
 
 
 def _read_gpt2(vocab, merges):
@@ -518,7 +520,7 @@ def _read_gpt2(vocab, merges):
     merges = [line.split(" ") for line in merges.decode().split("\n") if line and not line.startswith("#version")]
     made = {a + b for a, b in merges} | CHAR_TO_BYTE.keys()
     special = {text: i for text, i in vocab.items() if text not in made}
-    return _spec(_bpe(vocab, merges), special, _byte_level(True), _byte_level(True))
+    return make_spec(bpe(vocab, merges), special, byte_level(True), byte_level(True))
 
 
 PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # GPT-2's two files, under both names
