@@ -500,6 +500,14 @@ class Llama(nn.Module):
             loss = loss + (extra - extra.detach())
         return logits, loss
 
+    def losses(self, idx, positions, source, target):
+        """Nats of each target (M,), predicted at the places source (M,) of idx (B, T) laid flat: (M,), float32.
+
+        positions as in `forward`. Logits exist only for these places, a few at a time, as they are large."""
+        x = self.model(idx, positions=positions)[0].flatten(0, 1)[source]  # (M, D)
+        return torch.cat([F.cross_entropy(self.lm_head(part).float(), want, reduction="none")
+                          for part, want in zip(x.split(256), target.split(256))])
+
     # -- facts ---------------------------------------------------------------------------------------------------
 
     def counts(self):

@@ -311,6 +311,7 @@ def shard(model, device, dtype):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, "generate")
+    register_fsdp_forward_method(model, "losses")
     return model
 
 
@@ -350,14 +351,13 @@ def hellaswag_scores(model, tok, cfg, device, autocast):
 
     Reads and tokenizes the items at once, so that what is wrong with them shows before a long run."""
     items = hellaswag.load(cfg.hellaswag_items)
-    share = items[RANK::WORLD]
-    rows = hellaswag.rows(share, tok, model.config.context)
+    rows = hellaswag.rows(items, tok, model.config.context)
     tokens = 256 if device.type == "cpu" else cfg.batch_size * cfg.block_size  # what stays in cache, or fits in memory
 
     def score():
         with autocast:
-            found = hellaswag.log_likelihoods(model, rows, device, tokens, progress=RANK == 0)
-        acc, norm = (n / len(items) for n in total(*hellaswag.correct(share, found)))
+            found = hellaswag.log_likelihoods(model, rows, device, tokens, RANK, WORLD)
+        acc, norm = (n / len(items) for n in total(*hellaswag.correct(items, found)))
         error = [math.sqrt(p * (1 - p) / max(len(items) - 1, 1)) for p in (acc, norm)]
         say(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  over {len(items):,} items")
         return {"hellaswag_acc": acc, "hellaswag_acc_norm": norm, "hellaswag_items": len(items)}

@@ -126,34 +126,35 @@ def rows(items, tok, longest):
     return found
 
 
-def log_likelihoods(model, rows, device, tokens, progress=False):
+def log_likelihoods(model, rows, device, tokens, rank=0, world=1):
     """Log-probability in nats of each ending after its context: a list of floats for each row.
 
-    model: a Llama; tokens: positions of a batch, whose rows have similar lengths. progress: show a bar.
+    model: a Llama; tokens: positions of a batch, whose rows have similar lengths. Of `world` processes each computes
+    its share of the batches, and leaves None for the other rows; the first one shows a bar.
     """
     import torch
-    from torch.nn.functional import cross_entropy
     from tqdm import tqdm
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # what takes most memory comes first
-    found, was = [None] * len(rows), model.training
+    batches, found, was = [], [None] * len(rows), model.training
+    while order:
+        n = max(tokens // len(rows[order[0]].ids), 1)
+        batches.append(order[:n])
+        order = order[n:]
     model.eval()
-    with torch.inference_mode(), \
-            tqdm(total=len(rows), desc="HellaSwag", unit="item", leave=False, disable=not progress) as bar:
-        while order:
-            T = len(rows[order[0]].ids)
-            batch, order = order[:max(tokens // T, 1)], order[max(tokens // T, 1):]
+    bar = tqdm(total=sum(map(len, batches[rank::world])), desc="HellaSwag", unit="item", leave=False, disable=rank > 0)
+    with torch.no_grad(), bar:
+        for k in range(rank, -(-len(batches) // world) * world, world):  # as many on each: they may share one model
+            batch = batches[k % len(batches)]
             some = [rows[i] for i in batch]
+            T = len(some[0].ids)
             ids, positions, source, target = (torch.tensor(values, device=device) for values in (
                 [r.ids + [0] * (T - len(r.ids)) for r in some],  # (B, T)
                 [r.positions + [0] * (T - len(r.ids)) for r in some],  # (B, T): padding sees itself alone
                 [n * T + at for n, r in enumerate(some) for at in r.source],  # (M,)
                 [token for r in some for token in r.target]))  # (M,)
-            x = model.model(ids, positions=positions)[0].flatten(0, 1)[source]  # (M, D)
-            nats = [cross_entropy(model.lm_head(part).float(), want, reduction="none")  # in parts: logits are large
-                    for part, want in zip(x.split(256), target.split(256))]
-            sizes = [size for r in some for size in r.sizes]
-            sums = iter([-ending.sum().item() for ending in torch.cat(nats).double().cpu().split(sizes)])
-            for i, row in zip(batch, some):
+            nats = model.losses(ids, positions, source, target).double().cpu()
+            sums = iter([-ending.sum().item() for ending in nats.split([size for r in some for size in r.sizes])])
+            for i, row in zip(batch, some) if k < len(batches) else ():
                 found[i] = [next(sums) for _ in row.sizes]
             bar.update(len(batch))
     model.train(was)
@@ -161,11 +162,15 @@ def log_likelihoods(model, rows, device, tokens, progress=False):
 
 
 def correct(items, scores):
-    """(acc, acc_norm) as numbers of items whose true ending scores best, also per character."""
-    def right(values):
-        return sum(v.index(max(v)) == item["label"] for v, item in zip(values, items))
-    return right(scores), right([[score / max(len(ending), 1) for score, ending in zip(row, item["endings"])]
-                                 for row, item in zip(scores, items)])
+    """(acc, acc_norm) as numbers of items whose true ending scores best, also per character. scores: of each item as
+    from `log_likelihoods`; None counts for nothing."""
+    acc = norm = 0
+    for item, row in zip(items, scores):
+        if row:
+            per_character = [score / max(len(ending), 1) for score, ending in zip(row, item["endings"])]
+            acc += row.index(max(row)) == item["label"]
+            norm += per_character.index(max(per_character)) == item["label"]
+    return acc, norm
 
 
 def main():

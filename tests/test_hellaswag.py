@@ -83,6 +83,25 @@ def test_in_training_it_lands_in_the_log(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("over 5 items") == 2
 
 
+def test_processes_that_share_a_model_score_together(project, tmp_path):
+    """Two processes with a copy of the model each, and two with half of its parameters each, in training."""
+    prepared(tmp_path / "data/hellaswag", 4)
+    writer = shards.Writer(tmp_path / "data/bytes", tokenizer.byte())
+    for split in shards.SPLITS:
+        writer.add(split, [256, *range(200), 257] * 5, 1000)
+    writer.finish()
+    found = []
+    for split in False, True:
+        project("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--dataset=bytes",
+                "--hellaswag=True", "--hellaswag_items=7", "--max_iters=1", "--eval_interval=1", "--n_layer=1",
+                "--n_head=2", "--dim=16", "--ffn_dim=24", "--context=256", "--block_size=32", "--batch_size=2",
+                "--gradient_accumulation_steps=2", "--sample_tokens=0", "--device=cpu", "--dtype=float32",
+                f"--shard={split}", f"--out_dir={tmp_path / 'out' / str(len(found))}")
+        found.append({k: v for k, v in train.read_log(tmp_path / "out" / str(len(found)) / "log.jsonl")[-1].items()
+                      if k.startswith("hellaswag")})
+    assert found[0] == found[1] and found[0]["hellaswag_items"] == 7
+
+
 def test_alone_it_needs_no_data_set_and_any_number_of_processes(project, tmp_path):
     prepared(tmp_path / "data/hellaswag")
     tiny(64).save_pretrained(tmp_path / "run")
