@@ -308,11 +308,15 @@ def shard(model, device, dtype):
     """Split a Llama over all processes, so that each computes with one whole block at a time, in dtype."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard
+
+    def rows(p):  # which axis is split: the first, but of fewer experts than processes the second
+        return Shard(1) if p.dim() == 3 and p.shape[0] % WORLD and p.shape[1] % WORLD == 0 else None
     mesh = init_device_mesh(device.type, (WORLD,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     head = [] if model.config.tie_embeddings else [model.lm_head]
     for block in [*model.model.layers, *head]:  # already in dtype, so that autocast keeps no copy of its weights for the backward pass
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=rows)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, "generate")
     return model
@@ -713,7 +717,8 @@ def memory_estimate(model, cfg, dtype, world=WORLD):
     kept = 4 * m.dim * m.n_layer + max(*layers, logits) if cfg.checkpointing else sum(layers) + logits
     working = tokens * kept + low
     held = cfg.gradient_accumulation_steps > world or world > share  # gradients are there during the forward pass
-    return (weights + states) / share + max(working + gradients / share * held, gradients / share + muon)
+    last = tokens * max(layers) + low  # of the backward pass, when all gradients are there
+    return (weights + states) / share + max(working + gradients / share * held, gradients / share + max(last, muon))
 
 
 # -- starting ----------------------------------------------------------------------------------------------------

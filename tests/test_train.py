@@ -171,7 +171,7 @@ def from_step_10(run, new):
 def test_two_processes_do_what_one_does(words, tmp_path):
     """One process, two with a copy each, two that share the weights: the same losses within 1e-5 over 20 steps, with gradient
     accumulation and evaluation, dense and MoE; and a checkpoint of each can be continued by the others."""
-    shapes = {"dense": DENSE, "moe": SPARSE | dict(router_aux=0.01, router_bias=1e-3)}
+    shapes = {"dense": DENSE, "moe": SPARSE | dict(n_experts=3, router_aux=0.01, router_bias=1e-3)}
     common = dict(batch_size=2, gradient_accumulation_steps=4, sample_tokens=5)
     alone, jobs = {}, {}
     for name, shape in shapes.items():
@@ -433,10 +433,10 @@ def test_eval_only_prints_the_same_for_two_processes(words, tmp_path, project):
 MEMORY = {  # shape, settings; each has another part of the sum that matters
     "weights": (dict(dim=512, ffn_dim=1536), dict(batch_size=1, block_size=16)),
     "logits": (dict(vocab_size=8192, n_layer=1), {}),
-    "layers": (dict(n_layer=8), {}),
+    "layers": (dict(n_layer=6), {}),
     "ffn": (dict(ffn_dim=1536), {}),
     "heads": (dict(n_head=16, n_kv_head=16, head_dim=32), {}),
-    "checkpointing": (dict(n_layer=8), dict(checkpointing=True)),
+    "checkpointing": (dict(n_layer=5), dict(checkpointing=True)),
     "moe": (dict(arch="llama4", nope_every=2, chunk=64, qk_norm=True, n_experts=4, top_k=2, expert_dim=192), {}),
     "muon": (dict(dim=256, ffn_dim=768), dict(batch_size=1, block_size=16, optimizer="muon")),
 }
