@@ -580,7 +580,6 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
         + (f", resumed after step {first}" if first else ""))
 
     def record(entry):
-        log.append(entry)
         if RANK == 0:
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
@@ -654,7 +653,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
                     save(out, model_writes, {
                         "step": done, "seconds": seconds, "best": best, "held_out": held_out, "scaler": scaler.state_dict(),
                         "optimizers": states, "router_bias": [m.bias for m in experts]}, cfg.keep, improved)
-                    plot(log, out / "loss.png", floor)
+                    plot(read_log(out / "log.jsonl"), out / "loss.png", floor)
                 clock = time.perf_counter()
             if stopping:
                 say(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -502,3 +503,31 @@ def test_killed_at_any_moment_it_resumes(words, tmp_path):
     assert reached > 20
     steps = [r["step"] for r in train.read_log(out / "log.jsonl") if "train_loss" in r]
     assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(words, tmp_path):
+    """A soak of $SOAK_MINUTES (30): after a fifth of it, resident memory grows by less than 1 %, and no file stays open."""
+    seconds, samples = 60 * float(os.environ.get("SOAK_MINUTES", "30")), []
+    args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=tmp_path / "run", batch_size=4, block_size=32, max_iters=10**7, log_interval=10,
+            eval_interval=100, eval_tokens=512, sample_tokens=20, device="cpu", dtype="float32", **SPARSE).items()]
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        try:
+            begin = time.monotonic()
+            while (now := time.monotonic() - begin) < seconds and run.poll() is None:
+                if now > seconds / 5:
+                    pages = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1])
+                    samples.append((now, pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{run.pid}/fd"))))
+                time.sleep(0.5)
+            assert run.poll() is None, "it ended by itself"
+        finally:
+            run.kill()
+            run.wait()
+    at, memory, files = np.array(samples).T
+    slope = np.polyfit(at, memory, 1)[0]  # bytes a second
+    half = len(files) // 2
+    print(f"{seconds:.0f} s, {train.read_log(tmp_path / 'run/log.jsonl')[-1]['step']} steps: {memory.mean() / 2**20:.1f} MiB, "
+          f"{slope * 60 / 2**10:+.2f} KiB a minute, {files[:half].max():.0f} then {files[half:].max():.0f} open files")
+    assert abs(slope) * (at[-1] - at[0]) < 0.01 * memory.mean()
+    assert files[half:].max() <= files[:half].max()
