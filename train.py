@@ -248,7 +248,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
+            slices = [ps[i:i + n] for ps in by_shape.values() for n in [max(WORLD, 2**26 * WORLD // ps[0].numel())]
+                      for i in range(0, len(ps), n)]  # of some 2**26 elements on each process
+            for params in slices:
+                shape = params[0].shape
                 for p in params:
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
@@ -305,10 +308,15 @@ def shard(model, device, dtype):
     """Split a Llama over all processes, so that each computes with one whole block at a time, in dtype."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard
+
+    def rows(p):  # which axis is split: the first, but of fewer experts than processes the second
+        return Shard(1) if p.dim() == 3 and p.shape[0] % WORLD and p.shape[1] % WORLD == 0 else None
     mesh = init_device_mesh(device.type, (WORLD,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.model.layers:  # already in dtype, so that autocast keeps no copy of its weights for the backward pass
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    head = [] if model.config.tie_embeddings else [model.lm_head]
+    for block in [*model.model.layers, *head]:  # already in dtype, so that autocast keeps no copy of its weights for the backward pass
+        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=rows)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, "generate")
     register_fsdp_forward_method(model, "losses")
@@ -572,7 +580,6 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
         + (f", resumed after step {first}" if first else ""))
 
     def record(entry):
-        log.append(entry)
         if RANK == 0:
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
@@ -646,7 +653,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
                     save(out, model_writes, {
                         "step": done, "seconds": seconds, "best": best, "held_out": held_out, "scaler": scaler.state_dict(),
                         "optimizers": states, "router_bias": [m.bias for m in experts]}, cfg.keep, improved)
-                    plot(log, out / "loss.png", floor)
+                    plot(read_log(out / "log.jsonl"), out / "loss.png", floor)
                 clock = time.perf_counter()
             if stopping:
                 say(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")
@@ -686,16 +693,31 @@ def memory_advice(model, cfg, device, dtype):
 
 
 def memory_estimate(model, cfg, dtype, world=WORLD):
-    """Bytes that training takes on each of `world` processes, roughly: weights, gradients and optimizer state, plus
-    activations of one pass."""
-    m, share, itemsize = model.config, world if cfg.shard else 1, dtype.itemsize
+    """Bytes that training takes on each of `world` processes; the model may be on the meta device. By calculation:
+
+    4 bytes a parameter for weights, gradients and each state of the optimizer (AdamW 2, Muon 1), divided by `world` where they
+    are sharded; weights in dtype, of all the model or of the two blocks at work; what the backward pass needs of each layer,
+    which was counted with torch's MemTracker; the loss's three copies of the logits; Muon's four copies of a batch of matrices.
+    """
+    m, share, size, tokens = model.config, world if cfg.shard else 1, dtype.itemsize, cfg.batch_size * cfg.block_size
     learn = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    states = sum(p.numel() * (1 if for_muon(n, p, cfg) else 2) for n, p in learn.items())
-    fixed = 4 * (model.counts()[0] + sum(p.numel() for p in learn.values()) + states) / share
-    width = 8 * m.dim + 3 * (m.n_head + 2 * m.n_kv_head) * m.head_dim  # norms and residuals; q, k, v and their turns
-    ffn = sum(4 * m.expert_dim * (1 + m.top_k) if m.is_moe(i) else 4 * m.ffn_dim for i in range(m.n_layer)) / m.n_layer
-    kept = m.dim * m.n_layer + width + ffn if cfg.checkpointing else (width + ffn) * m.n_layer
-    return fixed + cfg.batch_size * cfg.block_size * (kept * itemsize + m.vocab_size * (8 + itemsize))
+    hidden = [p for n, p in learn.items() if for_muon(n, p, cfg)]
+    weights, gradients = 4 * model.counts()[0], 4 * sum(p.numel() for p in learn.values())
+    states = 2 * gradients - 4 * sum(p.numel() for p in hidden)
+    low = weights / 4 * size * (size < 4)
+    if cfg.shard and world > 1:
+        blocks = [sum(p.numel() for p in b.parameters()) for b in model.model.layers]
+        low = 2 * max(blocks) * (size + 4) + 8 * m.vocab_size * m.dim
+    muon = 16 * max((max(min(2**26, sum(q.numel() for q in hidden if q.shape == p.shape)), p.numel()) for p in hidden), default=0)
+    attention = (22 if size == 4 else 28) * m.dim + (3 * m.n_head + 2 * m.n_kv_head) * m.head_dim * size
+    layers = [attention + size * (4 * m.expert_dim * (1 + m.top_k) + (2 + 3 * m.top_k) * m.dim if m.is_moe(i) else 4 * m.ffn_dim)
+              for i in range(m.n_layer)]
+    logits = 12 * m.vocab_size
+    kept = 4 * m.dim * m.n_layer + max(*layers, logits) if cfg.checkpointing else sum(layers) + logits
+    working = tokens * kept + low
+    held = cfg.gradient_accumulation_steps > world or world > share  # gradients are there during the forward pass
+    last = tokens * max(layers) + low  # of the backward pass, when all gradients are there
+    return (weights + states) / share + max(working + gradients / share * held, gradients / share + max(last, muon))
 
 
 # -- starting ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 import config
 import train
 from conftest import ROOT
-from model import PRESETS, Llama
+from model import PRESETS, Llama, LlamaConfig
 from prepare import shards, tokenizer
 
 TIMES = ("seconds", "tokens_per_s", "mfu")  # what may differ between two runs of the same settings
@@ -171,7 +172,7 @@ def from_step_10(run, new):
 def test_two_processes_do_what_one_does(words, tmp_path):
     """One process, two with a copy each, two that share the weights: the same losses within 1e-5 over 20 steps, with gradient
     accumulation and evaluation, dense and MoE; and a checkpoint of each can be continued by the others."""
-    shapes = {"dense": DENSE, "moe": SPARSE | dict(router_aux=0.01, router_bias=1e-3)}
+    shapes = {"dense": DENSE, "moe": SPARSE | dict(n_experts=3, router_aux=0.01, router_bias=1e-3)}
     common = dict(batch_size=2, gradient_accumulation_steps=4, sample_tokens=5)
     alone, jobs = {}, {}
     for name, shape in shapes.items():
@@ -430,6 +431,50 @@ def test_eval_only_prints_the_same_for_two_processes(words, tmp_path, project):
     assert one == two and "bits/byte" in one
 
 
+MEMORY = {  # shape, settings; each has another part of the sum that matters
+    "weights": (dict(dim=512, ffn_dim=1536), dict(batch_size=1, block_size=16)),
+    "logits": (dict(vocab_size=8192, n_layer=1), {}),
+    "layers": (dict(n_layer=6), {}),
+    "ffn": (dict(ffn_dim=1536), {}),
+    "heads": (dict(n_head=16, n_kv_head=16, head_dim=32), {}),
+    "checkpointing": (dict(n_layer=5), dict(checkpointing=True)),
+    "moe": (dict(arch="llama4", nope_every=2, chunk=64, qk_norm=True, n_experts=4, top_k=2, expert_dim=192), {}),
+    "muon": (dict(dim=256, ffn_dim=768), dict(batch_size=1, block_size=16, optimizer="muon")),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_the_memory_estimate_is_what_training_takes(words, name):
+    """Within 15 % of the bytes that torch's own tracker counts over two steps."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+    shape, more = MEMORY[name]
+    cfg = settings(words, "unused", **dict(batch_size=2, block_size=256, optimizer="adamw") | more)
+    tracker, device = MemTracker(), torch.device("cpu")
+    with tracker:
+        model = Llama(LlamaConfig(**dict(vocab_size=512, n_layer=4, n_head=4, n_kv_head=2, dim=128, ffn_dim=384, context=256) | shape)).train()
+        model.model.checkpointing = cfg.checkpointing
+        optimizers = train.make_optimizers(model, cfg, device, torch.float32)
+        tracker.track_external(model, *optimizers)
+        x = torch.randint(0, 512, (cfg.batch_size, cfg.block_size))
+        for _ in range(2):
+            model(x, x)[1].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            tracker.reset_mod_stats()
+    taken = tracker.get_tracker_snapshot("peak")[device]["Total"]
+    assert train.memory_estimate(model, cfg, torch.float32) == pytest.approx(taken, rel=0.15)
+
+
+def test_the_memory_of_shards():
+    """On the meta device, for the README's table: halving the share halves what is shared and nothing else."""
+    with torch.device("meta"):
+        model = Llama(replace(PRESETS["llama-3.1-8b"], n_layer=2))
+    cfg = train.TrainConfig(shard=True, checkpointing=True, optimizer="adamw", batch_size=1, block_size=8192)
+    on = {n: train.memory_estimate(model, replace(cfg, gradient_accumulation_steps=n), torch.bfloat16, n) for n in (8, 16, 32)}
+    assert on[8] - on[16] == pytest.approx(12 * model.counts()[0] / 16) == pytest.approx(2 * (on[16] - on[32]))
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes(words, tmp_path):
     """SIGKILL at 20 random moments, saving most of the time: every resume starts from a complete checkpoint."""
@@ -458,3 +503,31 @@ def test_killed_at_any_moment_it_resumes(words, tmp_path):
     assert reached > 20
     steps = [r["step"] for r in train.read_log(out / "log.jsonl") if "train_loss" in r]
     assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(words, tmp_path):
+    """A soak of $SOAK_MINUTES (30): after a fifth of it, resident memory grows by less than 1 %, and no file stays open."""
+    seconds, samples = 60 * float(os.environ.get("SOAK_MINUTES", "30")), []
+    args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=tmp_path / "run", batch_size=4, block_size=32, max_iters=10**7, log_interval=10,
+            eval_interval=100, eval_tokens=512, sample_tokens=20, device="cpu", dtype="float32", **SPARSE).items()]
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        try:
+            begin = time.monotonic()
+            while (now := time.monotonic() - begin) < seconds and run.poll() is None:
+                if now > seconds / 5:
+                    pages = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1])
+                    samples.append((now, pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{run.pid}/fd"))))
+                time.sleep(0.5)
+            assert run.poll() is None, "it ended by itself"
+        finally:
+            run.kill()
+            run.wait()
+    at, memory, files = np.array(samples).T
+    slope = np.polyfit(at, memory, 1)[0]  # bytes a second
+    half = len(files) // 2
+    print(f"{seconds:.0f} s, {train.read_log(tmp_path / 'run/log.jsonl')[-1]['step']} steps: {memory.mean() / 2**20:.1f} MiB, "
+          f"{slope * 60 / 2**10:+.2f} KiB a minute, {files[:half].max():.0f} then {files[half:].max():.0f} open files")
+    assert abs(slope) * (at[-1] - at[0]) < 0.01 * memory.mean()
+    assert files[half:].max() <= files[:half].max()
