@@ -236,7 +236,7 @@ class Vlm(nn.Module):
         seen = self.projector(shuffle(seen) if self.pixel_shuffle else seen)  # (N, P, D)
         return x.masked_scatter((idx == self.image_id)[..., None], seen.to(x.dtype))
 
-    def forward(self, idx, targets=None, pictures=None, reference=None):
+    def forward(self, idx, targets=None, pictures=None, positions=None, reference=None):
         """Logits (B, T, V) and loss, as Llama.forward.
 
         pictures: (N, 3, S, S) pixels, or what the encoder made of them, (N, P, W), in the order of their tokens in idx;
@@ -245,7 +245,7 @@ class Vlm(nn.Module):
         """
         embeds = self.embed(idx, pictures)
         if reference is None:
-            return self.llama(embeds=embeds, targets=targets)
+            return self.llama(embeds=embeds, targets=targets, positions=positions)
         gain = self.log_probs(self.llama(embeds=embeds)[0], targets).view(2, -1) - reference
         margin = self.beta * (gain[0] - gain[1])
         return margin, -F.logsigmoid(margin).mean()
@@ -454,9 +454,10 @@ class Runner:
 
     def batch(self, data, which, reference=None):
         """The arguments of Vlm.forward for the examples numbered `which`."""
-        rows = [data[i][k] for k in range(data.step) for i in which]  # all chosen, then all rejected
-        seen = self.pictures([p for r in rows for p in r.pictures])
-        return *data.collate(rows), seen, *(() if reference is None else (reference[:, which],))
+        lines = data.lines(which)
+        x, y, positions = data.collate(lines)
+        seen = self.pictures([p for rows in lines for p in rows[0].pictures])
+        return x, y, seen, positions, *(() if reference is None else (reference[:, which],))
 
     @torch.no_grad()
     def evaluate(self, model, data, reference=None, limit=0):
@@ -464,7 +465,7 @@ class Runner:
         tokens (0: on all); every process takes a share."""
         was, which, totals = model.training, order(0, 0, len(data)), np.zeros(4)
         if limit:
-            learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data[i]) for i in which])
+            learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data.examples[i]) for i in which])
             which = which[:int(np.searchsorted(learned, limit)) + 1]
         mine = which[RANK::WORLD]
         model.eval()
@@ -486,7 +487,7 @@ class Runner:
         found, mine, size = torch.zeros(2, len(data)), np.arange(len(data))[RANK::WORLD], self.cfg.batch_size
         self.vlm.eval()
         for i in tqdm(range(0, len(mine), size), desc="reference", unit=" batches", leave=False, disable=RANK > 0):
-            x, y, seen = train.to_device(self.device, *self.batch(data, mine[i:i + size]))
+            x, y, seen, _ = train.to_device(self.device, *self.batch(data, mine[i:i + size]))
             with self.autocast:
                 found[:, mine[i:i + size]] = self.vlm.log_probs(self.vlm(x, None, seen)[0], y).view(2, -1).float().cpu()
         self.vlm.train()
@@ -589,9 +590,9 @@ def fit(cfg, shape):
     say(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
     data, val = run.read(folder, "train", "val")
     accumulate, per_step = cfg.gradient_accumulation_steps // WORLD, cfg.batch_size * cfg.gradient_accumulation_steps
-    length = float(np.mean([len(r.ids) + len(r.pictures) * (vlm.image_tokens - 1) for r in data.rows]))
+    length = float(np.mean([data.length(rows) for rows in data.examples]))
     say(f"data       {folder.name}: {len(data):,} training examples, {len(val):,} validation, "
-        f"{len(run.pictures.names):,} pictures, {length:.0f} tokens each")
+        f"{len(run.pictures.names):,} pictures, {length:.0f} tokens an example")
     say(f"schedule   {cfg.max_iters:,} steps of {per_step} examples ({cfg.max_iters * per_step / len(data):.2f} "
         f"epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}")
     say(f"hardware   {device}, {str(run.dtype).removeprefix('torch.')} ({run.why})")
@@ -626,7 +627,7 @@ def fit(cfg, shape):
             torch.save(references, Path(directory) / "reference.pt")
 
     work = vlm.llama.flops_per_token(int(length)) * (2 / 3 if "llama" in vlm.frozen else 1)  # frozen: no gradients
-    train.fit(cfg, vlm, out, device, run.dtype, batches, validate, write, round(per_step * data.step * length), work)
+    train.fit(cfg, vlm, out, device, run.dtype, batches, validate, write, round(per_step * length), work)
 
 
 # -- use ---------------------------------------------------------------------------------------------------------
@@ -717,7 +718,7 @@ def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
     run, folder = load(cfg), folder_of(cfg)
     data, = run.read(folder, cfg.split)
-    if data.step == 2:
+    if data.pairs:
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
     found, pictures, n = {"loss": run.evaluate(run.vlm, data)["val_loss"]}, run.pictures, len(run.pictures.names)
     if n > 1:  # what the pictures are worth: each example gets another one's

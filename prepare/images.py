@@ -196,7 +196,8 @@ class Row:
 
 
 def caption_prompt(tok):
-    return tok.encode(IMAGE, bos=True)
+    """ids after which a caption follows: the picture on a line of its own, as in a conversation."""
+    return tok.encode(IMAGE + "\n", bos=True)
 
 
 def with_pictures(text, count):
@@ -253,24 +254,42 @@ def spread(ids, image_id, image_tokens):
 
 
 class Examples:
-    """The rows of a split, cut to block_size tokens; those that lose a picture or all their answer are left out."""
+    """What a model reads of a split: each example is the rows about one picture that begin alike, or a chosen and a
+    rejected row. Rows are cut to block_size tokens; those that lose a picture or all their answer are left out."""
 
     def __init__(self, folder, split, tok, image_id, image_tokens, block_size, number):
         """number: {picture: its number}, to which the split's pictures are added."""
-        self.image_id, self.image_tokens, self.rows, self.step, self.lost = image_id, image_tokens, [], 1, 0
+        self.image_id, self.image_tokens, self.examples, self.pairs, self.lost, last = image_id, image_tokens, [], False, 0, {}
         for record in load(folder, split):
             for p in images_of(record):
                 number.setdefault(p, len(number))
-            made = rows_of(record, tok, number)
-            self.step = 2 if "chosen" in record else 1  # rows that belong together
-            for i in range(0, len(made), self.step):
-                pair = made[i:i + self.step]
-                if all([self.cut(r, block_size) for r in pair]):
-                    self.rows += pair
-                else:
+            rows, self.pairs = rows_of(record, tok, number), "chosen" in record
+            for some in [rows] if self.pairs else [[row] for row in rows]:
+                if not all([self.cut(row, block_size) for row in some]):
                     self.lost += 1
-        if not self.rows:
+                    continue
+                beginning = None if self.pairs else self.beginning(some[0])
+                line = last.get(beginning)
+                if beginning is None or line is None or self.length(line + some) > block_size:
+                    line = last[beginning] = []
+                    self.examples.append(line)
+                line += some
+        if not self.examples:
             raise config.Mistake(f"{folder}: no {split} example fits block_size={block_size}")
+
+    def beginning(self, row):
+        """What rows must share to be read as branches of one sequence: pictures, and the ids up to the last of them.
+        None where there is no picture, or where the id right after it is to be learned: no branch predicts that one."""
+        end = len(row.ids) - int((row.ids == self.image_id)[::-1].argmax())
+        return (row.pictures, row.ids[:end].tobytes()) if row.pictures and not row.learn[end] else None
+
+    def trunk(self, row):
+        """Positions up to the end of a row's last picture; 0 without one."""
+        return int(self.widths(row)[:len(row.ids) - (row.ids == self.image_id)[::-1].argmax()].sum()) if row.pictures else 0
+
+    def length(self, rows):
+        """Positions of a sequence in which these rows share their trunk."""
+        return sum(int(self.widths(row).sum()) - self.trunk(row) for row in rows) + self.trunk(rows[0])
 
     def cut(self, row, block_size):
         """Shorten a row; False if it is of no use then."""
@@ -282,20 +301,33 @@ class Examples:
         return whole and bool(row.learn.any())
 
     def __len__(self):
-        return len(self.rows) // self.step
+        return len(self.examples)
 
-    def __getitem__(self, i):
-        """The rows of example i: one, or a chosen and a rejected one."""
-        return self.rows[i * self.step:(i + 1) * self.step]
+    def lines(self, which):
+        """The rows of the examples numbered `which`, by the sequences in which they are read: pairs make two of them, all
+        the chosen and then all the rejected ones."""
+        some = [self.examples[i] for i in which]
+        return [[rows[k]] for k in range(2) for rows in some] if self.pairs else some
 
-    def collate(self, rows):
-        """Inputs and targets (B, T) int64 of rows, padded on the right, -100 where there is nothing to learn."""
-        wide = [(spread(r.ids, self.image_id, self.image_tokens), np.repeat(r.learn, self.widths(r))) for r in rows]
-        T = max(len(ids) for ids, _ in wide) - 1
-        x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -100, np.int64)
-        for i, (ids, learn) in enumerate(wide):
-            x[i, :len(ids) - 1], y[i, :len(ids) - 1] = ids[:-1], np.where(learn, ids, -100)[1:]
-        return x, y
+    def collate(self, lines):
+        """Inputs, targets and positions (B, T) int64 of `lines`, padded on the right. Targets are -100 where there is
+        nothing to learn. Rows that share a beginning branch off after it; positions are None where no line has two."""
+        made = []
+        for rows in lines:
+            parts = [[], [], []]
+            for n, row in enumerate(rows):
+                ids = spread(row.ids, self.image_id, self.image_tokens)
+                learn = np.repeat(row.learn, self.widths(row))
+                after = self.trunk(row) if n else 0  # where the branch begins
+                for part, values in zip(parts, (ids[:-1], np.where(learn, ids, -100)[1:], np.arange(len(ids) - 1))):
+                    part.append(values[after:])
+            made.append([np.concatenate(part) for part in parts])
+        T = max(len(ids) for ids, *_ in made)
+        x, y, positions = (np.full((len(made), T), fill, np.int64) for fill in (0, -100, 0))
+        for i, parts in enumerate(made):
+            for whole, part in zip((x, y, positions), parts):
+                whole[i, :len(part)] = part
+        return x, y, positions if max(map(len, lines)) > 1 else None
 
     def widths(self, row):
         """Positions that each id of a row takes, (n,)."""
@@ -304,6 +336,7 @@ class Examples:
     def questions(self):
         """One row for each picture and prompt (not one for each of its captions)."""
         seen = {}
-        for row in self.rows[::self.step]:
-            seen.setdefault((row.pictures, row.prompt().tobytes()), row)
+        for rows in self.examples:
+            for row in rows:
+                seen.setdefault((row.pictures, row.prompt().tobytes()), row)
         return list(seen.values())

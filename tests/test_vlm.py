@@ -169,7 +169,7 @@ def test_captions_learn_their_words_and_end():
     _, tok = tiny()
     rows = images.rows_of({"image": "a", "captions": ["A dog.", "A cat."]}, tok, {"a": 7})
     assert [learned(r, tok) for r in rows] == ["A dog.</s>", "A cat.</s>"]
-    assert rows[0].pictures == (7,) and list(rows[0].prompt()) == [256, tok.vocab_size - 1]
+    assert rows[0].pictures == (7,) and list(rows[0].prompt()) == [256, tok.vocab_size - 1, ord("\n")]
     assert rows[0].answers == ("A dog.", "A cat.")
 
 
@@ -199,9 +199,9 @@ def test_conversations_learn_the_assistants_words_only(template):
 def test_rows_that_do_not_fit_are_left_out(squares):
     see, tok = tiny()
     whole = images.Examples(squares, "train", tok, see.image_id, 4, 64, {})
-    assert len(whole) == 9 and whole.lost == 0
+    assert len(whole) == 5 and whole.lost == 0  # four pictures with a caption and a question each, and a row without
     short = images.Examples(squares, "train", tok, see.image_id, 4, 4, {})  # BOS and 4 image tokens leave no room for words
-    assert len(short) == 1 and short.lost == 8 and short[0][0].pictures == ()
+    assert len(short) == 1 and short.lost == 8 and short.examples[0][0].pictures == ()
     with pytest.raises(config.Mistake, match="fits block_size"):
         images.Examples(squares, "val", tok, see.image_id, 4, 4, {})
 
@@ -210,12 +210,37 @@ def test_batch_has_targets_at_the_words_only(squares):
     see, tok = tiny()
     run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"))
     data, = run.read(squares, "train")
-    x, y, seen = train.to_device(torch.device("cpu"), *run.batch(data, [0, 1, 8]))
-    assert seen.shape == (2, 3, 16, 16)  # the third row has no picture
-    assert (x == see.image_id).sum(1).tolist() == [4, 4, 0]
-    assert bytes(t for t in y[0].tolist() if 0 <= t < 256) == b"red square" and (y[0] == 257).sum() == 1
+    x, y, seen, positions = train.to_device(torch.device("cpu"), *run.batch(data, [0, 4]))
+    assert seen.shape == (1, 3, 16, 16)  # the second example has no picture
+    assert (x == see.image_id).sum(1).tolist() == [4, 0]
+    assert bytes(t for t in y[0].tolist() if 0 <= t < 256) == b"red squarered" and (y[0] == 257).sum() == 2
     at = (y[0] != -100).nonzero()[0].item()
-    assert x[0, at] == see.image_id and y[0, at] == ord("r")  # the last image token predicts the first letter
+    assert x[0, at] == ord("\n") and y[0, at] == ord("r")  # the line's end after the picture predicts the first letter
+    assert positions[0, 5:at + 1].tolist() == [5] and positions[0].diff().min() < 0  # the question goes on after the picture
+
+
+def test_rows_about_one_picture_are_read_as_if_alone(squares):
+    """Caption and question in one sequence, which share the picture: the loss of each token is that of rows on their own,
+    and so are the gradients."""
+    see, tok = tiny()
+    run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"))
+    data, = run.read(squares, "train")
+    together, alone = data.lines([0, 1, 4]), [[row] for rows in data.lines([0, 1, 4]) for row in rows]
+    assert [len(rows) for rows in together] == [2, 2, 1] and data.collate(alone)[2] is None
+    found = []
+    for lines in (together, alone):
+        seen = run.pictures([p for rows in lines for p in rows[0].pictures])
+        x, y, positions = train.to_device(torch.device("cpu"), *data.collate(lines))
+        assert x.shape[1] <= max(map(data.length, lines))
+        loss = see(x, y, seen, positions)[1]
+        see.zero_grad()
+        loss.backward()
+        found.append((loss.item(), see.llama.model.layers[0].self_attn.q_proj.weight.grad.clone(), see.projector[0].weight.grad.clone(),
+                      int((y != -100).sum())))
+    (a, *grads, n), (b, *others, m) = found
+    assert n == m and a == pytest.approx(b, abs=1e-6)
+    for g, h in zip(grads, others):
+        assert torch.allclose(g, h, atol=1e-6) and g.abs().max() > 1e-5
 
 
 def test_padding_and_company_change_nothing():
