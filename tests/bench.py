@@ -508,8 +508,6 @@ def start_up(cfg):
 @row
 def overhead(cfg):
     """What train.py's loop costs beside forward, backward and optimizers, and what its evaluations cost: config/tales.py."""
-    import torch
-
     import train
     from prepare import shards, tokenizer
     device, dtype, autocast = precision(cfg)

@@ -121,8 +121,8 @@ def test_pixel_shuffle_joins_neighbours():
 def test_pictures_stand_where_they_are_named():
     """Two rows with one and two pictures: each projected token lies at its place, all else is the text's embedding."""
     see, tok = tiny()
-    I = see.image_id
-    rows = [images.spread(np.array(ids), I, 4) for ids in ([5, I, 6, 7, 8, 9, 10], [I, 5, I])]
+    image = see.image_id
+    rows = [images.spread(np.array(ids), image, 4) for ids in ([5, image, 6, 7, 8, 9, 10], [image, 5, image])]
     idx = torch.zeros(2, 11, dtype=torch.long)
     for i, ids in enumerate(rows):
         idx[i, :len(ids)] = torch.from_numpy(ids)
@@ -622,7 +622,8 @@ def test_hub_data_sets(monkeypatch, tmp_path, capsys):
         Image.new("RGB", (8, 8), colour).save(file, "png")
         return {"image": {"bytes": file.getvalue(), "path": None}, "caption": text}
     rows = [row("red", "one"), row("blue", "two"), row("red", "three"), row("green", "four")]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()))
+    made = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: made)
     records = images.from_hub("some/name", tmp_path, 2, lambda r: {"captions": [r["caption"]]})
     assert [r["captions"] for r in records["train"]] == [["one", "three"], ["two"]] and set(records) == set(images.SPLITS)
     assert images.read(tmp_path / records["train"][1]["image"]).getpixel((0, 0)) == (0, 0, 255)
