@@ -764,10 +764,10 @@ def build_model(cfg, shape, data, tok, out):
     with config.mistakes(ValueError, FileNotFoundError):
         keep = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
         model = Llama.from_pretrained(source if source.is_dir() else cfg.init_from, dtype=torch.float32, **keep)
-    need_fit(model.config, cfg, shape, data.vocab_size)
     if source.is_dir() and (have := tokenizer.load(source)).fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) than "
                              f"{source} ({have.kind}, {have.vocab_size}); prepare it with --tokenizer={source}")
+    need_fit(model.config, cfg, shape, data.vocab_size)
     return model
 
 
