@@ -12,6 +12,7 @@ train_state.pt, run.json, log.jsonl and loss.png beside it; best/ has the weight
 """
 import contextlib
 import ctypes
+import gc
 import inspect
 import itertools
 import json
@@ -494,6 +495,8 @@ def plot(log, path, floor=None):
     tmp = path.with_name(path.name + ".tmp")
     figure.savefig(tmp, format="png")
     os.replace(tmp, path)
+    del figure, axes
+    gc.collect()  # figures are full of cycles, and would pile up for a hundred evaluations
 
 
 def facts_of_run(cfg, model_config):
