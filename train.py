@@ -12,6 +12,7 @@ train_state.pt, run.json, log.jsonl and loss.png beside it; best/ has the weight
 """
 import contextlib
 import ctypes
+import gc
 import inspect
 import itertools
 import json
@@ -494,6 +495,8 @@ def plot(log, path, floor=None):
     tmp = path.with_name(path.name + ".tmp")
     figure.savefig(tmp, format="png")
     os.replace(tmp, path)
+    del figure, axes
+    gc.collect()  # figures are full of cycles, and would pile up for a hundred evaluations
 
 
 def facts_of_run(cfg, model_config):
@@ -696,28 +699,26 @@ def memory_estimate(model, cfg, dtype, world=WORLD):
     """Bytes that training takes on each of `world` processes; the model may be on the meta device. By calculation:
 
     4 bytes a parameter for weights, gradients and each state of the optimizer (AdamW 2, Muon 1), divided by `world` where they
-    are sharded; weights in dtype, of all the model or of the two blocks at work; what the backward pass needs of each layer,
-    which was counted with torch's MemTracker; the loss's three copies of the logits; Muon's four copies of a batch of matrices.
+    are sharded; the larger of what is there as the backward pass begins (all activations, three copies of the logits) and as it
+    ends or the optimizer works. Bytes of each layer were counted with torch's MemTracker.
     """
     m, share, size, tokens = model.config, world if cfg.shard else 1, dtype.itemsize, cfg.batch_size * cfg.block_size
     learn = {n: p for n, p in model.named_parameters() if p.requires_grad}
     hidden = [p for n, p in learn.items() if for_muon(n, p, cfg)]
     weights, gradients = 4 * model.counts()[0], 4 * sum(p.numel() for p in learn.values())
     states = 2 * gradients - 4 * sum(p.numel() for p in hidden)
-    low = weights / 4 * size * (size < 4)
-    if cfg.shard and world > 1:
-        blocks = [sum(p.numel() for p in b.parameters()) for b in model.model.layers]
-        low = 2 * max(blocks) * (size + 4) + 8 * m.vocab_size * m.dim
+    first = last = weights / 4 * size * (size < 4)  # beside activations, at both ends of the backward pass
+    if cfg.shard and world > 1:  # the embedding and the head; the embedding and a block, the next, its gradients in two types
+        first, last = (4 + size) * m.vocab_size * m.dim, 4 * m.vocab_size * m.dim + (3 * size + 4) * max(
+            sum(p.numel() for p in b.parameters()) for b in model.model.layers)
     muon = 16 * max((max(min(2**26, sum(q.numel() for q in hidden if q.shape == p.shape)), p.numel()) for p in hidden), default=0)
     attention = (22 if size == 4 else 28) * m.dim + (3 * m.n_head + 2 * m.n_kv_head) * m.head_dim * size
     layers = [attention + size * (4 * m.expert_dim * (1 + m.top_k) + (2 + 3 * m.top_k) * m.dim if m.is_moe(i) else 4 * m.ffn_dim)
               for i in range(m.n_layer)]
-    logits = 12 * m.vocab_size
-    kept = 4 * m.dim * m.n_layer + max(*layers, logits) if cfg.checkpointing else sum(layers) + logits
-    working = tokens * kept + low
+    kept = 12 * m.vocab_size + (4 * m.dim * m.n_layer if cfg.checkpointing else sum(layers))
     held = cfg.gradient_accumulation_steps > world or world > share  # gradients are there during the forward pass
-    last = tokens * max(layers) + low  # of the backward pass, when all gradients are there
-    return (weights + states) / share + max(working + gradients / share * held, gradients / share + max(last, muon))
+    return (weights + states) / share + max(first + tokens * kept + gradients / share * held,
+                                            gradients / share + max(last + tokens * max(layers), muon))
 
 
 # -- starting ----------------------------------------------------------------------------------------------------
@@ -764,10 +765,10 @@ def build_model(cfg, shape, data, tok, out):
     with config.mistakes(ValueError, FileNotFoundError):
         keep = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
         model = Llama.from_pretrained(source if source.is_dir() else cfg.init_from, dtype=torch.float32, **keep)
-    need_fit(model.config, cfg, shape, data.vocab_size)
     if source.is_dir() and (have := tokenizer.load(source)).fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) than "
                              f"{source} ({have.kind}, {have.vocab_size}); prepare it with --tokenizer={source}")
+    need_fit(model.config, cfg, shape, data.vocab_size)
     return model
 
 

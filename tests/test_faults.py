@@ -124,7 +124,7 @@ TRAIN = [  # arguments, and what the line says
     (["--doc_mask"], "need documents that begin with BOS"),
     (["--gradient_accumulation_steps=0"], "gradient_accumulation_steps must be at least 1"),
     (["--device=tpu7"], "cannot be used here"),
-    (["--vocab_size=2"], "the data set has 4 tokens"),
+    (["--vocab_size=2"], "the data set has ids up to 3, the model only vocab_size=2"),
     (["--dataset={d}/nowhere"], "run `python prepare/"),
     (["--dataset={d}/no_meta"], "run `python prepare/"),
     (["--dataset={d}/empty"], "has no val tokens"),
