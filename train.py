@@ -126,7 +126,9 @@ def total(*numbers):
 def meet(device):
     """Join the other processes, if there are any."""
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, *_ = next(dist.rendezvous("env://", RANK, WORLD))  # torchrun's own, which outlives processes that it starts again
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
 
 
 def leave():
