@@ -483,7 +483,8 @@ def plot(log, path, floor=None):
                              ("val_loss", "validation", dict(color="#c0392b", linewidth=2, marker="o", markersize=3))):
         points = [(r["step"], r[key]) for r in log if key in r]
         if points:
-            axes.plot(*zip(*points), label=f"{name}, {points[-1][1]:.3f} at the end", **style)
+            few = points[::-1 - len(points) // 1000][::-1]  # what a picture can show, the last one among them
+            axes.plot(*zip(*few), label=f"{name}, {points[-1][1]:.3f} at the end", **style)
             values += [v for _, v in points]
     if floor is not None:
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.3f}")
