@@ -775,12 +775,15 @@ def build_model(cfg, shape, data, tok, out):
     return model
 
 
-def restarted(out):
-    """Whether torchrun started this process again after one of them had died, and the run in `out` is the one that died."""
+def after_restart(cfg, shape, out):
+    """(cfg, shape), made to resume where torchrun started this process again after one of the run in `out` had died."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not latest(out) or not (out / "run.json").is_file():
-        return False
+        return cfg, shape
     facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    return (facts["run_id"], facts["command"]) == (os.environ.get("TORCHELASTIC_RUN_ID"), sys.argv)
+    if (facts["run_id"], facts["command"]) != (os.environ.get("TORCHELASTIC_RUN_ID"), sys.argv):
+        return cfg, shape
+    say(f"restart    a process had died; going on from {latest(out)}")
+    return replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
 
 
 def main(cfg, shape):
@@ -802,9 +805,7 @@ def main(cfg, shape):
         meet(device)
         hellaswag_scores(model, tokenizer.load(source), cfg, device, autocast)()
         return
-    if restarted(out):
-        say(f"restart    a process had died; going on from {latest(out)}")
-        cfg, shape = replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
+    cfg, shape = after_restart(cfg, shape, out)
     val = shards.Split(folder, "val")
     data = val if cfg.eval_only else shards.Split(folder, "train")
     tok = tokenizer.load(folder)

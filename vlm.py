@@ -48,7 +48,7 @@ STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer":
 VITS = {  # torchvision's VisionTransformer by name; stem: channels of 3 x 3 convolutions that cut the patches
     "vit_b_16": dict(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072),
     "vit_tiny": dict(image_size=64, patch_size=16, num_layers=2, num_heads=4, hidden_dim=128, mlp_dim=512,
-                     stem=(32, 64, 128, 256)),
+                     stem=(32, 64, 128, 128)),
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which the pretrained encoders expect
 
@@ -575,6 +575,7 @@ def fit(cfg, shape):
                              f"{WORLD} processes, which share them")
     device, folder = train.pick_device(cfg.device), folder_of(cfg)
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / f"vlm_{folder.name}"
+    cfg, shape = train.after_restart(cfg, shape, out)
     if device.type == "cpu":
         train.keep_freed_memory()
     records = [r for split in ("train", "val") for r in images.load(folder, split)]  # before anything is downloaded

@@ -136,7 +136,7 @@ class Settings:
     """How many scenes, and where they go."""
     images: int = 16000  # training pictures: 200 MB; a small model has not learned them by heart when it generalizes
     val_images: int = 1000  # validation pictures, of held-out combinations only
-    questions: int = 3  # about each picture, each in a conversation of its own: an earlier answer can give away a later one
+    questions: int = 8  # about each picture at most, each in a conversation of its own: answers can give away others
     seed: int = 1337  # the same seed gives the same files
     out: str | None = None  # folder to write; None: data/shapes
 

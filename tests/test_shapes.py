@@ -156,7 +156,7 @@ def test_held_out_combinations():
 
 
 def run(monkeypatch, out, *args):
-    monkeypatch.setattr(sys, "argv", ["shapes.py", "--out", str(out), "--images=400", "--val_images=100", *args])
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--out", str(out), "--images=400", "--val_images=100", "--questions=5", *args])
     shapes.main()
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
 
@@ -170,20 +170,19 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert pixels.shape == (500, 64, 64, 3) and pixels.dtype == np.uint8
     rows = []
     for split in "train", "val":
-        rng = random.Random(f"1337 {split}")
+        rng, left = random.Random(f"1337 {split}"), []
         for record in images.load(tmp_path / "a", split):
             if "captions" in record:
+                assert not left
                 picture, caption, asked = shapes.scene(rng, split == "val")
                 assert record["captions"] == [caption] and np.array_equal(pixels[record["image"]], np.asarray(picture))
                 assert all(shapes.held_out(*o) == (split == "val") for o in read(caption))
-                rows.append([record["image"]])
+                rows.append(record["image"])
+                left = asked[:5]
             else:
-                assert record["image"] == rows[-1][0] and [t["from"] for t in record["conversations"]] == ["human", "gpt"]
-                question, answer = asked[len(rows[-1]) - 1]
+                assert record["image"] == rows[-1] and [t["from"] for t in record["conversations"]] == ["human", "gpt"]
+                question, answer = left.pop(0)
                 assert [t["value"] for t in record["conversations"]] == [f"<image>\n{question}", answer]
-                rows[-1].append(question)
-    assert all(len(row) == 4 for row in rows)
-    rows = [row[0] for row in rows]
     assert rows == list(range(500))
     chance = meta["chance"]
     assert chance["all"] < 0.5 and all(0 <= v < 0.75 for v in chance.values())
