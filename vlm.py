@@ -645,9 +645,7 @@ def load(cfg):
     device = train.pick_device(cfg.device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = model.find(directory)
-        vlm, tok = Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory)
-    vlm.llama.to_decode()
-    return Runner(cfg, vlm, tok, device)
+        return Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
 
 
 def look(run, paths, need_all=False):
