@@ -20,6 +20,7 @@ import hashlib
 import json
 import re
 import sys
+import textwrap
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -424,7 +425,8 @@ def draw(path, pictures, texts):
     figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
     for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
         axes.imshow(picture)
-        axes.set_title(text.replace("$", r"\$"), fontsize=9, wrap=True)
+        lines = "\n".join(textwrap.fill(line, 38) for line in text.replace("$", r"\$").split("\n"))
+        axes.set_title(lines, fontsize=8)
     for axes in figure.axes:
         axes.axis("off")
     tmp = path.with_name(path.name + ".tmp")
