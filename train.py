@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -94,7 +95,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 
-from model import PRESETS, Llama, find  # noqa: E402
+from model import PRESETS, Llama, find, whole_file  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
 from prepare.windows import Windows, draws, restarts  # noqa: E402
 
@@ -187,6 +188,11 @@ def pick_dtype(name, device):
 
 def keep_freed_memory():
     """Have glibc keep the blocks that torch frees: giving them back and faulting them in anew costs a CPU step a tenth."""
+def autocast_to(dtype, device):
+    """The context in which matrix products run in dtype."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which ends when it is freed
@@ -474,18 +480,24 @@ def read_log(path):
     return lines
 
 
-def plot(log, path, floor=None):
-    """Draw the training and validation curves of a log. floor: nats per token that no model can beat, or None."""
+def add_to(curves, entry):
+    """Append to {key: array of step, value, step, value, ...} what an entry of the log has of it."""
+    for key in curves.keys() & entry.keys():
+        curves[key].extend((entry["step"], entry[key]))
+
+
+def plot(curves, path, floor=None):
+    """Draw {"train_loss": ..., "val_loss": ...} as `add_to` makes them. floor: nats per token that no model beats, or None."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     axes, values = figure.add_subplot(), []
     for key, name, style in (("train_loss", "training", dict(color="#9db4d0", linewidth=1)),
                              ("val_loss", "validation", dict(color="#c0392b", linewidth=2, marker="o", markersize=3))):
-        points = [(r["step"], r[key]) for r in log if key in r]
-        if points:
+        points = np.array(curves[key]).reshape(-1, 2)  # (n, 2)
+        if len(points):
             few = points[::-1 - len(points) // 1000][::-1]  # what a picture can show, the last one among them
-            axes.plot(*zip(*few), label=f"{name}, {points[-1][1]:.3f} at the end", **style)
-            values += [v for _, v in points]
+            axes.plot(*few.T, label=f"{name}, {points[-1, 1]:.3f} at the end", **style)
+            values += points[:, 1].min(), points[:, 1].max()
     if floor is not None:
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.3f}")
     if values and max(values) > 3 * min(values) > 0:
@@ -495,10 +507,14 @@ def plot(log, path, floor=None):
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=path.parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    tmp = path.with_name(path.name + ".tmp")
-    figure.savefig(tmp, format="png")
-    os.replace(tmp, path)
-    del figure, axes
+    write_figure(figure, path)
+
+
+def write_figure(figure, path):
+    """Write a matplotlib figure as a PNG, whole or not at all, and free it."""
+    with whole_file(path) as tmp:
+        figure.savefig(tmp, format="png")
+    figure.clear()
     gc.collect()  # figures are full of cycles, and would pile up for a hundred evaluations
 
 
@@ -555,7 +571,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
     sharded = hasattr(model, "unshard")
     if cfg.shard and WORLD > 1 and not sharded:
         raise config.Mistake("--shard=True splits a Llama, not one that sees")
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    autocast = autocast_to(dtype, device)
     optimizers = make_optimizers(model, cfg, device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
     experts, first, seconds, best, log = model.moe_layers(), 0, 0.0, math.inf, []
@@ -587,7 +603,12 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
 
     def record(entry):
         if RANK == 0:
+    curves = {"train_loss": array("d"), "val_loss": array("d")}
+    for entry in log:
+        add_to(curves, entry)
+
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
+        add_to(curves, entry)
                 f.write(json.dumps(entry) + "\n")
 
     skipped, times, clock = 0, [], time.perf_counter()
@@ -659,7 +680,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
                     save(out, model_writes, {
                         "step": done, "seconds": seconds, "best": best, "held_out": held_out, "scaler": scaler.state_dict(),
                         "optimizers": states, "router_bias": [m.bias for m in experts]}, cfg.keep, improved)
-                    plot(read_log(out / "log.jsonl"), out / "loss.png", floor)
+                    plot(curves, out / "loss.png", floor)
                 clock = time.perf_counter()
             if stopping:
                 say(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")
@@ -728,6 +749,19 @@ def memory_estimate(model, cfg, dtype, world=WORLD):
 
 def shape_from(base, given):
     """LlamaConfig `base` with the fields in `given`; sizes that follow from a changed field are derived anew."""
+def passes(cfg):
+    """Forward passes of each process in a step."""
+    if cfg.gradient_accumulation_steps % WORLD:
+        raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
+                             f"{WORLD} processes, which share them")
+    return cfg.gradient_accumulation_steps // WORLD
+
+
+def folder_of(cfg):
+    """The data set's folder: cfg.dataset as a path, or by its name under data/."""
+    return Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
+
+
     if ("dim" in given or "n_head" in given) and "head_dim" not in given:
         given = given | {"head_dim": 0}
     if "n_head" in given and "n_kv_head" not in given:
@@ -788,15 +822,12 @@ def after_restart(cfg, shape, out):
 
 def main(cfg, shape):
     """Train as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
-    if cfg.gradient_accumulation_steps % WORLD and not cfg.eval_only:
-        raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
-                             f"{WORLD} processes, which share them")
+    accumulate = 0 if cfg.eval_only else passes(cfg)
     device = pick_device(cfg.device)
     if device.type == "cpu":
         keep_freed_memory()
     dtype, why = pick_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    folder = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
+    autocast, folder = autocast_to(dtype, device), folder_of(cfg)
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / folder.name
     if cfg.eval_only and cfg.hellaswag:
         with config.mistakes(ValueError, FileNotFoundError):
@@ -837,7 +868,6 @@ def main(cfg, shape):
         return
 
     score = hellaswag_scores(model, tok, cfg, device, autocast) if cfg.hellaswag else dict
-    accumulate = cfg.gradient_accumulation_steps // WORLD
     windows = Windows(data, cfg, tok.bos_id)
     tokens_per_step = int(cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * windows.fill)
     parameters, active = model.counts()

@@ -21,7 +21,6 @@ import json
 import re
 import sys
 import textwrap
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -429,9 +428,7 @@ def draw(path, pictures, texts):
         axes.set_title(lines, fontsize=8)
     for axes in figure.axes:
         axes.axis("off")
-    tmp = path.with_name(path.name + ".tmp")
-    figure.savefig(tmp, format="png")
-    tmp.replace(path)
+    train.write_figure(figure, path)
 
 
 # -- a model at work ---------------------------------------------------------------------------------------------
@@ -442,7 +439,7 @@ class Runner:
     def __init__(self, cfg, vlm, tok, device):
         self.cfg, self.vlm, self.tok, self.device = cfg, vlm.to(device), tok, device
         self.dtype, self.why = train.pick_dtype(cfg.dtype, device)
-        self.autocast = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+        self.autocast = train.autocast_to(self.dtype, device)
 
     def read(self, folder, *splits):
         """The examples of these splits of a data set; from now on the runner sees its pictures."""
@@ -531,11 +528,6 @@ def order(seed, epoch, length):
     return train.draws(seed, 2, epoch).permutation(length)
 
 
-def folder_of(cfg):
-    """The data set's folder."""
-    return Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
-
-
 def new_tokenizer(folder, vocab_size):
     """A SentencePiece BPE trained on the texts of a data set, with room for <image> within vocab_size."""
     texts = [t for r in images.load(folder, "train") for t in (*r.get("captions", ()), *(
@@ -572,10 +564,8 @@ def build(cfg, shape, folder, out):
 
 def fit(cfg, shape):
     """Train one stage as `cfg` says."""
-    if cfg.gradient_accumulation_steps % WORLD:
-        raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
-                             f"{WORLD} processes, which share them")
-    device, folder = train.pick_device(cfg.device), folder_of(cfg)
+    accumulate, per_step = train.passes(cfg), cfg.batch_size * cfg.gradient_accumulation_steps
+    device, folder = train.pick_device(cfg.device), train.folder_of(cfg)
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / f"vlm_{folder.name}"
     cfg, shape = train.after_restart(cfg, shape, out)
     if device.type == "cpu":
@@ -592,7 +582,6 @@ def fit(cfg, shape):
              for n in ("encoder", "projector", "llama")]
     say(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
     data, val = run.read(folder, "train", "val")
-    accumulate, per_step = cfg.gradient_accumulation_steps // WORLD, cfg.batch_size * cfg.gradient_accumulation_steps
     length = float(np.mean([data.length(rows) for rows in data.examples]))
     say(f"data       {folder.name}: {len(data):,} training examples, {len(val):,} validation, "
         f"{len(run.pictures.names):,} pictures, {length:.0f} tokens an example")
@@ -717,7 +706,7 @@ def talk(cfg):
 
 def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
-    run, folder = load(cfg), folder_of(cfg)
+    run, folder = load(cfg), train.folder_of(cfg)
     data, = run.read(folder, cfg.split)
     if data.pairs:
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")

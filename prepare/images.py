@@ -10,7 +10,6 @@ without it the record is text only. Other keys are left alone.
 """
 import hashlib
 import json
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import config
-from prepare import tokenizer
+from prepare import shards, tokenizer
 
 SPLITS = ("train", "val", "test")
 IMAGE = "<image>"
@@ -94,19 +93,13 @@ def save(records, folder, splits=SPLITS, progress=True):
             if all(checked[p] for p in paths):
                 kept.append(record)
         if split in records:
-            _write(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            shards.write_text(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
             print(f"{split}: {len(kept):,} records, {len({p for r in kept for p in images_of(r)}):,} images")
         if split == "train" and not kept:
             raise config.Mistake("no usable record is left for training" + f": {next(iter(bad.values()))}" * bool(bad))
     if bad:
-        _write(folder / "bad_images.txt", "".join(line + "\n" for line in bad.values()))
+        shards.write_text(folder / "bad_images.txt", "".join(line + "\n" for line in bad.values()))
         print(f"{len(bad):,} pictures cannot be read and were left out: {folder / 'bad_images.txt'}")
-
-
-def _write(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def images_of(record):

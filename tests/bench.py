@@ -224,14 +224,13 @@ def twin(model):
 
 def precision(cfg):
     """(device, dtype, autocast()) that training takes here."""
-    import torch
 
     import train
     device = train.pick_device(cfg.device)
     dtype, _ = train.pick_dtype("auto", device)
     if device.type == "cpu":
         train.keep_freed_memory()
-    return device, dtype, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return device, dtype, lambda: train.autocast_to(dtype, device)
 
 
 def wait(device):
