@@ -12,6 +12,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -198,8 +199,10 @@ def with_pictures(text, count):
     return text if IMAGE in text else (IMAGE + "\n") * count + text
 
 
-def spans(tok, messages):
-    """ids of a conversation, and which of them are the assistant's words and endings."""
+@lru_cache(maxsize=2**16)  # many pictures are asked the same and answer alike: tokenized once, and kept once
+def spans(tok, turns):
+    """ids of a conversation ((role, text), ...), and which of them are the assistant's words and endings."""
+    messages = [{"role": role, "content": text} for role, text in turns]
     ids = tok.chat(messages, add_generation_prompt=False)
     learn = np.zeros(len(ids), bool)
     for i, m in enumerate(messages):
@@ -217,11 +220,10 @@ def rows_of(record, tok, number):
     two rows, chosen and rejected."""
     pictures = tuple(number[p] for p in images_of(record))
 
-    def conversation(messages, kind):
-        first = messages[0]
-        messages = [first | {"content": with_pictures(first["content"], len(pictures))}, *messages[1:]]
-        answer = next(m["content"] for m in messages if m["role"] == "assistant")
-        return Row(*spans(tok, messages), pictures, (answer,), kind)
+    def conversation(turns, kind):
+        (role, text), *rest = turns
+        answer = next(text for role, text in turns if role == "assistant")
+        return Row(*spans(tok, ((role, with_pictures(text, len(pictures))), *rest)), pictures, (answer,), kind)
     try:
         found = []
         for caption in record.get("captions", ()):
@@ -230,13 +232,11 @@ def rows_of(record, tok, number):
             found.append(Row(ids, np.arange(len(ids)) >= len(prompt), pictures, tuple(record["captions"]), "caption"))
         if "conversations" in record:
             roles = {"human": "user", "gpt": "assistant", "system": "system"}
-            turns = [{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]]
-            found.append(conversation(turns, "answer"))
+            found.append(conversation([(roles[t["from"]], t["value"]) for t in record["conversations"]], "answer"))
         if "chosen" in record:
-            ask = {"role": "user", "content": record["question"]}
-            found += [conversation([ask, {"role": "assistant", "content": record[key]}], key)
+            found += [conversation([("user", record["question"]), ("assistant", record[key])], key)
                       for key in ("chosen", "rejected")]
-    except (KeyError, TypeError, IndexError, StopIteration, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, StopIteration, AttributeError) as e:
         raise config.Mistake(f"{e!r} in a record that is not as prepare/images.py says: {str(record)[:200]}") from None
     return found
 
@@ -262,11 +262,13 @@ class Examples:
                     self.lost += 1
                     continue
                 beginning = None if self.pairs else self.beginning(some[0])
-                line = last.get(beginning)
-                if beginning is None or line is None or self.length(line + some) > block_size:
-                    line = last[beginning] = []
+                line, used = last.get(beginning, ([], 0))
+                more = self.length(some) - (self.trunk(some[0]) if line else 0)
+                if beginning is None or not line or used + more > block_size:
+                    line, used, more = [], 0, self.length(some)
                     self.examples.append(line)
                 line += some
+                last[beginning] = line, used + more
         if not self.examples:
             raise config.Mistake(f"{folder}: no {split} example fits block_size={block_size}")
 
