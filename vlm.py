@@ -636,7 +636,9 @@ def load(cfg):
     device = train.pick_device(cfg.device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = model.find(directory)
-        return Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
+        run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
+    run.vlm.llama.to_decode()
+    return run
 
 
 def look(run, paths, need_all=False):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import PRESETS, KVCache, Llama, LlamaConfig, pick, rope_angles, rope_frequencies
+from model import PRESETS, KVCache, Llama, LlamaConfig, Panels, pick, rope_angles, rope_frequencies
 
 VOCAB = 29
 
@@ -130,6 +130,21 @@ def test_cached_greedy_decoding_equals_the_full_forward(name):
 
 
 # -- nothing dead ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", distinct())
+def test_panels_multiply_as_the_matrices_they_hold(name):
+    """What decodes fast must not read a panel's columns in another order, nor look a tied embedding up in the wrong row."""
+    cfg = tiny(name, vocab_size=48, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16)
+    model, idx = build(cfg), tokens(3, 40)  # 120 rows are one product, 3 rows of the cached steps a product of each panel
+    want, greedy = model(idx)[0], model.generate(idx, 8, temperature=0)
+    model.to_decode()
+    assert isinstance(model.lm_head, Panels) and isinstance(model.model.layers[0].self_attn.k_proj, Panels)
+    torch.testing.assert_close(model(idx)[0], want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(idx[:1, :5])[0], want[:1, :5], rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.generate(idx, 8, temperature=0), greedy)
+    assert Llama(replace(cfg, vocab_size=VOCAB)).to_decode().lm_head.out_features == VOCAB  # what cannot be cut stays as it is
+
 
 @pytest.mark.parametrize("name", distinct())
 def test_every_parameter_gets_a_gradient_and_every_expert_is_used(name):
