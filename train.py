@@ -180,19 +180,21 @@ def pick_dtype(name, device):
             start = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - start)
+            if times[0] > 50 * seconds.get(torch.float32, math.inf):
+                break  # it crawls: known after 0.2 s
         seconds[dtype] = min(times)
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     better = torch.bfloat16 if ratio > 1.5 else torch.float32
     return better, f"bfloat16 products run at {ratio:.2g}x the speed of float32 on this processor"
 
 
-def keep_freed_memory():
-    """Have glibc keep the blocks that torch frees: giving them back and faulting them in anew costs a CPU step a tenth."""
 def autocast_to(dtype, device):
     """The context in which matrix products run in dtype."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
+def keep_freed_memory():
+    """Have glibc keep the blocks that torch frees: giving them back and faulting them in anew costs a CPU step a tenth."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which ends when it is freed
@@ -601,14 +603,14 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
         f"{memory_estimate(model, cfg, dtype) / 2**30:.1f} GiB" + (" for each process" if WORLD > 1 else "")
         + (f", resumed after step {first}" if first else ""))
 
-    def record(entry):
-        if RANK == 0:
     curves = {"train_loss": array("d"), "val_loss": array("d")}
     for entry in log:
         add_to(curves, entry)
 
-            with open(out / "log.jsonl", "a", encoding="utf-8") as f:
+    def record(entry):
         add_to(curves, entry)
+        if RANK == 0:
+            with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
 
     skipped, times, clock = 0, [], time.perf_counter()
@@ -747,8 +749,6 @@ def memory_estimate(model, cfg, dtype, world=WORLD):
 
 # -- starting ----------------------------------------------------------------------------------------------------
 
-def shape_from(base, given):
-    """LlamaConfig `base` with the fields in `given`; sizes that follow from a changed field are derived anew."""
 def passes(cfg):
     """Forward passes of each process in a step."""
     if cfg.gradient_accumulation_steps % WORLD:
@@ -762,6 +762,8 @@ def folder_of(cfg):
     return Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
 
 
+def shape_from(base, given):
+    """LlamaConfig `base` with the fields in `given`; sizes that follow from a changed field are derived anew."""
     if ("dim" in given or "n_head" in given) and "head_dim" not in given:
         given = given | {"head_dim": 0}
     if "n_head" in given and "n_kv_head" not in given:

@@ -529,6 +529,6 @@ def test_memory_stays_flat(words, tmp_path):
     slope = np.polyfit(at, memory, 1)[0]  # bytes a second
     half = len(files) // 2
     print(f"{seconds:.0f} s, {train.read_log(tmp_path / 'run/log.jsonl')[-1]['step']} steps: {memory.mean() / 2**20:.1f} MiB, "
-          f"{slope * 60 / 2**10:+.2f} KiB a minute, {files[:half].max():.0f} then {files[half:].max():.0f} open files")
+          f"{slope * 60 / 2**10:+.2f} KiB a minute, {files[:half].min():.0f} then {files[half:].min():.0f} files always open")
     assert abs(slope) * (at[-1] - at[0]) < 0.01 * memory.mean()
-    assert files[half:].max() <= files[:half].max()
+    assert files[half:].min() <= files[:half].min()  # the least of each half: a sample may fall on a file that is being written
