@@ -410,10 +410,10 @@ def decode(cfg):
         yield Pair(kind + "against transformers.generate", ours, generate, 2.5, runs=3)
         yield Pair(kind + "against reading the weights once a token", ours, read, 0.7, runs=3)
         yield Pair(f"{name}: 32 rows at once against 32 one after another", lambda: ours(many), lambda: 32 * seconds(ours), 10.0, runs=3)
-        yield from llama_cpp(model, idx, new, kind, ours)
+        yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
 
 
-def llama_cpp(model, idx, new, kind, ours):
+def llama_cpp(cfg, state, idx, new, kind, ours):
     """A Pair with llama.cpp at float32, if it is installed and the `gguf` package to write its file."""
     try:
         import gguf
@@ -421,7 +421,6 @@ def llama_cpp(model, idx, new, kind, ours):
     except ImportError as e:
         print(f"{'decode':<12} left out: {e.name} is not installed", flush=True)
         return
-    cfg = model.config
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.gguf")
         w = gguf.GGUFWriter(path, "llama")
@@ -434,7 +433,7 @@ def llama_cpp(model, idx, new, kind, ours):
         w.add_token_scores([0.0] * cfg.vocab_size)
         w.add_token_types([gguf.TokenType.NORMAL] * cfg.vocab_size)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.n_layer)
-        for name, t in model.state_dict().items():
+        for name, t in state.items():
             if name != "lm_head.weight" or not cfg.tie_embeddings:
                 w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), t.float().contiguous().cpu().numpy())
         w.write_header_to_file()
