@@ -150,6 +150,8 @@ def main(cfg):
     import torch
     with config.mistakes(torch.OutOfMemoryError, prefix="try --dtype=bfloat16, fewer --max_new_tokens or --device=cpu: "):
         model, tok, directory = load(cfg)
+        if model.counts()[0] < 10e6:  # it stays in the caches of one core; two would mostly wait for each other, or for other programs
+            torch.set_num_threads(1)
         (chat if cfg.chat else complete)(model, tok, cfg, f"{os.path.relpath(directory)}: {model.counts()[0]:,} parameters")
 
 
