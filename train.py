@@ -608,8 +608,8 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
         add_to(curves, entry)
 
     def record(entry):
-        add_to(curves, entry)
         if RANK == 0:
+            add_to(curves, entry)
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
 

@@ -262,13 +262,15 @@ class Examples:
                     self.lost += 1
                     continue
                 beginning = None if self.pairs else self.beginning(some[0])
-                line, used = last.get(beginning, ([], 0))
-                more = self.length(some) - (self.trunk(some[0]) if line else 0)
-                if beginning is None or not line or used + more > block_size:
-                    line, used, more = [], 0, self.length(some)
+                trunk = self.trunk(some[0])
+                line, used = last.get(beginning, ([], trunk))
+                branches = self.length(some) - trunk
+                if not line or used + branches > block_size:
+                    line, used = [], trunk
                     self.examples.append(line)
                 line += some
-                last[beginning] = line, used + more
+                if beginning is not None:
+                    last[beginning] = line, used + branches
         if not self.examples:
             raise config.Mistake(f"{folder}: no {split} example fits block_size={block_size}")
 

@@ -224,7 +224,6 @@ def twin(model):
 
 def precision(cfg):
     """(device, dtype, autocast()) that training takes here."""
-
     import train
     device = train.pick_device(cfg.device)
     dtype, _ = train.pick_dtype("auto", device)
