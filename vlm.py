@@ -47,7 +47,7 @@ STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer":
           "together": ("encoder", "projector", "llama")}  # what learns in each
 VITS = {  # torchvision's VisionTransformer by name; stem: channels of 3 x 3 convolutions that cut the patches
     "vit_b_16": dict(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072),
-    "vit_tiny": dict(image_size=64, patch_size=16, num_layers=2, num_heads=4, hidden_dim=128, mlp_dim=512,
+    "vit_tiny": dict(image_size=48, patch_size=16, num_layers=1, num_heads=4, hidden_dim=128, mlp_dim=512,
                      stem=(32, 64, 128, 128)),
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which the pretrained encoders expect

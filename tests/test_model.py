@@ -139,7 +139,7 @@ def test_panels_multiply_as_the_matrices_they_hold(name):
     model, idx = build(cfg), tokens(3, 40)  # 120 rows are one product, 3 rows of the cached steps a product of each panel
     want, greedy = model(idx)[0], model.generate(idx, 8, temperature=0)
     model.to_decode()
-    assert isinstance(model.lm_head, Panels) and isinstance(model.model.layers[0].self_attn.k_proj, Panels)
+    assert isinstance(model.lm_head, Panels) and isinstance(model.model.layers[0].self_attn.q_proj, Panels)
     torch.testing.assert_close(model(idx)[0], want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(idx[:1, :5])[0], want[:1, :5], rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(idx, 8, temperature=0), greedy)
@@ -448,6 +448,15 @@ def test_generation_is_seeded_and_bounded():
             model.generate(bad, 1)
     with pytest.raises(ValueError, match="empty"):
         model.generate(idx, 1, mask=torch.tensor([[1] * 6, [0] * 6]))
+
+
+@pytest.mark.parametrize("new", (0, 3))
+def test_what_was_generated_can_be_trained_on(new):
+    """Generation runs in inference mode, whose tensors autograd refuses; none may come out of it."""
+    model = build(tiny("llama-3.2-1b"))
+    ids = model.generate(tokens(2, 6), new)
+    model(ids[:, :-1], ids[:, 1:])[1].backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
 
 
 @torch.no_grad()

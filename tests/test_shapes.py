@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from prepare import images, shapes  # noqa: E402
 
 CAPTION = re.compile(r"a (small|large) (\w+) (\w+) at the (\w+(?: (?:left|right))?)(?: and |$)")
+CELL = shapes.SIDE // 3  # pixels of a place
 
 
 def read(caption):
@@ -46,8 +47,8 @@ def inside(shape, x, y):
 
 
 def templates():
-    """[(shape, size, mask (21, 21))] over turns, shifts and radii."""
-    grid = (np.arange(21 * 4) + 0.5) / 4 - 10.5
+    """[(shape, size, mask (CELL, CELL))] over turns, shifts and radii."""
+    grid = (np.arange(CELL * 4) + 0.5) / 4 - CELL / 2
     made = []
     for shape in shapes.SHAPES:
         for size, radii in shapes.SIZES.items():
@@ -58,7 +59,7 @@ def templates():
                             x, y = np.meshgrid((grid - dx) / r, (grid - dy) / r)
                             c, s = np.cos(turn), np.sin(turn)
                             mask = inside(shape, x * c + y * s, y * c - x * s)
-                            made.append((shape, size, mask.reshape(21, 4, 21, 4).mean((1, 3))))
+                            made.append((shape, size, mask.reshape(CELL, 4, CELL, 4).mean((1, 3))))
     return made
 
 
@@ -69,15 +70,13 @@ def decode(pixels, made, flat):
     found = []
     for i, place in enumerate(shapes.PLACES):
         row, column = divmod(i, 3)
-        top, left = (round((cell + 0.5) * 64 / 3 - 10.5) for cell in (row, column))
-        part = pixels[max(top, 0):top + 21, max(left, 0):left + 21] - ground
+        part = pixels[row * CELL:][:CELL, column * CELL:][:, :CELL] - ground
         far = np.linalg.norm(part, axis=2)
         if (far > 30).sum() < 12:
             continue
         level = np.median(part[far > 0.85 * np.quantile(far[far > 30], 0.9)], 0)  # away from the soft edge
         color = min(shapes.COLORS, key=lambda c: np.linalg.norm(ground + level - shapes.COLORS[c]))
-        cover = np.zeros((21, 21))
-        cover[:part.shape[0], :part.shape[1]] = np.clip(part @ level / (level @ level), 0, 1)
+        cover = np.clip(part @ level / (level @ level), 0, 1)
         shape, size, _ = made[((flat - cover.reshape(-1)) ** 2).sum(1).argmin()]
         found.append((color, shape, size, place))
     return found
@@ -90,7 +89,7 @@ def test_pictures_show_what_captions_say():
     wrong = []
     for i in range(400):
         picture, caption, _ = shapes.scene(rng, held_out=i % 2)
-        assert picture.size == (64, 64) and picture.mode == "RGB"
+        assert picture.size == (48, 48) and picture.mode == "RGB"
         if shapes.describe(decode(picture, made, flat)) != caption:
             wrong.append(caption)
     assert not wrong
@@ -167,7 +166,7 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert set(files) == {"images.npy", "train.jsonl", "val.jsonl", "meta.json"}
     meta = json.loads((tmp_path / "a" / "meta.json").read_text())
     pixels = np.load(tmp_path / "a" / "images.npy", mmap_mode="r")
-    assert pixels.shape == (500, 64, 64, 3) and pixels.dtype == np.uint8
+    assert pixels.shape == (500, 48, 48, 3) and pixels.dtype == np.uint8
     rows = []
     for split in "train", "val":
         rng, left = random.Random(f"1337 {split}"), []

@@ -456,7 +456,7 @@ def test_preferences(start, squares, tmp_path):
 
 def test_two_processes_do_what_one_does(squares, tmp_path):
     """Rows without any picture included, which leave the projector without a gradient of its own."""
-    args = [f"--{k}={v}" for k, v in dict(stage="together", encoder="vit_tiny", pixel_shuffle=True, dataset=squares, batch_size=1,
+    args = [f"--{k}={v}" for k, v in dict(stage="together", encoder="vit_tiny", dataset=squares, batch_size=1,
             gradient_accumulation_steps=2, block_size=64, max_iters=10, warmup_iters=2, eval_interval=5, log_interval=1, sample_tokens=4,
             sample_images=2, device="cpu", dtype="float32", **SHAPE).items()]
     for n in (1, 2):
