@@ -664,7 +664,8 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
                     entry["expert_load"] = [round(share.min().item(), 3), round(share.max().item(), 3)]
                 record(entry)
                 say(f"step {done:>6}/{cfg.max_iters}  loss {entry['train_loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
-                    f"{elapsed * 1e3:.0f} ms  {speed:,.0f} tok/s  mfu {100 * entry['mfu']:.1f}%"
+                    f"{elapsed * 1e3:.0f} ms  {speed:,.0f} tok/s"
+                    + (f"  mfu {100 * entry['mfu']:.1f}%" if peak else "")
                     + (f"  expert load {entry['expert_load'][0]:.2f} to {entry['expert_load'][1]:.2f}" if experts else "")
                     + f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
             if skipped == 5:

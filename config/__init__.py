@@ -11,6 +11,7 @@ import ast
 import contextlib
 import difflib
 import inspect
+import os
 import runpy
 import sys
 import textwrap
@@ -36,7 +37,8 @@ def mistakes(*kinds, prefix=""):
 
 
 def run(main, *args):
-    """Call main(*args); a `Mistake` ends the program with one line on stderr and exit code 2, Ctrl-C with 130."""
+    """Call main(*args); a `Mistake` ends the program with one line on stderr and exit code 2, Ctrl-C with 130, and a reader
+    of its output that leaves, as `| head` does, with 141 and no word."""
     try:
         return main(*args)
     except Mistake as e:
@@ -45,6 +47,9 @@ def run(main, *args):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has somewhere to go
+        sys.exit(141)
 
 
 @dataclass
