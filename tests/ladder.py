@@ -1,0 +1,82 @@
+"""From Llama 2 to Llama 4 one step at a time: the same data, steps and active parameters, one picture and one table.
+
+    python tests/ladder.py config/tales.py                                   # two cores: a quarter of an hour
+    python tests/ladder.py config/mini_llama.py --dataset=tinystories --max_iters=2000 --dim=512 --n_head=8
+
+Takes what train.py takes. The shape is the first rung and must be a dense Llama; each rung keeps what the ones before it
+added. Runs lie in out/ladder_DATASET/; those that are complete are not run again, one that was stopped goes on.
+"""
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import config  # noqa: E402
+
+
+def rungs(base, block_size):
+    """{name: the shape's keys that differ from base, a LlamaConfig}, each with the active parameters of base within 2 %."""
+    if base.arch != "llama" or base.n_layer % 4:
+        raise config.Mistake("the ladder starts at a dense Llama 1 to 3 with a multiple of 4 layers, as config/tales.py")
+    few = max(1, base.n_head // 4)
+    ffn = base.ffn_dim + round(2 * (base.n_head - few) * base.head_dim / 3)  # as much as keys and values give up
+    steps = {"Llama 2": dict(n_kv_head=base.n_head),
+             "+ GQA": dict(n_kv_head=few, ffn_dim=ffn),
+             "+ QK norm": dict(arch="llama4", qk_norm=True),
+             "+ iRoPE, chunks": dict(nope_every=4, chunk=block_size // 2),
+             "+ MoE": dict(n_experts=16, expert_dim=ffn // 2, router_noise=1.0, router_aux=0.01)}  # config/scout.py's routing
+    found, so_far = {}, {}
+    for name, changes in steps.items():
+        so_far = found[name] = so_far | changes
+    return found
+
+
+def draw(curves, title, path):
+    """curves: {name: [(step, nats per token), ...]}."""
+    from matplotlib.figure import Figure
+
+    import train
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        axes.plot(*zip(*points), marker="o", markersize=3, label=f"{name}, {points[-1][1]:.3f}")
+    axes.set(xlabel="optimizer step", ylabel="validation loss, nats per token", title=title, yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    train.write_figure(figure, path)
+
+
+def main(argv):
+    settings, shape = config.load("train.py:TrainConfig", argv, "model.py:LlamaConfig")
+    import train  # only now: a typo is told at once
+    from model import PRESETS, Llama
+    cfg = train.TrainConfig(**settings)
+    with config.mistakes(ValueError, KeyError, prefix="the first rung: "):
+        base = train.shape_from(PRESETS[cfg.model], shape)
+    top = Path(cfg.out_dir or ROOT / "out") / f"ladder_{Path(cfg.dataset).name}"
+    lines, curves = [], {}
+    for name, changes in rungs(base, cfg.block_size).items():
+        out = top / name.strip("+ ").lower().replace(",", "").replace(" ", "_")
+        log = train.read_log(out / "log.jsonl")
+        if not any("val_loss" in entry and entry["step"] == cfg.max_iters for entry in log):
+            print(f"\n== {name}", flush=True)
+            keys = changes | {"out_dir": out} | ({"init_from": "resume"} if train.latest(out) else {})
+            done = subprocess.run([sys.executable, "train.py", *argv, *(f"--{key}={value}" for key, value in keys.items())], cwd=ROOT)
+            if done.returncode:
+                sys.exit(done.returncode)
+            log = train.read_log(out / "log.jsonl")
+        total, active = Llama.from_pretrained(out).counts()
+        curves[name] = [(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry]
+        last = [entry for entry in log if "val_loss" in entry][-1]
+        steps = [entry for entry in log if "tokens_per_s" in entry]
+        lines.append(f"| {name} | {total:,} | {active:,} | {last['val_loss']:.4f} | {last.get('val_bpb', float('nan')):.4f} | "
+                     f"{sorted(entry['tokens_per_s'] for entry in steps)[len(steps) // 2]:,} |")
+    draw(curves, f"{Path(cfg.dataset).name}, {steps[-1]['tokens']:,} tokens", top / "ladder.png")
+    print("\n| what | parameters | active | nats/token | bits/byte | tokens/s |\n|---|---|---|---|---|---|", *lines, top / "ladder.png", sep="\n")
+
+
+if __name__ == "__main__":
+    config.run(main, sys.argv[1:])
