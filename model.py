@@ -355,6 +355,13 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def eager_grouped_mm(*args, **kwargs):
+    """F.grouped_mm outside of a compiled graph: torch's compiler knows it in bfloat16 only."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(F.grouped_mm)(*args, **kwargs)
+    return F.grouped_mm(*args, **kwargs)
+
+
 class Experts(nn.Module):
     """E SwiGLUs side by side, run over tokens that are sorted by expert."""
 
@@ -368,8 +375,9 @@ class Experts(nn.Module):
         kind = x.device.type  # grouped_mm is not on autocast's list
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, gate_up, down = (t.to(dtype) for t in (x, self.gate_up_proj, self.down_proj))
-        gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, -1)  # (N·k, F) each
-        return F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+        grouped_mm = F.grouped_mm if dtype == torch.bfloat16 else eager_grouped_mm
+        gate, up = grouped_mm(x, gate_up, offs=ends).chunk(2, -1)  # (N·k, F) each
+        return grouped_mm(F.silu(gate) * up, down, offs=ends)
 
 
 class MoE(nn.Module):

@@ -43,13 +43,14 @@ class Settings:
 
 @dataclass
 class Pair:
-    """Two ways to do the same work. Each callable is timed, unless it returns its own seconds as a float."""
+    """Two ways to do the same work. Each callable is timed, unless it returns a float: its own seconds, or GiB."""
     what: str
     ours: Callable
     theirs: Callable
     goal: float  # theirs / ours wanted
     runs: int = 5
     warmup: bool = True  # run both once before they count; not for what takes minutes
+    unit: str = "s"  # "GiB" where memory is compared
 
 
 class Skip(Exception):
@@ -80,7 +81,7 @@ def measure(pair, runs=0):
             work()
     took = [[seconds(work) for work in sides] for _ in range(runs or pair.runs)]
     ours, theirs = (statistics.median(side) for side in zip(*took))
-    return {"what": pair.what, "ours": ours, "theirs": theirs, "ratio": theirs / ours, "goal": pair.goal,
+    return {"what": pair.what, "unit": pair.unit, "ours": ours, "theirs": theirs, "ratio": theirs / ours, "goal": pair.goal,
             "met": theirs / ours >= pair.goal, "seconds": took}
 
 
@@ -113,7 +114,7 @@ def main(argv):
             for pair in ROWS[name](cfg):
                 found = {"row": name} | measure(pair, cfg.runs)
                 results.append(found)
-                print(f"{name:<12} {found['ours']:>9.4g}s {found['theirs']:>9.4g}s {found['ratio']:>6.2f}x "
+                print(f"{name:<12} {found['ours']:>9.4g}{pair.unit} {found['theirs']:>9.4g}{pair.unit} {found['ratio']:>6.2f}x "
                       f"{pair.goal:>5.2f}x  {'' if found['met'] else 'NOT MET: '}{pair.what}", flush=True)
         except Skip as e:
             print(f"{name:<12} left out: {e}", flush=True)
@@ -239,6 +240,17 @@ def wait(device):
         torch.cuda.synchronize()
 
 
+def peak_memory(work):
+    """work(), as a callable that returns the GiB which it had allocated on the GPU at most."""
+    import torch
+
+    def once():
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 2**30
+    return once
+
+
 def training_step(model, loss_of, autocast, device):
     """Forward, backward and AdamW on one batch, as a callable."""
     import torch
@@ -254,23 +266,73 @@ def training_step(model, loss_of, autocast, device):
     return step
 
 
-def against_transformers(name, cfg, batch, length, goal, **changes):
-    """A Pair of whole training steps of one shape, and the model and step of ours."""
+def our_step(shape, batch, length, cfg, **changes):
+    """A whole training step of a LlamaConfig on random tokens, compiled on a GPU -> (model, x, step)."""
     import torch
 
-    from model import PRESETS, Llama
-    device, dtype, autocast = precision(cfg)
+    from model import Llama
+    device, _, autocast = precision(cfg)
     torch.manual_seed(0)
-    model = Llama(replace(PRESETS[name], **changes)).to(device).train()
-    theirs = twin(model).train()
+    model = Llama(replace(shape, **changes)).to(device).train()
     idx = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
     if device.type == "cuda":
-        model.compile(), theirs.compile()
-    ours = training_step(model, lambda: model(x, y)[1], autocast, device)
+        model.compile()
+    return model, x, training_step(model, lambda: model(x, y)[1], autocast, device)
+
+
+def never_waits(model, x, cfg):
+    """Forward and backward of a compiled model, in which torch raises an error where the host would wait for the GPU."""
+    import torch
+    for mode in ("default", "error") if cfg.device != "cpu" else ():  # the first compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        with precision(cfg)[2]():
+            loss = model(x, x)[1]
+        loss.backward()
+        torch.cuda.set_sync_debug_mode("default")
+    model.zero_grad(set_to_none=True)
+
+
+def against_transformers(name, cfg, batch, length, goal):
+    """A Pair of whole training steps of one shape, and the model and step of ours."""
+    from model import PRESETS
+    device, dtype, autocast = precision(cfg)
+    model, x, ours = our_step(PRESETS[name], batch, length, cfg)
+    theirs = twin(model).train()
+    if device.type == "cuda":
+        theirs.compile()
     other = training_step(theirs, lambda: theirs(input_ids=x, labels=x, use_cache=False).loss, autocast, device)
     what = f"training step of {name}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}"
     return Pair(what + ", against transformers with SDPA", ours, other, goal, runs=5), model, ours
+
+
+def against_products(model, step, batch, length, goal, cfg):
+    """A Pair of a training step and nothing but large products of its model FLOPs: the ratio is the MFU."""
+    import torch
+    device, dtype, _ = precision(cfg)
+    sizes = ((8192, 8192), (8192, 8192)) if device.type == "cuda" else ((1024, 768), (768, 3072))
+    a, b = (torch.randn(size, dtype=dtype, device=device) for size in sizes)
+    times = round(model.flops_per_token(length) * batch * length / (2 * a.shape[0] * a.shape[1] * b.shape[1]))
+
+    def products():
+        for _ in range(times):
+            a @ b
+        wait(device)
+    return Pair(f"a step of {model.counts()[0] / 1e6:.0f}M parameters, {batch} x {length} tokens, against nothing but products of its "
+                f"model FLOPs ({sizes[0]} x {sizes[1]})", step, products, goal)
+
+
+def gpt2(folder, x, cfg):
+    """A training step of nanoGPT's GPT-2 124M on tokens x."""
+    import importlib.util
+    device, _, autocast = precision(cfg)
+    found = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
+    nanogpt = importlib.util.module_from_spec(found)
+    found.loader.exec_module(nanogpt)
+    model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=50304, dropout=0.0, bias=False)).to(device).train()
+    if device.type == "cuda":
+        model.compile()
+    return training_step(model, lambda: model(x, x)[1], autocast, device)
 
 
 @row
@@ -353,29 +415,55 @@ def moe(cfg):
 
 @row
 def scout(cfg):
-    """A whole training step of config/scout.py, batch reduced."""
-    yield against_transformers("scout-128m", cfg, 4 if cfg.device == "cpu" else 64, 256, 3.5)[0]
+    """A whole training step of config/scout.py, batch reduced on a processor, and of a dense Llama with its active parameters."""
+    from model import PRESETS
+    batch, shapes, gpu = 4 if cfg.device == "cpu" else 64, {"scout-128m": PRESETS["scout-128m"]}, cfg.device != "cpu"
+    yield against_transformers("scout-128m", cfg, batch, 256, 8.0 if gpu else 3.5)[0]
+    if gpu:
+        shapes["1B in all"] = replace(shapes["scout-128m"], dim=1024, n_head=16, n_kv_head=4, n_layer=12, ffn_dim=1536, expert_dim=1536)
+    for name, shape in shapes.items():
+        model, x, ours = our_step(shape, batch, 256, cfg)
+        never_waits(model, x, cfg)
+        plain, _, theirs = our_step(shape, batch, 256, cfg, n_experts=0, ffn_dim=2 * shape.expert_dim)  # shared and one routed
+        yield Pair(f"training step of {name}, {batch} x 256 tokens, {model.counts()[0] / 1e6:.0f}M parameters of which "
+                   f"{model.counts()[1] / 1e6:.0f}M active, against a dense one of {plain.counts()[0] / 1e6:.0f}M", ours, theirs, 0.7)
 
 
 @row
 def dense(cfg):
     """A whole training step of the 109.5M mini-llama, and how much of the arithmetic that the machine can do it uses."""
-    import torch
-    batch, length = (4, 256) if cfg.device == "cpu" else (64, 1024)
-    pair, model, ours = against_transformers("mini-llama", cfg, batch, length, 1.3)
+    from model import PRESETS
+    gpu = cfg.device != "cpu"
+    batch, length = (64, 1024) if gpu else (4, 256)
+    pair, model, ours = against_transformers("mini-llama", cfg, batch, length, 1.5 if gpu else 1.3)
     yield pair
-    device, dtype, _ = precision(cfg)
-    a, b = (torch.randn(s, dtype=dtype, device=device) for s in ((1024, 768), (768, 3072)))
-    if device.type == "cuda":
-        a, b = (torch.randn(8192, 8192, dtype=dtype, device=device) for _ in range(2))
-    flops = model.flops_per_token(length) * batch * length
-    times = round(flops / (2 * a.shape[0] * a.shape[1] * b.shape[1]))
+    yield against_products(model, ours, batch, length, 0.5 if gpu else 0.6, cfg)
+    if cfg.nanogpt:
+        x = our_step(PRESETS["mini-llama"], batch, length, cfg)[1]
+        yield Pair(f"the same step against nanoGPT's GPT-2 124M, {batch} x {length} tokens", ours, gpt2(cfg.nanogpt, x, cfg), 1.15 if gpu else 1.0)
+    for name, rows, goal in (("smollm2-135m", 32, 0.5), ("llama-3.2-1b", 8, 0.55)) if gpu else ():
+        model, _, ours = our_step(PRESETS[name], rows, length, cfg)
+        yield against_products(model, ours, rows, length, goal, cfg)
 
-    def products():
-        for _ in range(times):
-            a @ b
-        wait(device)
-    yield Pair(f"the same step against nothing but products of its model FLOPs ({tuple(a.shape)} x {tuple(b.shape)})", ours, products, 0.6)
+
+@row
+def memory(cfg):
+    """GPU memory of a training step: activation checkpointing, and what a token takes."""
+    if cfg.device == "cpu":
+        raise Skip("counts the memory of a GPU")
+    from model import PRESETS
+    for name, batch in (("mini-llama", 16), ("scout-128m", 64), ("smollm2-135m", 16)):
+        length = min(PRESETS[name].context, 1024)
+        model, _, step = our_step(PRESETS[name], batch, length, cfg)
+        whole = peak_memory(step)
+        kept = sum(p.numel() for p in model.parameters()) * 16 / 2**30  # float32 weights, gradients, two moments
+        plain = whole()
+        plain = whole()  # compiled by now
+        model.model.checkpointing = True
+        whole(), whole()
+        yield Pair(f"{name}, {batch} x {length} tokens: memory with activation checkpointing against without, "
+                   f"{(plain - kept) * 2**20 / (batch * length):.0f} KiB a token without", whole, lambda plain=plain: plain, 1.0, runs=1,
+                   warmup=False, unit="GiB")
 
 
 @row
@@ -452,12 +540,12 @@ def llama_cpp(cfg, state, idx, new, kind, ours):
 
 @row
 def long_context(cfg):
-    """Attention in chunks of 512: forward and backward of one layer, 1,024 and 16,384 tokens."""
+    """Attention in chunks of 512: forward and backward of one layer, 1,024 and 16,384 tokens (65,536 on a GPU)."""
     import torch
 
     from model import Block, LlamaConfig, rope_angles
     device, _, autocast = precision(cfg)
-    shape = LlamaConfig(arch="llama4", dim=256, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=512, chunk=512, vocab_size=64, context=16384)
+    shape = LlamaConfig(arch="llama4", dim=256, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=512, chunk=512, vocab_size=64, context=65536)
     torch.manual_seed(0)
     block = Block(shape, 0).to(device)
 
@@ -470,9 +558,12 @@ def long_context(cfg):
                 block(x, rope, positions, None, None, None)[0].float().sum().backward()
             wait(device)
         return once
-    short, whole = work(1024), work(16384)
-    yield Pair("a layer with chunks of 512: 16,384 tokens at once against 16 times 1,024", whole,
-               lambda: [short() for _ in range(16)], 1 / 1.2)
+    times = 16 if cfg.device == "cpu" else 64
+    short, whole = work(1024), work(1024 * times)
+    what = f"a layer with chunks of 512: {1024 * times:,} tokens at once against {times} times 1,024"
+    yield Pair(what, whole, lambda: [short() for _ in range(times)], 1 / 1.2)
+    if cfg.device != "cpu":
+        yield Pair(f"{what}, memory", peak_memory(whole), lambda: times * peak_memory(short)(), 1 / 1.2, unit="GiB")
 
 
 @row

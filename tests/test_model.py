@@ -146,6 +146,21 @@ def test_panels_multiply_as_the_matrices_they_hold(name):
     assert Llama(replace(cfg, vocab_size=VOCAB)).to_decode().lm_head.out_features == VOCAB  # what cannot be cut stays as it is
 
 
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "scout-128m"])
+def test_compiling_changes_nothing(name):
+    """In float32, where torch's compiler refuses grouped_mm (the MoE stays outside), and without a break in bfloat16."""
+    model, idx = build(tiny(name, expert_dim=16, ffn_dim=16)).train(), tokens(2, 20)
+    want = model(idx, idx)[1]
+    compiled = torch.compile(model, backend="aot_eager")(idx, idx)[1]
+    compiled.backward()
+    torch.testing.assert_close(compiled, want)
+    assert all(p.grad is not None for p in model.parameters())
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch._dynamo.explain(model)(idx, idx).graph_break_count == 0
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", distinct())
 def test_every_parameter_gets_a_gradient_and_every_expert_is_used(name):
     cfg = tiny(name)
