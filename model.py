@@ -236,7 +236,7 @@ class Panels(nn.Module):
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-def read(x, first, *others):
+def project(x, first, *others):
     """What each of several layers makes of x. `Llama.to_decode` leaves one, Panels that hold them all."""
     if isinstance(first, Panels):
         return first(x).split(first.sizes, -1)
@@ -315,7 +315,7 @@ class Attention(nn.Module):
         """x (B, T, D) -> (B, T, D); see Decoder.forward for the rest."""
         cfg, (B, T, _) = self.cfg, x.shape
         q, k, v = (t.view(B, T, -1, cfg.head_dim).transpose(1, 2)  # (B, H, T, d), k and v (B, K, T, d)
-                   for t in read(x, self.q_proj, self.k_proj, self.v_proj))
+                   for t in project(x, self.q_proj, self.k_proj, self.v_proj))
         if not self.nope:
             q, k = (rotate(t, *rope, interleaved=cfg.arch == "llama4") for t in (q, k))
             if cfg.qk_norm:
@@ -351,7 +351,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x):
-        gate, up = read(x, self.gate_proj, self.up_proj)
+        gate, up = project(x, self.gate_proj, self.up_proj)
         return self.down_proj(F.silu(gate) * up)
 
 

@@ -1,7 +1,8 @@
-"""From Llama 2 to Llama 4 one step at a time: the same data, steps and active parameters, one picture and one table.
+r"""From Llama 2 to Llama 4 one step at a time: the same data, steps and active parameters, one picture and one table.
 
     python tests/ladder.py config/tales.py                                   # two cores: a quarter of an hour
-    python tests/ladder.py config/mini_llama.py --dataset=tinystories --max_iters=2000 --dim=512 --n_head=8
+    python tests/ladder.py config/tales.py --dataset=tinystories --n_layer=8 --n_head=8 --dim=512 --ffn_dim=1408 --block_size=256 \
+        --batch_size=64 --max_iters=1000 --dropout=0.1                       # a GPU: some minutes
 
 Takes what train.py takes. The shape is the first rung and must be a dense Llama; each rung keeps what the ones before it
 added. Runs lie in out/ladder_DATASET/; those that are complete are not run again, one that was stopped goes on.
