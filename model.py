@@ -206,7 +206,7 @@ class QuickNorm(nn.Module):
     def __init__(self, norm):
         super().__init__()
         dim = len(norm.weight)  # x / rms(x) is x * dim^0.5 over the length of x, with eps * dim added to its square
-        self.register_buffer("scale", norm.weight.detach().float() * dim ** 0.5)
+        self.scale = nn.Parameter(norm.weight.detach().float() * dim ** 0.5, requires_grad=False)  # still one of `counts`
         self.register_buffer("least", torch.tensor((norm.eps * dim) ** 0.5))
 
     def forward(self, x):
@@ -285,7 +285,7 @@ class KVCache:
         """Store one token's k, v (B, K, 1, d); returns all k, v (B, K, S, d), of which `mask` tells the visible."""
         kv = self.kv[layer]
         slot = self.lengths if kv.shape[3] == self.size else self.lengths % kv.shape[3]  # (B,)
-        new = torch.stack((k, v))  # (2, B, K, 1, d)
+        new = torch.stack((k, v)).to(kv.dtype)  # (2, B, K, 1, d)
         kv.scatter_(3, slot[:, None, None, None].expand_as(new), new)
         return kv[:, :, :, :self.reach()].unbind()
 
@@ -355,6 +355,12 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def product_dtype(x):
+    """The dtype of products with x: autocast's where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def eager_grouped_mm(*args, **kwargs):
     """F.grouped_mm outside of a compiled graph: torch's compiler knows it in bfloat16 only."""
     if torch.compiler.is_compiling():
@@ -372,8 +378,7 @@ class Experts(nn.Module):
 
     def forward(self, x, ends):
         """x (N·k, D) sorted by expert, ends (E,) int32 the end of each expert's rows -> (N·k, D)."""
-        kind = x.device.type  # grouped_mm is not on autocast's list
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(x)  # grouped_mm is not on autocast's list
         x, gate_up, down = (t.to(dtype) for t in (x, self.gate_up_proj, self.down_proj))
         grouped_mm = F.grouped_mm if dtype == torch.bfloat16 else eager_grouped_mm
         gate, up = grouped_mm(x, gate_up, offs=ends).chunk(2, -1)  # (N·k, F) each
@@ -658,7 +663,7 @@ class Llama(nn.Module):
         ends = torch.tensor(ends, dtype=torch.long, device=device)
         dice = None if seed is None else torch.Generator(device).manual_seed(seed)
         steps = min(max_new_tokens, self.config.context - T)
-        cache = KVCache(self.config, B, T + steps, device, self.lm_head.weight.dtype)
+        cache = KVCache(self.config, B, T + steps, device, product_dtype(self.lm_head.weight))
         x = self.model(embeds=x, cache=cache, lengths=lengths)[0][torch.arange(B, device=device), lengths - 1]  # (B, D)
         done, token = torch.zeros(B, dtype=torch.bool, device=device), None
         for step in range(steps):

@@ -32,6 +32,8 @@ def mistakes(*kinds, prefix=""):
     """Within this block, exceptions of these kinds are the user's to mend: re-raise them as `Mistake`."""
     try:
         yield
+    except BrokenPipeError:  # for `run`
+        raise
     except kinds as e:
         raise Mistake(prefix + " ".join(str(e).split())) from e
 
@@ -40,7 +42,10 @@ def run(main, *args):
     """Call main(*args); a `Mistake` ends the program with one line on stderr and exit code 2, Ctrl-C with 130, and a reader
     of its output that leaves, as `| head` does, with 141 and no word."""
     try:
-        return main(*args)
+        try:
+            return main(*args)
+        finally:
+            sys.stdout.flush()
     except Mistake as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@
 A row is a function that yields `Pair`s: two callables that do the same work. They run in turn, so that whatever else
 the machine does falls on both; compared are the medians. A goal is met when theirs / ours is at least as large.
 """
+import gc
 import json
 import os
 import platform
@@ -99,6 +100,15 @@ def hardware(device):
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d %H:%M")}
 
 
+def forget(device):
+    """Free the models of the last pair, and what the compiler has learned from their shapes."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
 def main(argv):
     names = list(takewhile(lambda a: not a.startswith("-"), argv))
     cfg = config.load(Settings, argv[len(names):])
@@ -116,10 +126,12 @@ def main(argv):
                 results.append(found)
                 print(f"{name:<12} {found['ours']:>9.4g}{pair.unit} {found['theirs']:>9.4g}{pair.unit} {found['ratio']:>6.2f}x "
                       f"{pair.goal:>5.2f}x  {'' if found['met'] else 'NOT MET: '}{pair.what}", flush=True)
+                if cfg.out:  # after each, so that nothing that was measured is lost
+                    Path(cfg.out).write_text(json.dumps({"hardware": facts, "rows": results}, indent=1) + "\n")
+                del pair
+                forget(cfg.device)
         except Skip as e:
             print(f"{name:<12} left out: {e}", flush=True)
-    if cfg.out:
-        Path(cfg.out).write_text(json.dumps({"hardware": facts, "rows": results}, indent=1) + "\n")
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -241,13 +253,14 @@ def wait(device):
 
 
 def peak_memory(work):
-    """work(), as a callable that returns the GiB which it had allocated on the GPU at most."""
+    """work(), as a callable that returns the GiB which it had allocated on the GPU at most beyond what was there before."""
     import torch
 
     def once():
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         work()
-        return torch.cuda.max_memory_allocated() / 2**30
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
     return once
 
 
@@ -286,10 +299,12 @@ def never_waits(model, x, cfg):
     import torch
     for mode in ("default", "error") if cfg.device != "cpu" else ():  # the first compiles
         torch.cuda.set_sync_debug_mode(mode)
-        with precision(cfg)[2]():
-            loss = model(x, x)[1]
-        loss.backward()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            with precision(cfg)[2]():
+                loss = model(x, x)[1]
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     model.zero_grad(set_to_none=True)
 
 
@@ -307,7 +322,7 @@ def against_transformers(name, cfg, batch, length, goal):
 
 
 def against_products(model, step, batch, length, goal, cfg):
-    """A Pair of a training step and nothing but large products of its model FLOPs: the ratio is the MFU."""
+    """A Pair of a training step and nothing but large products of its model FLOPs: the ratio is the share of the speed that products reach here."""
     import torch
     device, dtype, _ = precision(cfg)
     sizes = ((8192, 8192), (8192, 8192)) if device.type == "cuda" else ((1024, 768), (768, 3072))
@@ -456,13 +471,12 @@ def memory(cfg):
         length = min(PRESETS[name].context, 1024)
         model, _, step = our_step(PRESETS[name], batch, length, cfg)
         whole = peak_memory(step)
-        kept = sum(p.numel() for p in model.parameters()) * 16 / 2**30  # float32 weights, gradients, two moments
-        plain = whole()
+        whole()  # makes the optimizer's moments
         plain = whole()  # compiled by now
         model.model.checkpointing = True
         whole(), whole()
-        yield Pair(f"{name}, {batch} x {length} tokens: memory with activation checkpointing against without, "
-                   f"{(plain - kept) * 2**20 / (batch * length):.0f} KiB a token without", whole, lambda plain=plain: plain, 1.0, runs=1,
+        yield Pair(f"{name}, {batch} x {length} tokens: memory beyond weights and moments with activation checkpointing against without, "
+                   f"{plain * 2**20 / (batch * length):.0f} KiB a token without", whole, lambda plain=plain: plain, 1.0, runs=1,
                    warmup=False, unit="GiB")
 
 
@@ -484,6 +498,7 @@ def decode(cfg):
 
         def ours(idx=idx, model=model, new=new):
             model.generate(idx, new, temperature=0)
+            wait(device)
 
         def generate(idx=idx, theirs=theirs, new=new):
             theirs.generate(idx, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
@@ -497,7 +512,8 @@ def decode(cfg):
         yield Pair(kind + "against transformers.generate", ours, generate, 2.5, runs=3)
         yield Pair(kind + "against reading the weights once a token", ours, read, 0.7, runs=3)
         yield Pair(f"{name}: 32 rows at once against 32 one after another", lambda: ours(many), lambda: 32 * seconds(ours), 10.0, runs=3)
-        yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
+        if device.type == "cpu":
+            yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
 
 
 def llama_cpp(cfg, state, idx, new, kind, ours):

@@ -5,7 +5,8 @@ r"""From Llama 2 to Llama 4 one step at a time: the same data, steps and active 
         --batch_size=64 --max_iters=1000 --dropout=0.1                       # a GPU: some minutes
 
 Takes what train.py takes. The shape is the first rung and must be a dense Llama; each rung keeps what the ones before it
-added. Runs lie in out/ladder_DATASET/; those that are complete are not run again, one that was stopped goes on.
+added. Runs lie in out/ladder_DATASET/; those that are complete are not run again, one that was stopped goes on: for other
+settings give another --out_dir.
 """
 import subprocess
 import sys
@@ -54,18 +55,21 @@ def main(argv):
     settings, shape = config.load("train.py:TrainConfig", argv, "model.py:LlamaConfig")
     import train  # only now: a typo is told at once
     from model import PRESETS, Llama
-    cfg = train.TrainConfig(**settings)
     with config.mistakes(ValueError, KeyError, prefix="the first rung: "):
+        cfg = train.TrainConfig(**settings)
         base = train.shape_from(PRESETS[cfg.model], shape)
-    top = Path(cfg.out_dir or ROOT / "out") / f"ladder_{Path(cfg.dataset).name}"
-    lines, curves = [], {}
-    for name, changes in rungs(base, cfg.block_size).items():
+    top = Path(cfg.out_dir or ROOT / "out").absolute() / f"ladder_{Path(cfg.dataset).name}"
+    lines, curves, ladder = [], {}, rungs(base, cfg.block_size)
+    with config.mistakes(ValueError, prefix="a later rung: "):
+        for changes in ladder.values():
+            train.shape_from(base, changes)
+    for name, changes in ladder.items():
         out = top / name.strip("+ ").lower().replace(",", "").replace(" ", "_")
         log = train.read_log(out / "log.jsonl")
         if not any("val_loss" in entry and entry["step"] == cfg.max_iters for entry in log):
             print(f"\n== {name}", flush=True)
             keys = changes | {"out_dir": out} | ({"init_from": "resume"} if train.latest(out) else {})
-            done = subprocess.run([sys.executable, "train.py", *argv, *(f"--{key}={value}" for key, value in keys.items())], cwd=ROOT)
+            done = subprocess.run([sys.executable, ROOT / "train.py", *argv, *(f"--{key}={value}" for key, value in keys.items())])
             if done.returncode:
                 sys.exit(done.returncode)
             log = train.read_log(out / "log.jsonl")

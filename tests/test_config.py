@@ -124,9 +124,10 @@ def test_config_runs_as_it_is_on_a_processor(name, script, sizes, project, data,
     assert Llama.from_pretrained(tmp_path / "out" / name).config.vocab_size == 32000
 
 
-def test_a_reader_that_leaves_ends_the_program_quietly():
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)])
+def test_a_reader_that_leaves_ends_the_program_quietly(unbuffered):
     """`train.py -h | head -1` once ended in a traceback."""
-    with subprocess.Popen([sys.executable, "-u", "train.py", "-h"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, *unbuffered, "train.py", "-h"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 141 and not said

@@ -138,7 +138,9 @@ def test_panels_multiply_as_the_matrices_they_hold(name):
     cfg = tiny(name, vocab_size=48, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16)
     model, idx = build(cfg), tokens(3, 40)  # 120 rows are one product, 3 rows of the cached steps a product of each panel
     want, greedy = model(idx)[0], model.generate(idx, 8, temperature=0)
+    counts = model.counts()
     model.to_decode()
+    assert model.counts() == counts
     assert isinstance(model.lm_head, Panels) and isinstance(model.model.layers[0].self_attn.q_proj, Panels)
     torch.testing.assert_close(model(idx)[0], want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(idx[:1, :5])[0], want[:1, :5], rtol=1e-5, atol=1e-5)
@@ -449,6 +451,18 @@ def test_sampling_draws_from_the_cut_distribution():
         want = want / want.sum()
         got = share(**how)
         assert ((got - want).abs() < 0.012).all() and not got[want == 0].any(), how
+
+
+@pytest.mark.parametrize("name", distinct())
+def test_generation_under_autocast(name):
+    """As a training run on a GPU does at each evaluation: weights in float32, keys and values in bfloat16."""
+    model, idx = build(tiny(name, expert_dim=16)), tokens(2, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        new = model.generate(idx, 4, temperature=0)[:, 20:]
+        for i in range(4):
+            logits = model(torch.cat((idx, new[:, :i]), 1))[0][:, -1].float()
+            best, chosen = logits.max(-1).values, logits.gather(1, new[:, i:i + 1])[:, 0]
+            assert (best - chosen < 0.1).all()  # the same up to bfloat16's rounding, for logits of unit scale
 
 
 @torch.no_grad()
