@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cache
 from io import StringIO
 from itertools import islice, takewhile
 from pathlib import Path
@@ -235,10 +236,11 @@ def twin(model):
     return theirs.to(next(model.parameters()).device)
 
 
-def precision(cfg):
+@cache
+def precision(device):
     """(device, dtype, autocast()) that training takes here."""
     import train
-    device = train.pick_device(cfg.device)
+    device = train.pick_device(device)
     dtype, _ = train.pick_dtype("auto", device)
     if device.type == "cpu":
         train.keep_freed_memory()
@@ -284,7 +286,7 @@ def our_step(shape, batch, length, cfg, **changes):
     import torch
 
     from model import Llama
-    device, _, autocast = precision(cfg)
+    device, _, autocast = precision(cfg.device)
     torch.manual_seed(0)
     model = Llama(replace(shape, **changes)).to(device).train()
     idx = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
@@ -300,7 +302,7 @@ def never_waits(model, x, cfg):
     for mode in ("default", "error") if cfg.device != "cpu" else ():  # the first compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            with precision(cfg)[2]():
+            with precision(cfg.device)[2]():
                 loss = model(x, x)[1]
             loss.backward()
         finally:
@@ -309,22 +311,22 @@ def never_waits(model, x, cfg):
 
 
 def against_transformers(name, cfg, batch, length, goal):
-    """A Pair of whole training steps of one shape, and the model and step of ours."""
+    """A Pair of whole training steps of one shape, and our model, its tokens and step."""
     from model import PRESETS
-    device, dtype, autocast = precision(cfg)
+    device, dtype, autocast = precision(cfg.device)
     model, x, ours = our_step(PRESETS[name], batch, length, cfg)
     theirs = twin(model).train()
     if device.type == "cuda":
         theirs.compile()
     other = training_step(theirs, lambda: theirs(input_ids=x, labels=x, use_cache=False).loss, autocast, device)
     what = f"training step of {name}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}"
-    return Pair(what + ", against transformers with SDPA", ours, other, goal, runs=5), model, ours
+    return Pair(what + ", against transformers with SDPA", ours, other, goal, runs=5), model, x, ours
 
 
 def against_products(model, step, batch, length, goal, cfg):
     """A Pair of a training step and nothing but large products of its model FLOPs: the ratio is the share of the speed that products reach here."""
     import torch
-    device, dtype, _ = precision(cfg)
+    device, dtype, _ = precision(cfg.device)
     sizes = ((8192, 8192), (8192, 8192)) if device.type == "cuda" else ((1024, 768), (768, 3072))
     a, b = (torch.randn(size, dtype=dtype, device=device) for size in sizes)
     times = round(model.flops_per_token(length) * batch * length / (2 * a.shape[0] * a.shape[1] * b.shape[1]))
@@ -340,7 +342,7 @@ def against_products(model, step, batch, length, goal, cfg):
 def gpt2(folder, x, cfg):
     """A training step of nanoGPT's GPT-2 124M on tokens x."""
     import importlib.util
-    device, _, autocast = precision(cfg)
+    device, _, autocast = precision(cfg.device)
     found = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
     nanogpt = importlib.util.module_from_spec(found)
     found.loader.exec_module(nanogpt)
@@ -388,7 +390,7 @@ def moe(cfg):
     import torch
 
     from model import LlamaConfig, MoE, SwiGLU, config_to_hf
-    device, dtype, autocast = precision(cfg)
+    device, dtype, autocast = precision(cfg.device)
     torch.manual_seed(0)
     shape = LlamaConfig(arch="llama4", dim=512, n_head=8, n_layer=1, ffn_dim=1024, n_experts=16, expert_dim=1024, vocab_size=64)
     layer, dense = MoE(shape).to(device), SwiGLU(512, 2048).to(device)  # the shared expert and one routed: 2 x 1024
@@ -450,11 +452,10 @@ def dense(cfg):
     from model import PRESETS
     gpu = cfg.device != "cpu"
     batch, length = (64, 1024) if gpu else (4, 256)
-    pair, model, ours = against_transformers("mini-llama", cfg, batch, length, 1.5 if gpu else 1.3)
+    pair, model, x, ours = against_transformers("mini-llama", cfg, batch, length, 1.5 if gpu else 1.3)
     yield pair
     yield against_products(model, ours, batch, length, 0.5 if gpu else 0.6, cfg)
     if cfg.nanogpt:
-        x = our_step(PRESETS["mini-llama"], batch, length, cfg)[1]
         yield Pair(f"the same step against nanoGPT's GPT-2 124M, {batch} x {length} tokens", ours, gpt2(cfg.nanogpt, x, cfg), 1.15 if gpu else 1.0)
     for name, rows, goal in (("smollm2-135m", 32, 0.5), ("llama-3.2-1b", 8, 0.55)) if gpu else ():
         model, _, ours = our_step(PRESETS[name], rows, length, cfg)
@@ -486,7 +487,7 @@ def decode(cfg):
     import torch
 
     from model import PRESETS, Llama
-    device, dtype, _ = precision(cfg)
+    device, dtype, _ = precision(cfg.device)
     for name in ("stories15m", "smollm2-135m"):
         torch.manual_seed(0)
         new = 240 if name == "stories15m" else 256  # with the prompt, what stories15m's context holds
@@ -560,7 +561,7 @@ def long_context(cfg):
     import torch
 
     from model import Block, LlamaConfig, rope_angles
-    device, _, autocast = precision(cfg)
+    device, _, autocast = precision(cfg.device)
     shape = LlamaConfig(arch="llama4", dim=256, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=512, chunk=512, vocab_size=64, context=65536)
     torch.manual_seed(0)
     block = Block(shape, 0).to(device)
@@ -617,7 +618,7 @@ def overhead(cfg):
     """What train.py's loop costs beside forward, backward and optimizers, and what its evaluations cost: config/tales.py."""
     import train
     from prepare import shards, tokenizer
-    device, dtype, autocast = precision(cfg)
+    device, dtype, autocast = precision(cfg.device)
     folder = ROOT / "data/tales"
     if not folder.is_dir():
         raise Skip("run prepare/tales.py first")

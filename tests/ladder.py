@@ -11,6 +11,7 @@ settings give another --out_dir.
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median_high
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -74,11 +75,10 @@ def main(argv):
                 sys.exit(done.returncode)
             log = train.read_log(out / "log.jsonl")
         total, active = Llama.from_pretrained(out).counts()
-        curves[name] = [(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry]
-        last = [entry for entry in log if "val_loss" in entry][-1]
-        steps = [entry for entry in log if "tokens_per_s" in entry]
+        evaluations, steps = ([entry for entry in log if key in entry] for key in ("val_loss", "tokens_per_s"))
+        curves[name], last = [(entry["step"], entry["val_loss"]) for entry in evaluations], evaluations[-1]
         lines.append(f"| {name} | {total:,} | {active:,} | {last['val_loss']:.4f} | {last.get('val_bpb', float('nan')):.4f} | "
-                     f"{sorted(entry['tokens_per_s'] for entry in steps)[len(steps) // 2]:,} |")
+                     f"{median_high(entry['tokens_per_s'] for entry in steps):,} |")
     draw(curves, f"{Path(cfg.dataset).name}, {steps[-1]['tokens']:,} tokens", top / "ladder.png")
     print("\n| what | parameters | active | nats/token | bits/byte | tokens/s |\n|---|---|---|---|---|---|", *lines, top / "ladder.png", sep="\n")
 
