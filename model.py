@@ -260,13 +260,30 @@ class KVCache:
 
     Slot s of a layer holds position s; where attention is chunked, position s modulo chunk, so such a layer never
     keeps more than one chunk. Rows may differ in length: `lengths` (B,) counts the positions seen in each.
+    static: for a compiled step, whose shapes must not change: few sizes, of which all slots are always looked at.
     """
 
-    def __init__(self, cfg, batch, size, device=None, dtype=None):
+    def __init__(self, cfg, batch, size, device=None, dtype=None, static=False):
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.size, self.used = size, 0  # used: an upper bound of lengths, known without asking the device
-        self.kv = [torch.zeros(2, batch, cfg.n_kv_head, min(cfg.chunk_of(i) or size, size), cfg.head_dim,
+        self.size = max(256, 1 << (size - 1).bit_length()) if static else size
+        self.step = self.size if static else 64  # slots come into use so many at a time: work grows with what is used
+        self.used = self.reach = 0  # tokens, an upper bound of lengths known without asking the device; slots in use
+        self.begun = False  # whether the model is to append a token, not to fill in a prompt
+        self.kv = [torch.zeros(2, batch, cfg.n_kv_head, min(cfg.chunk_of(i) or self.size, self.size), cfg.head_dim,
                                device=device, dtype=dtype) for i in range(cfg.n_layer)]
+        for t in (self.lengths, *self.kv) if static else ():
+            torch._dynamo.mark_static_address(t)  # a CUDA graph writes to them where they are
+
+    def take(self, tokens):
+        """Make room for a prompt of so many tokens, later for one; to be called before the model sees them.
+
+        Raises ValueError where they do not fit. Stays out of compiled graphs, to which these numbers are constants."""
+        self.begun = self.used > 0
+        if tokens > (min(1, self.size - self.used) if self.begun else self.size):
+            raise ValueError(f"{tokens} tokens do not fit: a cache takes a prompt, then one token at a time, "
+                             f"up to its size of {self.size}")
+        self.used += tokens
+        self.reach = -(-self.used // self.step) * self.step
 
     def fill(self, layer, k, v, lengths):
         """Store a prompt's k, v (B, K, T, d); row b is lengths[b] long (None: T) and padded on the right."""
@@ -287,16 +304,12 @@ class KVCache:
         slot = self.lengths if kv.shape[3] == self.size else self.lengths % kv.shape[3]  # (B,)
         new = torch.stack((k, v)).to(kv.dtype)  # (2, B, K, 1, d)
         kv.scatter_(3, slot[:, None, None, None].expand_as(new), new)
-        return kv[:, :, :, :self.reach()].unbind()
-
-    def reach(self):
-        """Slots that may be in use, in steps of 64: work grows with what is used, and shapes stay few."""
-        return -(-(self.used + 1) // 64) * 64
+        return kv[:, :, :, :self.reach].unbind()
 
     def mask(self, chunk):
         """Which slots the next token sees in layers of this chunk (0: full attention), (B, 1, 1, S) bool."""
         size = min(chunk or self.size, self.size)
-        slots = torch.arange(min(size, self.reach()), device=self.lengths.device)
+        slots = torch.arange(min(size, self.reach), device=self.lengths.device)
         return (slots <= (self.lengths % size)[:, None])[:, None, None]
 
 
@@ -323,7 +336,7 @@ class Attention(nn.Module):
         elif cfg.attn_scale:
             heat = 1 + cfg.attn_scale * torch.log1p(((positions + 1) // cfg.floor_scale).float())
             q = (q * (heat[:, None] if positions.dim() == 1 else heat[:, None, :, None])).type_as(q)
-        if cache is not None and cache.used:
+        if cache is not None and cache.begun:
             k, v = cache.append(self.layer, k, v)
         elif cache is not None:
             cache.fill(self.layer, k, v, lengths)
@@ -478,10 +491,7 @@ class Decoder(nn.Module):
         """Hidden states (B, T, D) and the balancing loss, summed over layers. See Llama.forward."""
         x = self.embed_tokens(idx) if embeds is None else embeds
         full = chunked = None
-        if cache is not None and cache.used + x.shape[1] > (cache.size if x.shape[1] == 1 or not cache.used else 0):
-            raise ValueError(f"{x.shape[1]} tokens do not fit: a cache takes a prompt, then one token at a time, "
-                             f"up to its size of {cache.size}")
-        if cache is not None and cache.used:
+        if cache is not None and cache.begun:
             positions = cache.lengths[:, None]  # (B, 1)
             full, chunked = cache.mask(0), cache.mask(self.cfg.chunk)
         elif positions is None:
@@ -500,8 +510,7 @@ class Decoder(nn.Module):
                 balance = balance + routing[0]
                 block.ffn.load += routing[1]
         if cache is not None:
-            cache.lengths += 1 if cache.used else x.shape[1] if lengths is None else lengths
-            cache.used += x.shape[1]
+            cache.lengths += 1 if cache.begun else x.shape[1] if lengths is None else lengths
         return self.norm(x), balance
 
 
@@ -511,6 +520,7 @@ class Llama(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.config = cfg
+        self.static = False  # whether decoding keeps to shapes that do not change
         self.model = Decoder(cfg)
         self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -541,10 +551,15 @@ class Llama(nn.Module):
                 depth = 2 * self.config.n_layer if role in ("o_proj", "down_proj") else 1
                 p.normal_(std=(inputs * depth) ** -0.5)
 
-    def to_decode(self):
-        """Store matrices as `Panels` and norms as `QuickNorm`, for generation on a CPU at several times the speed. No longer
-        fit for training or for saving; does nothing elsewhere. Returns the model."""
-        if self.lm_head.weight.device.type != "cpu":
+    def to_decode(self, compile=False):
+        """Make generation fast; returns the model.
+
+        On a CPU, store matrices as `Panels` and norms as `QuickNorm`: several times the speed, but no longer fit for training
+        or for saving. compile: a token's step as one compiled graph, on a GPU one CUDA graph; the first takes half a minute.
+        """
+        if compile:
+            self.static, self.after = True, torch.compile(self.after, mode="reduce-overhead", dynamic=False)
+        if self.lm_head.weight.device.type != "cpu" or any(isinstance(m, Panels) for m in self.modules()):
             return self
 
         def pack(parent, first, *others):
@@ -576,6 +591,8 @@ class Llama(nn.Module):
         Returns logits (B, T, V) and loss: mean nats per counted target, or None without targets. In training the
         loss also carries the gradient, but not the value, of router_aux times the balancing loss.
         """
+        if cache is not None:
+            cache.take((idx if embeds is None else embeds).shape[1])
         x, balance = self.model(idx, embeds, positions, cache, lengths)
         logits = self.lm_head(x)
         if targets is None:
@@ -639,6 +656,10 @@ class Llama(nn.Module):
 
     # -- generation ----------------------------------------------------------------------------------------------
 
+    def after(self, token, cache):
+        """Logits (B, V) of what follows token (B,), the next of each row in cache: what `to_decode` compiles."""
+        return self.lm_head(self.model(token[:, None], cache=cache)[0][:, 0])
+
     @torch.inference_mode()
     def stream(self, idx=None, max_new_tokens=1, temperature=1.0, top_k=None, top_p=None, min_p=None, eos_id=None,
                seed=None, mask=None, embeds=None):
@@ -663,13 +684,16 @@ class Llama(nn.Module):
         ends = torch.tensor(ends, dtype=torch.long, device=device)
         dice = None if seed is None else torch.Generator(device).manual_seed(seed)
         steps = min(max_new_tokens, self.config.context - T)
-        cache = KVCache(self.config, B, T + steps, device, product_dtype(self.lm_head.weight))
+        cache = KVCache(self.config, B, T + steps, device, product_dtype(self.lm_head.weight), self.static)
+        cache.take(T)
         x = self.model(embeds=x, cache=cache, lengths=lengths)[0][torch.arange(B, device=device), lengths - 1]  # (B, D)
+        logits = self.lm_head(x)  # (B, V)
         done, token = torch.zeros(B, dtype=torch.bool, device=device), None
         for step in range(steps):
             if step:
-                x = self.model(token[:, None], cache=cache)[0][:, 0]
-            following = pick(self.lm_head(x).float(), temperature, top_k, top_p, min_p, dice)
+                cache.take(1)
+                logits = self.after(token, cache)
+            following = pick(logits.float(), temperature, top_k, top_p, min_p, dice)
             token = following if token is None else torch.where(done, token, following)
             done = done | torch.isin(token, ends)
             yield token

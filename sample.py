@@ -29,6 +29,7 @@ class SampleConfig:
     chat: bool = False  # talk with the model in its own chat template
     system: str | None = None  # system message of the chat; None: the template's own
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
+    compile: bool = False  # a token's step as one compiled graph, on a GPU one CUDA graph: pays after thousands of tokens
     dtype: str = "auto"  # "float32", "bfloat16", "float16"; "auto" takes what is fast here
 
     def __post_init__(self):
@@ -69,7 +70,7 @@ def load(cfg):
     dtype, _ = pick_dtype(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find(directory)
-        model = Llama.from_pretrained(directory, dtype=dtype, device=device).to_decode()
+        model = Llama.from_pretrained(directory, dtype=dtype, device=device).to_decode(cfg.compile)
     tok = tokenizer.load(directory)
     if tok.vocab_size > model.config.vocab_size:
         raise config.Mistake(f"{directory}: the tokenizer has {tok.vocab_size} tokens, the model {model.config.vocab_size}; "

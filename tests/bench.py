@@ -325,18 +325,22 @@ def against_transformers(name, cfg, batch, length, goal):
 
 def against_products(model, step, batch, length, goal, cfg):
     """A Pair of a training step and nothing but large products of its model FLOPs: the ratio is the share of the speed that products reach here."""
+    return Pair(f"a step of {model.counts()[0] / 1e6:.0f}M parameters, {batch} x {length} tokens, against nothing but products of its "
+                "model FLOPs", step, products(model.flops_per_token(length) * batch * length, cfg), goal)
+
+
+def products(flops, cfg):
+    """Nothing but large products of so many floating-point operations, as a callable."""
     import torch
     device, dtype, _ = precision(cfg.device)
-    sizes = ((8192, 8192), (8192, 8192)) if device.type == "cuda" else ((1024, 768), (768, 3072))
-    a, b = (torch.randn(size, dtype=dtype, device=device) for size in sizes)
-    times = round(model.flops_per_token(length) * batch * length / (2 * a.shape[0] * a.shape[1] * b.shape[1]))
+    rows, inputs, outputs = (8192, 8192, 8192) if device.type == "cuda" else (1024, 768, 3072)
+    a, b = (torch.randn(size, dtype=dtype, device=device) for size in ((rows, inputs), (inputs, outputs)))
 
-    def products():
-        for _ in range(times):
+    def work():
+        for _ in range(round(flops / (2 * rows * inputs * outputs))):
             a @ b
         wait(device)
-    return Pair(f"a step of {model.counts()[0] / 1e6:.0f}M parameters, {batch} x {length} tokens, against nothing but products of its "
-                f"model FLOPs ({sizes[0]} x {sizes[1]})", step, products, goal)
+    return work
 
 
 def gpt2(folder, x, cfg):
@@ -483,19 +487,21 @@ def memory(cfg):
 
 @row
 def decode(cfg):
-    """Greedy decoding of 256 tokens, random weights."""
+    """Greedy decoding, random weights: 256 tokens one by one, many rows at once, and a long prompt. On a GPU through CUDA graphs."""
     import torch
 
     from model import PRESETS, Llama
     device, dtype, _ = precision(cfg.device)
-    for name in ("stories15m", "smollm2-135m"):
+    gpu = device.type == "cuda"
+    for name in ("smollm2-135m", "llama-3.2-1b") if gpu else ("stories15m", "smollm2-135m"):
         torch.manual_seed(0)
         new = 240 if name == "stories15m" else 256  # with the prompt, what stories15m's context holds
         model = Llama(PRESETS[name]).to(device, dtype).eval()
         theirs, weights = twin(model).to(dtype).eval(), sum(p.numel() for p in model.parameters())
-        model.to_decode()
-        idx = torch.randint(model.config.vocab_size, (1, 8), device=device)
-        many = idx.expand(32, -1).contiguous()
+        model.to_decode(compile=gpu)
+        prompt = torch.randint(model.config.vocab_size, (1, min(2048, model.config.context - 1)), device=device)
+        idx, rows, length = prompt[:, :8], 64 if gpu else 32, prompt.shape[1]
+        many = idx.expand(rows, -1).contiguous()
 
         def ours(idx=idx, model=model, new=new):
             model.generate(idx, new, temperature=0)
@@ -511,9 +517,13 @@ def decode(cfg):
             wait(device)
         kind = f"{name}, {new} tokens one by one, {str(dtype).removeprefix('torch.')}: "
         yield Pair(kind + "against transformers.generate", ours, generate, 2.5, runs=3)
-        yield Pair(kind + "against reading the weights once a token", ours, read, 0.7, runs=3)
-        yield Pair(f"{name}: 32 rows at once against 32 one after another", lambda: ours(many), lambda: 32 * seconds(ours), 10.0, runs=3)
-        if device.type == "cpu":
+        yield Pair(kind + "against reading the weights once a token", ours, read, 0.6 if gpu else 0.7, runs=3)
+        yield Pair(f"{name}: {rows} rows at once against {rows} one after another", lambda: ours(many), lambda: rows * seconds(ours),
+                   20.0 if gpu else 10.0, runs=3)
+        head = 2 * model.config.vocab_size * model.config.dim  # which only the last position needs
+        yield Pair(f"{name}: a prompt of {length} tokens against nothing but products of its FLOPs", lambda: ours(prompt, new=1),
+                   products((model.flops_per_token(length) / 3 - head) * length, cfg), 0.5, runs=3)
+        if not gpu:
             yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
 
 

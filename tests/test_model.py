@@ -129,6 +129,31 @@ def test_cached_greedy_decoding_equals_the_full_forward(name):
     assert torch.equal(out, cached)
 
 
+@pytest.mark.parametrize("name", ("llama-3.2-1b", "llama-4-scout"))
+def test_a_compiled_step_is_one_graph_that_writes_only_where_a_cuda_graph_may(name, monkeypatch):
+    """One graph for prompts and lengths of any kind, and all that it changes lies at addresses it was promised to stay."""
+    from functorch.compile import make_boxed_func
+    from torch._functorch.aot_autograd import aot_module_simplified
+    written = []
+
+    def backend(graph, inputs):
+        def look(graph, _):
+            facts = torch._guards.TracingContext.get().fw_metadata
+            written.append(set(facts.mutated_inp_runtime_indices) - set(facts.static_input_indices))
+            return make_boxed_func(graph.forward)
+        return aot_module_simplified(graph, inputs, fw_compiler=look, inference_compiler=look)
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: compiler(f, backend=backend, dynamic=dynamic))
+    cfg = tiny(name, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16, context=128)  # grouped_mm wants rows of 16 bytes
+    model = build(cfg).bfloat16().to_decode()  # torch's compiler knows grouped_mm in bfloat16 only
+    prompts = [(tokens(2, 5), 80), (tokens(2, 3), 20), (tokens(2, 17), 30)]
+    want = [model.generate(idx, new, temperature=0) for idx, new in prompts]
+    model.to_decode(compile=True)
+    got = [model.generate(idx, new, temperature=0) for idx, new in prompts]
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert written == [set()]
+
+
 # -- nothing dead ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
