@@ -483,30 +483,34 @@ def read_log(path):
 
 
 def add_to(curves, entry):
-    """Append to {key: array of step, value, step, value, ...} what an entry of the log has of it."""
-    for key in curves.keys() & entry.keys():
-        curves[key].extend((entry["step"], entry[key]))
+    """Append to {name: array of step, loss, step, loss, ...} what an entry of the log has."""
+    for name, key in ("training", "train_loss"), ("validation", "val_loss"):
+        if key in entry:
+            curves[name].extend((entry["step"], entry[key]))
 
 
-def plot(curves, path, floor=None):
-    """Draw {"train_loss": ..., "val_loss": ...} as `add_to` makes them. floor: nats per token that no model beats, or None."""
+STYLES = {"training": dict(color="#9db4d0", linewidth=1), "validation": dict(color="#c0392b", linewidth=2)}
+
+
+def plot(curves, path, title, floor=None):
+    """Draw {name: steps and losses, as `add_to` makes them or (n, 2)}. floor: nats per token that no model beats, or None."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     axes, values = figure.add_subplot(), []
-    for key, name, style in (("train_loss", "training", dict(color="#9db4d0", linewidth=1)),
-                             ("val_loss", "validation", dict(color="#c0392b", linewidth=2, marker="o", markersize=3))):
-        points = np.array(curves[key]).reshape(-1, 2)  # (n, 2)
+    for name, points in curves.items():
+        points = np.array(points).reshape(-1, 2)  # (n, 2)
         if len(points):
             few = points[::-1 - len(points) // 1000][::-1]  # what a picture can show, the last one among them
-            axes.plot(*few.T, label=f"{name}, {points[-1, 1]:.3f} at the end", **style)
+            axes.plot(*few.T, label=f"{name}, {points[-1, 1]:.3f} at the end", **STYLES.get(name, {}),
+                      **{} if name == "training" else dict(marker="o", markersize=3))
             values += points[:, 1].min(), points[:, 1].max()
     if floor is not None:
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.3f}")
-    if values and max(values) > 3 * min(values) > 0:
+    if values and max(values) > 2 * min(values) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=path.parent.name)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     write_figure(figure, path)
@@ -603,7 +607,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
         f"{memory_estimate(model, cfg, dtype) / 2**30:.1f} GiB" + (" for each process" if WORLD > 1 else "")
         + (f", resumed after step {first}" if first else ""))
 
-    curves = {"train_loss": array("d"), "val_loss": array("d")}
+    curves = {"training": array("d"), "validation": array("d")}
     for entry in log:
         add_to(curves, entry)
 
@@ -683,7 +687,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
                     save(out, model_writes, {
                         "step": done, "seconds": seconds, "best": best, "held_out": held_out, "scaler": scaler.state_dict(),
                         "optimizers": states, "router_bias": [m.bias for m in experts]}, cfg.keep, improved)
-                    plot(curves, out / "loss.png", floor)
+                    plot(curves, out / "loss.png", out.name, floor)
                 clock = time.perf_counter()
             if stopping:
                 say(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")

@@ -35,23 +35,6 @@ def rungs(base, block_size):
     return found
 
 
-def draw(curves, title, path):
-    """curves: {name: [(step, nats per token), ...]}."""
-    from matplotlib.figure import Figure
-
-    import train
-    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    for name, points in curves.items():
-        axes.plot(*zip(*points), marker="o", markersize=3, label=f"{name}, {points[-1][1]:.3f}")
-    axes.set(xlabel="optimizer step", ylabel="validation loss, nats per token", title=title, yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    train.write_figure(figure, path)
-
-
 def main(argv):
     settings, shape = config.load("train.py:TrainConfig", argv, "model.py:LlamaConfig")
     import train  # only now: a typo is told at once
@@ -79,7 +62,7 @@ def main(argv):
         curves[name], last = [(entry["step"], entry["val_loss"]) for entry in evaluations], evaluations[-1]
         lines.append(f"| {name} | {total:,} | {active:,} | {last['val_loss']:.4f} | {last.get('val_bpb', float('nan')):.4f} | "
                      f"{median_high(entry['tokens_per_s'] for entry in steps):,} |")
-    draw(curves, f"{Path(cfg.dataset).name}, {steps[-1]['tokens']:,} tokens", top / "ladder.png")
+    train.plot(curves, top / "ladder.png", f"validation, {Path(cfg.dataset).name}, {steps[-1]['tokens']:,} tokens")
     print("\n| what | parameters | active | nats/token | bits/byte | tokens/s |\n|---|---|---|---|---|---|", *lines, top / "ladder.png", sep="\n")
 
 
