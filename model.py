@@ -260,19 +260,23 @@ class KVCache:
 
     Slot s of a layer holds position s; where attention is chunked, position s modulo chunk, so such a layer never
     keeps more than one chunk. Rows may differ in length: `lengths` (B,) counts the positions seen in each.
-    static: for a compiled step, whose shapes must not change: few sizes, of which all slots are always looked at.
+    static: for a compiled step, whose shapes and addresses must not change: all slots are always looked at.
     """
 
     def __init__(self, cfg, batch, size, device=None, dtype=None, static=False):
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.size = max(256, 1 << (size - 1).bit_length()) if static else size
-        self.step = self.size if static else 64  # slots come into use so many at a time: work grows with what is used
+        self.size, self.step = size, size if static else 64  # slots come into use so many at a time: work grows with what is used
         self.used = self.reach = 0  # tokens, an upper bound of lengths known without asking the device; slots in use
         self.begun = False  # whether the model is to append a token, not to fill in a prompt
-        self.kv = [torch.zeros(2, batch, cfg.n_kv_head, min(cfg.chunk_of(i) or self.size, self.size), cfg.head_dim,
+        self.kv = [torch.zeros(2, batch, cfg.n_kv_head, min(cfg.chunk_of(i) or size, size), cfg.head_dim,
                                device=device, dtype=dtype) for i in range(cfg.n_layer)]
         for t in (self.lengths, *self.kv) if static else ():
             torch._dynamo.mark_static_address(t)  # a CUDA graph writes to them where they are
+
+    def clear(self):
+        """Begin anew, at the same addresses."""
+        self.lengths.zero_()
+        self.used = self.reach = 0
 
     def take(self, tokens):
         """Make room for a prompt of so many tokens, later for one; to be called before the model sees them.
@@ -302,8 +306,8 @@ class KVCache:
         """Store one token's k, v (B, K, 1, d); returns all k, v (B, K, S, d), of which `mask` tells the visible."""
         kv = self.kv[layer]
         slot = self.lengths if kv.shape[3] == self.size else self.lengths % kv.shape[3]  # (B,)
-        new = torch.stack((k, v)).to(kv.dtype)  # (2, B, K, 1, d)
-        kv.scatter_(3, slot[:, None, None, None].expand_as(new), new)
+        new = torch.stack((k, v), 1).squeeze(3).to(kv.dtype)  # (B, 2, K, d)
+        kv[:, torch.arange(len(slot), device=slot.device), :, slot] = new  # compiled: in place, where scatter_ copies the cache
         return kv[:, :, :, :self.reach].unbind()
 
     def mask(self, chunk):
@@ -311,6 +315,18 @@ class KVCache:
         size = min(chunk or self.size, self.size)
         slots = torch.arange(min(size, self.reach), device=self.lengths.device)
         return (slots <= (self.lengths % size)[:, None])[:, None, None]
+
+
+def attend(q, k, v, mask):
+    """Attention of q (B, H, T, d) to what mask (B, 1, T, S) shows of k, v (B, K, S, d) -> (B, H, T, d).
+
+    Without enable_gqa, with which a GPU's fast kernels take no mask."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.shape[2] == 1:  # all queries of a group see the same, as if they were positions
+        q = q.unflatten(1, (-1, groups)).squeeze(3)  # (B, K, H/K, d)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
+    k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):
@@ -342,7 +358,7 @@ class Attention(nn.Module):
             cache.fill(self.layer, k, v, lengths)
         gqa = cfg.n_kv_head != cfg.n_head
         if mask is not None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+            y = attend(q, k, v, mask)
         elif self.chunk and T > self.chunk:  # chunks beside each other on the batch axis, the last one padded
             n = -(-T // self.chunk)
             q, k, v = (F.pad(t, (0, 0, 0, n * self.chunk - T)).unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
@@ -520,7 +536,7 @@ class Llama(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.config = cfg
-        self.static = False  # whether decoding keeps to shapes that do not change
+        self.static, self.spare = False, {}  # whether decoding keeps to shapes that do not change; caches it has used
         self.model = Decoder(cfg)
         self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -588,7 +604,8 @@ class Llama(nn.Module):
         -100 where it does not count. positions (B, T): restart at 0 where a new document begins; it then sees
         nothing before itself. cache: a KVCache, filled by the first call (rows padded on the right to T,
         lengths (B,) their true lengths) and extended by calls with T = 1.
-        Returns logits (B, T, V) and loss: mean nats per counted target, or None without targets. In training the
+        Returns logits (B, T, V) and loss: mean nats per counted target, or None without targets; with them, gradients flow
+        through the loss alone. In training the
         loss also carries the gradient, but not the value, of router_aux times the balancing loss.
         """
         if cache is not None:
@@ -601,7 +618,7 @@ class Llama(nn.Module):
         if self.training and self.config.router_aux:
             extra = self.config.router_aux * balance
             loss = loss + (extra - extra.detach())
-        return logits, loss
+        return logits.detach(), loss  # a compiled backward pass would add their gradient, zeros as large as the logits
 
     def losses(self, idx, positions, source, target):
         """Nats of each target (M,), predicted at the places source (M,) of idx (B, T) laid flat: (M,), float32.
@@ -656,6 +673,18 @@ class Llama(nn.Module):
 
     # -- generation ----------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def cache_for(self, batch, size, device):
+        """A KVCache for this block. Static ones are of few sizes and kept: a CUDA graph knows where they are."""
+        if self.static:
+            size = max(256, 1 << (size - 1).bit_length())
+        kind = batch, size, device, product_dtype(self.lm_head.weight)
+        cache = self.spare.pop(kind, None) or KVCache(self.config, *kind, self.static)
+        yield cache
+        if self.static:
+            cache.clear()
+            self.spare[kind] = cache
+
     def after(self, token, cache):
         """Logits (B, V) of what follows token (B,), the next of each row in cache: what `to_decode` compiles."""
         return self.lm_head(self.model(token[:, None], cache=cache)[0][:, 0])
@@ -684,21 +713,21 @@ class Llama(nn.Module):
         ends = torch.tensor(ends, dtype=torch.long, device=device)
         dice = None if seed is None else torch.Generator(device).manual_seed(seed)
         steps = min(max_new_tokens, self.config.context - T)
-        cache = KVCache(self.config, B, T + steps, device, product_dtype(self.lm_head.weight), self.static)
-        cache.take(T)
-        x = self.model(embeds=x, cache=cache, lengths=lengths)[0][torch.arange(B, device=device), lengths - 1]  # (B, D)
-        logits = self.lm_head(x)  # (B, V)
         done, token = torch.zeros(B, dtype=torch.bool, device=device), None
-        for step in range(steps):
-            if step:
-                cache.take(1)
-                logits = self.after(token, cache)
-            following = pick(logits.float(), temperature, top_k, top_p, min_p, dice)
-            token = following if token is None else torch.where(done, token, following)
-            done = done | torch.isin(token, ends)
-            yield token
-            if len(ends) and done.all():
-                return
+        with self.cache_for(B, T + steps, device) as cache:
+            for step in range(steps):
+                cache.take(1 if step else T)
+                if step:
+                    logits = self.after(token, cache)
+                else:
+                    x = self.model(embeds=x, cache=cache, lengths=lengths)[0]
+                    logits = self.lm_head(x[torch.arange(B, device=device), lengths - 1])  # (B, V)
+                following = pick(logits.float(), temperature, top_k, top_p, min_p, dice)
+                token = following if token is None else torch.where(done, token, following)
+                done = done | torch.isin(token, ends)
+                yield token
+                if len(ends) and done.all():
+                    return
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, eos_id=None, seed=None,
                  mask=None):

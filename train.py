@@ -159,6 +159,7 @@ def pick_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # with masks its gradients can be NaN, its decoding wrong (pytorch#196678, #193893)
     return device
 
 
@@ -346,7 +347,8 @@ def evaluate(model, windows, device, autocast, bos_id=None, limit=0, progress=Fa
     wanted = -(-limit // cfg.block_size) if limit else len(spans)
     if wanted < len(spans):
         spans = spans[np.linspace(0, len(spans) - 1, wanted).astype(int)]
-    spans = np.append(spans, [(0, 1)] * (-len(spans) % WORLD)).astype(int).reshape(-1, 2)[RANK::WORLD]  # (0, 1): no target
+    whole = WORLD * (cfg.batch_size if device.type == "cuda" else 1)  # a smaller last batch would be compiled anew
+    spans = np.append(spans, [(0, 1)] * (-len(spans) % whole)).astype(int).reshape(-1, 2)[RANK::WORLD]  # (0, 1): no target
     batches = range(0, len(spans), cfg.batch_size)
     if progress and RANK == 0:
         from tqdm import tqdm
@@ -617,7 +619,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
             with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
 
-    skipped, times, clock = 0, [], time.perf_counter()
+    skipped, times, coming, clock = 0, [], batches(first), time.perf_counter()
     with (listening() as stop, memory_advice(model, cfg, device, dtype),
           config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
         for step in range(first, cfg.max_iters):
@@ -626,7 +628,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
                 for group in optimizer.param_groups:
                     group["lr"] = rate
             torch.manual_seed(int(draws(cfg.seed, 1, step, RANK).integers(2**63)))  # dropout and router noise
-            micro_batches, loss_sum = batches(step), 0.0
+            micro_batches, loss_sum = coming, 0.0
             for i, batch in enumerate(micro_batches):
                 with step_model.no_sync() if ddp and i < len(micro_batches) - 1 else nullcontext():
                     with autocast:
@@ -636,6 +638,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            coming = batches(step + 1)  # while a GPU still works on this step
             norm = (norm.full_tensor() if sharded else norm).item()
             if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips bad steps of its own
                 for optimizer in optimizers:

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -102,7 +103,7 @@ def hardware(device):
 
 
 def forget(device):
-    """Free the models of the last pair, and what the compiler has learned from their shapes."""
+    """Free the models that are gone, and what the compiler has learned from their shapes."""
     gc.collect()
     if device == "cuda":
         import torch
@@ -119,8 +120,9 @@ def main(argv):
     facts = hardware(cfg.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     print(f"\n{'row':<12} {'ours':>10} {'theirs':>10} {'ratio':>7} {'goal':>6}")
-    results = []
+    results, failed = [], []
     for name in names or ROWS:
+        forget(cfg.device)
         try:
             for pair in ROWS[name](cfg):
                 found = {"row": name} | measure(pair, cfg.runs)
@@ -130,9 +132,14 @@ def main(argv):
                 if cfg.out:  # after each, so that nothing that was measured is lost
                     Path(cfg.out).write_text(json.dumps({"hardware": facts, "rows": results}, indent=1) + "\n")
                 del pair
-                forget(cfg.device)
+                gc.collect()  # the pair's models
         except Skip as e:
             print(f"{name:<12} left out: {e}", flush=True)
+        except Exception:  # the other rows are worth their time all the same
+            traceback.print_exc()
+            print(f"{name:<12} FAILED", flush=True)
+            failed.append(name)
+    sys.exit(1 if failed else 0)
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ def hellaswag(cfg):
 
     from model import PRESETS, Llama
     from prepare import hellaswag, text, tokenizer
-    device, path = torch.device(cfg.device), shared("text/hellaswag_val.jsonl.gz")
+    (device, _, autocast), path = precision(cfg.device), shared("text/hellaswag_val.jsonl.gz")
     with open(path, "rb") as raw:
         some = islice(text.records(path, raw), 20 if cfg.device == "cpu" else 400)
         items = [hellaswag.normalise(item) for item in some]
@@ -195,7 +202,8 @@ def hellaswag(cfg):
     rows = hellaswag.rows(items, tok, model.config.context)
 
     def batched():
-        return hellaswag.log_likelihoods(model, rows, device, 256 if cfg.device == "cpu" else 8192)
+        with autocast():
+            return hellaswag.log_likelihoods(model, rows, device, 256 if cfg.device == "cpu" else 8192)
 
     @torch.inference_mode()
     def one_by_one():
@@ -205,7 +213,8 @@ def hellaswag(cfg):
             for ending in item["endings"]:
                 ids = torch.tensor(tok.encode(f"{item['query']} {ending}", bos=True), device=device)
                 start = len(context)
-                logp = model(ids[None])[0][0].log_softmax(-1)
+                with autocast():
+                    logp = model(ids[None])[0][0].float().log_softmax(-1)
                 found.append(logp[start - 1:-1].gather(1, ids[start:, None]).sum().item())
         return found
     ours, theirs = torch.tensor(batched()).flatten(), torch.tensor(one_by_one())
@@ -299,11 +308,12 @@ def our_step(shape, batch, length, cfg, **changes):
 def never_waits(model, x, cfg):
     """Forward and backward of a compiled model, in which torch raises an error where the host would wait for the GPU."""
     import torch
+    y = x.clone()
     for mode in ("default", "error") if cfg.device != "cpu" else ():  # the first compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
             with precision(cfg.device)[2]():
-                loss = model(x, x)[1]
+                loss = model(x, y)[1]
             loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -334,10 +344,12 @@ def products(flops, cfg):
     import torch
     device, dtype, _ = precision(cfg.device)
     rows, inputs, outputs = (8192, 8192, 8192) if device.type == "cuda" else (1024, 768, 3072)
+    times = max(1, round(flops / (2 * rows * inputs * outputs)))
+    rows = max(16, round(flops / (2 * inputs * outputs * times) / 16) * 16)  # so that it comes out even
     a, b = (torch.randn(size, dtype=dtype, device=device) for size in ((rows, inputs), (inputs, outputs)))
 
     def work():
-        for _ in range(round(flops / (2 * rows * inputs * outputs))):
+        for _ in range(times):
             a @ b
         wait(device)
     return work
@@ -403,6 +415,8 @@ def moe(cfg):
     x = torch.randn(1, 4096, 512, device=device, requires_grad=True)
 
     def work(forward):
+        forward = torch.compile(forward) if device.type == "cuda" else forward  # else kernels' starts would be measured
+
         def once():
             with autocast():
                 y = forward(x)
@@ -494,11 +508,14 @@ def decode(cfg):
     device, dtype, _ = precision(cfg.device)
     gpu = device.type == "cuda"
     for name in ("smollm2-135m", "llama-3.2-1b") if gpu else ("stories15m", "smollm2-135m"):
+        forget(cfg.device)
         torch.manual_seed(0)
         new = 240 if name == "stories15m" else 256  # with the prompt, what stories15m's context holds
         model = Llama(PRESETS[name]).to(device, dtype).eval()
         theirs, weights = twin(model).to(dtype).eval(), sum(p.numel() for p in model.parameters())
         model.to_decode(compile=gpu)
+        if gpu:
+            check_graphs(model)
         prompt = torch.randint(model.config.vocab_size, (1, min(2048, model.config.context - 1)), device=device)
         idx, rows, length = prompt[:, :8], 64 if gpu else 32, prompt.shape[1]
         many = idx.expand(rows, -1).contiguous()
@@ -525,6 +542,26 @@ def decode(cfg):
                    products((model.flops_per_token(length) / 3 - head) * length, cfg), 0.5, runs=3)
         if not gpu:
             yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
+
+
+def check_graphs(model):
+    """Assert that a model's compiled steps give the logits of its plain ones and, on a GPU, are CUDA graphs."""
+    import torch
+
+    from model import KVCache
+    weight, idx, found = model.lm_head.weight, torch.arange(12), []
+    idx = idx.to(weight.device)
+    with torch.inference_mode():
+        for after in model.after, lambda *args: type(model).after(model, *args):
+            cache, logits = KVCache(model.config, 1, 256, weight.device, weight.dtype, static=True), []
+            model(idx[None, :4], cache=cache)
+            for token in idx[4:]:
+                cache.take(1)
+                logits.append(after(token[None], cache).float().cpu())
+            found.append(torch.cat(logits))
+    assert (found[0] - found[1]).abs().max() < 0.05 * found[1].std(), "compiled steps give other logits"
+    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    assert weight.device.type == "cpu" or not skips, f"{skips} graphs are no CUDA graphs"
 
 
 def llama_cpp(cfg, state, idx, new, kind, ours):
@@ -575,6 +612,8 @@ def long_context(cfg):
     shape = LlamaConfig(arch="llama4", dim=256, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=512, chunk=512, vocab_size=64, context=65536)
     torch.manual_seed(0)
     block = Block(shape, 0).to(device)
+    if device.type == "cuda":
+        block.compile()
 
     def work(length):
         x, positions = torch.randn(1, length, 256, device=device), torch.arange(length, device=device)
@@ -637,6 +676,8 @@ def overhead(cfg):
     windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
     model = train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train()
     optimizers = train.make_optimizers(model, settings, device, dtype)
+    if device.type == "cuda":  # as the loop
+        model.compile()
     batches = [train.to_device(device, *windows["train"].read(windows["train"].step(i)[:settings.batch_size])) for i in range(steps)]
 
     def bare():
