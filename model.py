@@ -604,9 +604,9 @@ class Llama(nn.Module):
         -100 where it does not count. positions (B, T): restart at 0 where a new document begins; it then sees
         nothing before itself. cache: a KVCache, filled by the first call (rows padded on the right to T,
         lengths (B,) their true lengths) and extended by calls with T = 1.
-        Returns logits (B, T, V) and loss: mean nats per counted target, or None without targets; with them, gradients flow
-        through the loss alone. In training the
-        loss also carries the gradient, but not the value, of router_aux times the balancing loss.
+        Returns logits (B, T, V) and loss: mean nats per counted target, or None without targets. With targets, gradients
+        flow through the loss alone; in training it also carries the gradient, but not the value, of router_aux times the
+        balancing loss.
         """
         if cache is not None:
             cache.take((idx if embeds is None else embeds).shape[1])

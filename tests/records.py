@@ -1,7 +1,7 @@
 r"""The trained figures of the README, each made again by one call and set beside the figure it is held to.
 
     python tests/records.py                                    # what there is
-    python tests/records.py tales shakespeare                  # two cores: a quarter of an hour
+    python tests/records.py tales shakespeare shapes photos    # two cores: an hour
     python tests/records.py scout flickr8k                     # a GPU: some minutes each
     python tests/records.py scout --max_iters=3 --device=cpu   # a trial: what follows the names goes to each training
 
@@ -40,6 +40,8 @@ RECORDS = {
     "scout": Record("train.py", ("config/scout.py --optimizer=muon --learning_rate=3e-3 --min_lr=0 --warmup_iters=50 --dropout=0.2 "
                                  "--max_iters=700 --eval_interval=175",), "--eval_only", BITS, 0.4402, "bits/byte, stories15M"),
     "shapes": Record("vlm.py", ("config/vlm_shapes.py",), "--eval", "answer exact" + NUMBER, 0.27, "of answers, the best guess"),
+    "photos": Record("vlm.py", ("config/vlm_flickr8k.py",), "--eval --split=test", "BLEU-4" + NUMBER, 0.213,
+                     "BLEU-4, Show, Attend and Tell's hard attention"),
     "flickr8k": Record("vlm.py", ("config/vlm_align.py --encoder=efficientnet_lite0",
                                   "config/vlm_instruct.py --dataset=flickr8k --block_size=320 --batch_size=48 --learning_rate=1e-4 "
                                   "--gradient_accumulation_steps=1 --max_iters=625 --eval_interval=125 --sample_tokens=40"),
