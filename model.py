@@ -265,6 +265,7 @@ class KVCache:
 
     def __init__(self, cfg, batch, size, device=None, dtype=None, static=False):
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.rows = torch.arange(batch, device=device)
         self.size, self.step = size, size if static else 64  # slots come into use so many at a time: work grows with what is used
         self.used = self.reach = 0  # tokens, an upper bound of lengths known without asking the device; slots in use
         self.begun = False  # whether the model is to append a token, not to fill in a prompt
@@ -307,7 +308,7 @@ class KVCache:
         kv = self.kv[layer]
         slot = self.lengths if kv.shape[3] == self.size else self.lengths % kv.shape[3]  # (B,)
         new = torch.stack((k, v), 1).squeeze(3).to(kv.dtype)  # (B, 2, K, d)
-        kv[:, torch.arange(len(slot), device=slot.device), :, slot] = new  # compiled: in place, where scatter_ copies the cache
+        kv[:, self.rows, :, slot] = new  # compiled: in place, where scatter_ copies the cache
         return kv[:, :, :, :self.reach].unbind()
 
     def mask(self, chunk):
@@ -325,7 +326,8 @@ def attend(q, k, v, mask):
     if groups > 1 and q.shape[2] == 1:  # all queries of a group see the same, as if they were positions
         q = q.unflatten(1, (-1, groups)).squeeze(3)  # (B, K, H/K, d)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
-    k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, d)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -390,11 +392,10 @@ def product_dtype(x):
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def eager_grouped_mm(*args, **kwargs):
-    """F.grouped_mm outside of a compiled graph: torch's compiler knows it in bfloat16 only."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.disable(F.grouped_mm)(*args, **kwargs)
-    return F.grouped_mm(*args, **kwargs)
+def grouped_mm(x, weight, ends):
+    """F.grouped_mm; outside of a compiled graph where torch's compiler does not know it: in all but bfloat16."""
+    known = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+    return (F.grouped_mm if known else torch.compiler.disable(F.grouped_mm))(x, weight, offs=ends)
 
 
 class Experts(nn.Module):
@@ -409,9 +410,8 @@ class Experts(nn.Module):
         """x (N·k, D) sorted by expert, ends (E,) int32 the end of each expert's rows -> (N·k, D)."""
         dtype = product_dtype(x)  # grouped_mm is not on autocast's list
         x, gate_up, down = (t.to(dtype) for t in (x, self.gate_up_proj, self.down_proj))
-        grouped_mm = F.grouped_mm if dtype == torch.bfloat16 else eager_grouped_mm
-        gate, up = grouped_mm(x, gate_up, offs=ends).chunk(2, -1)  # (N·k, F) each
-        return grouped_mm(F.silu(gate) * up, down, offs=ends)
+        gate, up = grouped_mm(x, gate_up, ends).chunk(2, -1)  # (N·k, F) each
+        return grouped_mm(F.silu(gate) * up, down, ends)
 
 
 class MoE(nn.Module):

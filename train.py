@@ -491,7 +491,8 @@ def add_to(curves, entry):
             curves[name].extend((entry["step"], entry[key]))
 
 
-STYLES = {"training": dict(color="#9db4d0", linewidth=1), "validation": dict(color="#c0392b", linewidth=2)}
+DOTS = dict(marker="o", markersize=3)
+STYLES = {"training": dict(color="#9db4d0", linewidth=1), "validation": dict(color="#c0392b", linewidth=2) | DOTS}
 
 
 def plot(curves, path, title, floor=None):
@@ -503,8 +504,7 @@ def plot(curves, path, title, floor=None):
         points = np.array(points).reshape(-1, 2)  # (n, 2)
         if len(points):
             few = points[::-1 - len(points) // 1000][::-1]  # what a picture can show, the last one among them
-            axes.plot(*few.T, label=f"{name}, {points[-1, 1]:.3f} at the end", **STYLES.get(name, {}),
-                      **{} if name == "training" else dict(marker="o", markersize=3))
+            axes.plot(*few.T, label=f"{name}, {points[-1, 1]:.3f} at the end", **STYLES.get(name, DOTS))
             values += points[:, 1].min(), points[:, 1].max()
     if floor is not None:
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.3f}")

@@ -11,6 +11,7 @@ import ast
 import contextlib
 import difflib
 import inspect
+import itertools
 import os
 import runpy
 import sys
@@ -185,6 +186,14 @@ def _help(doc, own, other):
         for k in keys.values():
             head = f"  --{k.name}={k.default!r}" if keys is own else f"  --{k.name}={k.type}"
             print(textwrap.fill(k.why, 120, initial_indent=head.ljust(40) + " ", subsequent_indent=" " * 41))
+
+
+def names_first(argv, known, kind):
+    """(the names that argv begins with, the rest of argv); raises `Mistake` for a name that is not in `known`."""
+    names = list(itertools.takewhile(lambda a: not a.startswith("-"), argv))
+    if unknown := [n for n in names if n not in known]:
+        raise Mistake(f"no {kind} '{unknown[0]}'; there are {', '.join(known)}")
+    return names, argv[len(names):]
 
 
 def load(cls, argv=None, also=None):

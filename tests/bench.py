@@ -22,7 +22,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,11 +112,8 @@ def forget(device):
 
 
 def main(argv):
-    names = list(takewhile(lambda a: not a.startswith("-"), argv))
-    cfg = config.load(Settings, argv[len(names):])
-    unknown = [n for n in names if n not in ROWS]
-    if unknown:
-        raise config.Mistake(f"no row '{unknown[0]}'; there are {', '.join(ROWS)}")
+    names, rest = config.names_first(argv, ROWS, "row")
+    cfg = config.load(Settings, rest)
     facts = hardware(cfg.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     print(f"\n{'row':<12} {'ours':>10} {'theirs':>10} {'ratio':>7} {'goal':>6}")
@@ -275,6 +272,13 @@ def peak_memory(work):
     return once
 
 
+def as_trained(module):
+    """module, compiled in place where train.py would: on a GPU."""
+    if next(module.parameters()).is_cuda:
+        module.compile()
+    return module
+
+
 def training_step(model, loss_of, autocast, device):
     """Forward, backward and AdamW on one batch, as a callable."""
     import torch
@@ -297,11 +301,9 @@ def our_step(shape, batch, length, cfg, **changes):
     from model import Llama
     device, _, autocast = precision(cfg.device)
     torch.manual_seed(0)
-    model = Llama(replace(shape, **changes)).to(device).train()
+    model = as_trained(Llama(replace(shape, **changes)).to(device).train())
     idx = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-    if device.type == "cuda":
-        model.compile()
     return model, x, training_step(model, lambda: model(x, y)[1], autocast, device)
 
 
@@ -325,9 +327,7 @@ def against_transformers(name, cfg, batch, length, goal):
     from model import PRESETS
     device, dtype, autocast = precision(cfg.device)
     model, x, ours = our_step(PRESETS[name], batch, length, cfg)
-    theirs = twin(model).train()
-    if device.type == "cuda":
-        theirs.compile()
+    theirs = as_trained(twin(model).train())
     other = training_step(theirs, lambda: theirs(input_ids=x, labels=x, use_cache=False).loss, autocast, device)
     what = f"training step of {name}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}"
     return Pair(what + ", against transformers with SDPA", ours, other, goal, runs=5), model, x, ours
@@ -362,9 +362,7 @@ def gpt2(folder, x, cfg):
     found = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
     nanogpt = importlib.util.module_from_spec(found)
     found.loader.exec_module(nanogpt)
-    model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=50304, dropout=0.0, bias=False)).to(device).train()
-    if device.type == "cuda":
-        model.compile()
+    model = as_trained(nanogpt.GPT(nanogpt.GPTConfig(vocab_size=50304, dropout=0.0, bias=False)).to(device).train())
     return training_step(model, lambda: model(x, x)[1], autocast, device)
 
 
@@ -611,9 +609,7 @@ def long_context(cfg):
     device, _, autocast = precision(cfg.device)
     shape = LlamaConfig(arch="llama4", dim=256, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=512, chunk=512, vocab_size=64, context=65536)
     torch.manual_seed(0)
-    block = Block(shape, 0).to(device)
-    if device.type == "cuda":
-        block.compile()
+    block = as_trained(Block(shape, 0).to(device))
 
     def work(length):
         x, positions = torch.randn(1, length, 256, device=device), torch.arange(length, device=device)
@@ -674,10 +670,8 @@ def overhead(cfg):
     settings, shape = config.load(train.TrainConfig, [str(ROOT / "config/tales.py"), f"--device={cfg.device}"], "model.py:LlamaConfig")
     tok, steps = tokenizer.load(folder), 40
     windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
-    model = train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train()
+    model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train())
     optimizers = train.make_optimizers(model, settings, device, dtype)
-    if device.type == "cuda":  # as the loop
-        model.compile()
     batches = [train.to_device(device, *windows["train"].read(windows["train"].step(i)[:settings.batch_size])) for i in range(steps)]
 
     def bare():

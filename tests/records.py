@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,13 +72,10 @@ def run(words):
 
 
 def main(argv):
-    names = list(takewhile(lambda a: not a.startswith("-"), argv))
-    if unknown := [n for n in names if n not in RECORDS]:
-        raise config.Mistake(f"no record '{unknown[0]}'; there are {', '.join(RECORDS)}")
-    found = []
+    (names, more), found = config.names_first(argv, RECORDS, "record"), []
     for name in names:
         record, start = RECORDS[name], time.perf_counter()
-        *_, printed = [run(words) for words in commands(name, argv[len(names):])]
+        *_, printed = [run(words) for words in commands(name, more)]
         figure = re.search(record.figure, printed)
         if not figure:
             raise config.Mistake(f"{name}: the last command printed no {record.figure}; it says why, and can be run again alone")
