@@ -60,7 +60,7 @@ def read_prompt(text):
 
 def load(cfg):
     """(model, tokenizer, directory) ready to sample on the device and in the dtype asked for."""
-    from train import pick_device, pick_dtype
+    from common import pick_device, pick_dtype
     import torch  # noqa: F401
 
     from model import Llama, find

@@ -11,7 +11,6 @@ The run directory is a Hugging Face checkpoint (config.json, model.safetensors, 
 train_state.pt, run.json, log.jsonl and loss.png beside it; best/ has the weights of the lowest validation loss.
 """
 import contextlib
-import ctypes
 import gc
 import inspect
 import itertools
@@ -92,10 +91,12 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 
-from model import PRESETS, Llama, find, whole_file  # noqa: E402
+from common import (  # noqa: E402
+    RANK, WORLD, all_reduce_sum, atomic_write, autocast_to, cleanup, init_distributed, keep_freed_memory, pick_device,
+    pick_dtype, print0, to_device)
+from model import PRESETS, Llama, find  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
 from prepare.windows import Windows, draws, restarts  # noqa: E402
 
@@ -104,116 +105,12 @@ NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "pos_embedding")  # matrices 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
 
 
-# -- one process among several -----------------------------------------------------------------------------------
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-
-
-def say(*words):
-    """Print, on the first process only."""
-    if RANK == 0:
-        print(*words, flush=True)
-
-
-def total(*numbers):
-    """The sums of these numbers over all processes."""
-    if WORLD == 1:
-        return numbers
-    t = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(t)
-    return t.tolist()
-
-
-def meet(device):
-    """Join the other processes, if there are any."""
-    if WORLD > 1:
-        store, *_ = next(dist.rendezvous("env://", RANK, WORLD))  # torchrun's own, which outlives processes that it starts again
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
-
-
-def leave():
-    """End a process among several: together with the others, and without the interpreter's own teardown, in which the
-    threads of gloo now and then abort a run that is complete."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-
 # -- hardware ----------------------------------------------------------------------------------------------------
-
-def pick_device(name):
-    """torch.device of this process."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise config.Mistake(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-        torch.backends.cuda.enable_cudnn_sdp(False)  # with masks its gradients can be NaN, its decoding wrong (pytorch#196678, #193893)
-    return device
-
-
-def pick_dtype(name, device):
-    """(torch.dtype of matrix products, why)."""
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "tensor cores, and the range of float32"
-        return torch.float16, "tensor cores; this GPU has no bfloat16"
-    if device.type == "mps":
-        return torch.float32, "safe on this device"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):  # a processor may have bfloat16 units, or crawl emulating them
-        a = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(3):  # the first one warms up
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-            if times[0] > 50 * seconds.get(torch.float32, math.inf):
-                break  # it crawls: known after 0.2 s
-        seconds[dtype] = min(times)
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    better = torch.bfloat16 if ratio > 1.5 else torch.float32
-    return better, f"bfloat16 products run at {ratio:.2g}x the speed of float32 on this processor"
-
-
-def autocast_to(dtype, device):
-    """The context in which matrix products run in dtype."""
-    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-
-
-def keep_freed_memory():
-    """Have glibc keep the blocks that torch frees: giving them back and faulting them in anew costs a CPU step a tenth."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which ends when it is freed
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is kept too
-
 
 def peak_flops(device):
     """Dense bf16 FLOP/s that the maker gives, or 0 where that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
-
-
-def to_device(device, *arrays):
-    """Arrays and tensors as tensors on device, None as it is; to a GPU without waiting."""
-    tensors = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
-    if device.type == "cuda":
-        return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return [t if t is None else t.to(device) for t in tensors]
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------
@@ -363,7 +260,7 @@ def evaluate(model, windows, device, autocast, bos_id=None, limit=0, progress=Fa
         nats += loss * n if n else 0.0
         count += n
     model.train(was)
-    nats, count = total(nats, count)
+    nats, count = all_reduce_sum(nats, count)
     return nats / count
 
 
@@ -378,9 +275,9 @@ def hellaswag_scores(model, tok, cfg, device, autocast):
     def score():
         with autocast:
             found = hellaswag.log_likelihoods(model, rows, device, tokens, RANK, WORLD)
-        acc, norm = (n / len(items) for n in total(*hellaswag.correct(items, found)))
+        acc, norm = (n / len(items) for n in all_reduce_sum(*hellaswag.correct(items, found)))
         error = [math.sqrt(p * (1 - p) / max(len(items) - 1, 1)) for p in (acc, norm)]
-        say(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  over {len(items):,} items")
+        print0(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  over {len(items):,} items")
         return {"hellaswag_acc": acc, "hellaswag_acc_norm": norm, "hellaswag_items": len(items)}
     return score
 
@@ -520,7 +417,7 @@ def plot(curves, path, title, floor=None):
 
 def write_figure(figure, path):
     """Write a matplotlib figure as a PNG, whole or not at all, and free it."""
-    with whole_file(path) as tmp:
+    with atomic_write(path) as tmp:
         figure.savefig(tmp, format="png")
     figure.clear()
     gc.collect()  # figures are full of cycles, and would pile up for a hundred evaluations
@@ -554,7 +451,7 @@ def start_directory(out, cfg, model_config, log):
         if cfg.init_from != "resume" and latest(out):
             aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
             out.rename(aside)
-            say(f"{out} held an earlier run, which is now {aside}")
+            print0(f"{out} held an earlier run, which is now {aside}")
         new = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -589,7 +486,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
         if state["held_out"] == held_out:
             best = state["best"]
         else:
-            say("resume     with another validation set: best/ begins anew")
+            print0("resume     with another validation set: best/ begins anew")
         with config.mistakes(ValueError, KeyError, prefix=f"{latest(out)} was made by another optimizer: "):
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
@@ -605,7 +502,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
         new = "forward_sync_buffers" in inspect.signature(DDP).parameters  # what torch calls it from 2.13 on
         step_model = DDP(compiled, gradient_as_bucket_view=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
     peak = peak_flops(device) * WORLD
-    say(f"run        {out}, compile {'off' if compiled is model else 'on'}, about "
+    print0(f"run        {out}, compile {'off' if compiled is model else 'on'}, about "
         f"{memory_estimate(model, cfg, dtype) / 2**30:.1f} GiB" + (" for each process" if WORLD > 1 else "")
         + (f", resumed after step {first}" if first else ""))
 
@@ -647,7 +544,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
                 skipped = 0
             else:
                 skipped += 1
-                say(f"step {step + 1}: the gradient is {norm}; step skipped")
+                print0(f"step {step + 1}: the gradient is {norm}; step skipped")
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             load = model.balance() if experts else None
@@ -655,13 +552,13 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
             now, done = time.perf_counter(), step + 1
             elapsed, clock = now - clock, now
             seconds, times = seconds + elapsed, (times + [elapsed])[-50:]
-            last, stopping = done == cfg.max_iters, total(len(stop))[0] > 0
+            last, stopping = done == cfg.max_iters, all_reduce_sum(len(stop))[0] > 0
             if step == first and RANK == 0:  # now that a step fits into memory
                 start_directory(out, cfg, model.config, log)
             if done % cfg.log_interval == 0 or done == first + 1 or last or skipped:
                 typical = float(np.median(times))
                 speed, left = tokens_per_step / typical, int((cfg.max_iters - done) * typical)
-                entry = {"step": done, "tokens": done * tokens_per_step, "train_loss": total(float(loss_sum))[0] / WORLD,
+                entry = {"step": done, "tokens": done * tokens_per_step, "train_loss": all_reduce_sum(float(loss_sum))[0] / WORLD,
                          "lr": rate, "grad_norm": norm, "tokens_per_s": round(speed),
                          "mfu": round(flops_per_token * speed / peak, 4) if peak else 0.0, "seconds": round(seconds, 3)}
                 if skipped:
@@ -670,7 +567,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
                     share = load / load.mean(1, keepdim=True)
                     entry["expert_load"] = [round(share.min().item(), 3), round(share.max().item(), 3)]
                 record(entry)
-                say(f"step {done:>6}/{cfg.max_iters}  loss {entry['train_loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
+                print0(f"step {done:>6}/{cfg.max_iters}  loss {entry['train_loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
                     f"{elapsed * 1e3:.0f} ms  {speed:,.0f} tok/s"
                     + (f"  mfu {100 * entry['mfu']:.1f}%" if peak else "")
                     + (f"  expert load {entry['expert_load'][0]:.2f} to {entry['expert_load'][1]:.2f}" if experts else "")
@@ -693,7 +590,7 @@ def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_ste
                     plot(curves, out / "loss.png", out.name, floor)
                 clock = time.perf_counter()
             if stopping:
-                say(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")
+                print0(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")
                 break
 
 
@@ -826,7 +723,7 @@ def after_restart(cfg, shape, out):
     facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
     if (facts["run_id"], facts["command"]) != (os.environ.get("TORCHELASTIC_RUN_ID"), sys.argv):
         return cfg, shape
-    say(f"restart    a process had died; going on from {latest(out)}")
+    print0(f"restart    a process had died; going on from {latest(out)}")
     return replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
 
 
@@ -843,7 +740,7 @@ def main(cfg, shape):
         with config.mistakes(ValueError, FileNotFoundError):
             source = find(latest(out) or out if cfg.init_from == "resume" else cfg.init_from)
             model = Llama.from_pretrained(source, dtype=torch.float32).to(device)
-        meet(device)
+        init_distributed(device)
         hellaswag_scores(model, tokenizer.load(source), cfg, device, autocast)()
         return
     cfg, shape = after_restart(cfg, shape, out)
@@ -858,7 +755,7 @@ def main(cfg, shape):
         raise config.Mistake(f"the training split has {len(data)} tokens, too few for block_size={cfg.block_size}")
     model = build_model(cfg, shape, val, tok, out).train()
     model.model.checkpointing = cfg.checkpointing
-    meet(device)
+    init_distributed(device)
     sharded = cfg.shard and WORLD > 1
     with memory_advice(model, cfg, device, dtype):
         model = shard(model, device, dtype) if sharded else model.to(device)
@@ -874,21 +771,21 @@ def main(cfg, shape):
     if cfg.eval_only:
         with memory_advice(model, cfg, device, dtype):
             loss = evaluate(model, held_out, device, autocast, tok.bos_id, progress=True)
-        say(f"{summary(loss)}  perplexity {math.exp(loss):.3f}  over {len(val) - 1:,} tokens of {folder}")
+        print0(f"{summary(loss)}  perplexity {math.exp(loss):.3f}  over {len(val) - 1:,} tokens of {folder}")
         return
 
     score = hellaswag_scores(model, tok, cfg, device, autocast) if cfg.hellaswag else dict
     windows = Windows(data, cfg, tok.bos_id)
     tokens_per_step = int(cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * windows.fill)
     parameters, active = model.counts()
-    say(f"model      {parameters:,} parameters" + (f", {active:,} active per token" if active != parameters else "")
+    print0(f"model      {parameters:,} parameters" + (f", {active:,} active per token" if active != parameters else "")
         + f" ({model.config.arch}, {model.config.n_layer} layers, dim {model.config.dim})")
-    say(f"data       {folder.name}: {len(data):,} training tokens, {len(val):,} validation, vocabulary {val.vocab_size:,}")
-    say(f"step       {tokens_per_step:,} tokens = {cfg.batch_size} sequences x {cfg.block_size * windows.fill:.0f} tokens x {accumulate} passes x "
+    print0(f"data       {folder.name}: {len(data):,} training tokens, {len(val):,} validation, vocabulary {val.vocab_size:,}")
+    print0(f"step       {tokens_per_step:,} tokens = {cfg.batch_size} sequences x {cfg.block_size * windows.fill:.0f} tokens x {accumulate} passes x "
         f"{WORLD} process{'es' * (WORLD > 1)}")
-    say(f"schedule   {cfg.max_iters:,} steps ({cfg.max_iters * tokens_per_step / len(data):.2f} epochs), {cfg.optimizer}, "
+    print0(f"schedule   {cfg.max_iters:,} steps ({cfg.max_iters * tokens_per_step / len(data):.2f} epochs), {cfg.optimizer}, "
         f"lr {cfg.learning_rate:g} after {cfg.warmup_iters} of warmup, {cfg.schedule} to {cfg.min_lr:g}")
-    say(f"hardware   {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    print0(f"hardware   {device}, {str(dtype).removeprefix('torch.')} ({why})")
 
     def batches(step):
         spans = windows.step(step)[RANK * accumulate * cfg.batch_size:]
@@ -898,7 +795,7 @@ def main(cfg, shape):
 
     def validate(compiled):
         loss = evaluate(compiled, held_out, device, autocast, tok.bos_id, cfg.eval_tokens)
-        say(f"{summary(loss)}")
+        print0(f"{summary(loss)}")
         if cfg.sample_tokens and (sharded or RANK == 0):
             start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(val[0])]], device=device)
             ends = tok.stop_ids if tok.stop_ids and not sharded else None  # sharded: the same length on every process
@@ -906,7 +803,7 @@ def main(cfg, shape):
                 first, *ids = model.eval().generate(start, cfg.sample_tokens, eos_id=ends, seed=cfg.seed)[0].tolist()
             model.train()
             text = tok.decode([first, *itertools.takewhile(lambda i: i not in tok.stop_ids, ids)])
-            say("  | " + text.strip().replace("\n", "\n  | "))
+            print0("  | " + text.strip().replace("\n", "\n  | "))
         return {"val_loss": loss} | ({"val_bpb": bits_per_byte(loss, held_out)} if val.bytes else {}) | score()
 
     def write(directory, state=None):
@@ -921,4 +818,4 @@ def main(cfg, shape):
 
 if __name__ == "__main__":
     config.run(main, *settings)
-    leave()
+    cleanup()

@@ -36,12 +36,13 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+import common  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from common import RANK, WORLD, print0  # noqa: E402
 from prepare import images, tokenizer  # noqa: E402
 from prepare.images import (  # noqa: E402
     IMAGE, Examples, caption_prompt, spread, with_image, with_pictures)
-from train import RANK, WORLD, say  # noqa: E402
 
 STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
           "together": ("encoder", "projector", "llama")}  # what learns in each
@@ -281,11 +282,11 @@ class Vlm(nn.Module):
         tok.save(directory)
         learned = {"projector": self.projector} | ({"encoder": self.encoder} if self.encoder_learned else {})
         for name, part in learned.items():
-            with model.whole_file(directory / f"{name}.safetensors") as path:
+            with common.atomic_write(directory / f"{name}.safetensors") as path:
                 save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
         facts = {"encoder": self.encoder_name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
                  "pixel_shuffle": self.pixel_shuffle}
-        with model.whole_file(directory / "vlm.json") as path:
+        with common.atomic_write(directory / "vlm.json") as path:
             Path(path).write_text(json.dumps(facts, indent=1) + "\n")
 
     @classmethod
@@ -382,7 +383,7 @@ class Pictures:
         shape = self.encoder.grid ** 2, self.encoder.width
         count = min(len(self.names), int(limit * 2**30 / (2 * shape[0] * shape[1])))
         place = self.folder / "features"
-        say(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}, "
+        print0(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}, "
             f"{count * shape[0] * shape[1] * 2 / 2**30:.2f} of at most {limit:g} GiB (feature_gb) in {place}"
             + "; the others are encoded at each use" * (count < len(self.names)))
         if not count:
@@ -438,8 +439,8 @@ class Runner:
 
     def __init__(self, cfg, vlm, tok, device):
         self.cfg, self.vlm, self.tok, self.device = cfg, vlm.to(device), tok, device
-        self.dtype, self.why = train.pick_dtype(cfg.dtype, device)
-        self.autocast = train.autocast_to(self.dtype, device)
+        self.dtype, self.why = common.pick_dtype(cfg.dtype, device)
+        self.autocast = common.autocast_to(self.dtype, device)
 
     def read(self, folder, *splits):
         """The examples of these splits of a data set; from now on the runner sees its pictures."""
@@ -447,7 +448,7 @@ class Runner:
         size = min(self.cfg.block_size, vlm.config.context)
         found = [Examples(folder, s, self.tok, vlm.image_id, vlm.image_tokens, size, number) for s in splits]
         if lost := sum(data.lost for data in found):
-            say(f"{lost:,} examples do not fit block_size={size} and were left out")
+            print0(f"{lost:,} examples do not fit block_size={size} and were left out")
         self.pictures = Pictures(folder, list(number), vlm, self.device, self.autocast, self.cfg.feature_gb)
         return found
 
@@ -471,11 +472,11 @@ class Runner:
         for i in range(0, len(mine), self.cfg.batch_size):
             batch = self.batch(data, mine[i:i + self.cfg.batch_size], reference)
             with self.autocast:
-                out, loss = model(*train.to_device(self.device, *batch))
+                out, loss = model(*common.to_device(self.device, *batch))
             n = (batch[1] != -100).sum() if reference is None else len(out)
             totals += n, loss.item() * n, *((0, 0) if reference is None else (out.sum().item(), (out > 0).sum().item()))
         model.train(was)
-        count, loss, margin, right = train.total(*totals.tolist())
+        count, loss, margin, right = common.all_reduce_sum(*totals.tolist())
         found = {"val_loss": loss / count}
         return found if reference is None else found | {"margin": margin / count, "accuracy": right / count}
 
@@ -486,7 +487,7 @@ class Runner:
         found, mine, size = torch.zeros(2, len(data)), np.arange(len(data))[RANK::WORLD], self.cfg.batch_size
         self.vlm.eval()
         for i in tqdm(range(0, len(mine), size), desc="reference", unit=" batches", leave=False, disable=RANK > 0):
-            x, y, seen, _ = train.to_device(self.device, *self.batch(data, mine[i:i + size]))
+            x, y, seen, _ = common.to_device(self.device, *self.batch(data, mine[i:i + size]))
             with self.autocast:
                 found[:, mine[i:i + size]] = self.vlm.log_probs(self.vlm(x, None, seen)[0], y).view(2, -1).float().cpu()
         self.vlm.train()
@@ -565,29 +566,29 @@ def build(cfg, shape, folder, out):
 def fit(cfg, shape):
     """Train one stage as `cfg` says."""
     accumulate, per_step = train.passes(cfg), cfg.batch_size * cfg.gradient_accumulation_steps
-    device, folder = train.pick_device(cfg.device), train.folder_of(cfg)
+    device, folder = common.pick_device(cfg.device), train.folder_of(cfg)
     out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / f"vlm_{folder.name}"
     cfg, shape = train.after_restart(cfg, shape, out)
     if device.type == "cpu":
-        train.keep_freed_memory()
+        common.keep_freed_memory()
     records = [r for split in ("train", "val") for r in images.load(folder, split)]  # before anything is downloaded
     if {"chosen" in r for r in records} != {cfg.stage == "prefer"}:
         raise config.Mistake(f"stage {cfg.stage!r} takes " + ("pairs of chosen and rejected answers and nothing else"
                              if cfg.stage == "prefer" else "captions and conversations, not pairs of answers"))
     vlm, tok = build(cfg, shape, folder, out)
     vlm.freeze(STAGES[cfg.stage]).llama.model.checkpointing = cfg.checkpointing
-    train.meet(device)
+    common.init_distributed(device)
     run = Runner(cfg, vlm, tok, device)
     sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
              for n in ("encoder", "projector", "llama")]
-    say(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
+    print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
     data, val = run.read(folder, "train", "val")
     length = float(np.mean([data.length(rows) for rows in data.examples]))
-    say(f"data       {folder.name}: {len(data):,} training examples, {len(val):,} validation, "
+    print0(f"data       {folder.name}: {len(data):,} training examples, {len(val):,} validation, "
         f"{len(run.pictures.names):,} pictures, {length:.0f} tokens an example")
-    say(f"schedule   {cfg.max_iters:,} steps of {per_step} examples ({cfg.max_iters * per_step / len(data):.2f} "
+    print0(f"schedule   {cfg.max_iters:,} steps of {per_step} examples ({cfg.max_iters * per_step / len(data):.2f} "
         f"epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}")
-    say(f"hardware   {device}, {str(run.dtype).removeprefix('torch.')} ({run.why})")
+    print0(f"hardware   {device}, {str(run.dtype).removeprefix('torch.')} ({run.why})")
     references = None, None
     if cfg.stage == "prefer":
         saved = train.latest(out) / "reference.pt" if cfg.init_from == "resume" else None
@@ -609,8 +610,8 @@ def fit(cfg, shape):
                     for t, r in zip(texts, shown) if r.pictures]
             draw(out / "samples.png", [run.pictures.look(p) for *_, p in seen],
                  [f"{q}\n{t}".strip() for q, t, _ in seen])
-            say("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in found.items()))
-            say("\n".join(f"  | {t}" for t in texts[:4]))
+            print0("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in found.items()))
+            print0("\n".join(f"  | {t}" for t in texts[:4]))
         return found
 
     def write(directory):
@@ -633,7 +634,7 @@ def load(cfg):
             raise config.Mistake("no model that sees under out/: train one with `python prepare/shapes.py && "
                                  "python vlm.py config/vlm_shapes.py`, or name one with --init_from")
         directory = found[-1].parent
-    device = train.pick_device(cfg.device)
+    device = common.pick_device(cfg.device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = model.find(directory)
         run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
@@ -724,7 +725,7 @@ def score(cfg):
         found[f"{kind} exact"] = agree(*zip(*pairs))
         if kind == "caption":
             found |= caption_scores(pairs)
-    say(f"{folder.name} {cfg.split}: {len(rows):,} prompts  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    print0(f"{folder.name} {cfg.split}: {len(rows):,} prompts  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     return found
 
 
@@ -736,7 +737,7 @@ def caption_scores(pairs):
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
-        say("for CIDEr-D and BLEU-4: pip install pycocoevalcap")
+        print0("for CIDEr-D and BLEU-4: pip install pycocoevalcap")
         return {}
     said = {i: [normal(t)] for i, (t, _) in enumerate(pairs)}
     meant = {i: [normal(a) for a in r.answers] for i, (_, r) in enumerate(pairs)}
@@ -760,4 +761,4 @@ def main(given, shape):
 
 if __name__ == "__main__":
     config.run(main, *settings)
-    train.leave()
+    common.cleanup()

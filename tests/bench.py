@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"  # real data that is not part of the project
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
 import config  # noqa: E402
 
 
@@ -246,11 +247,11 @@ def twin(model):
 def precision(device):
     """(device, dtype, autocast()) that training takes here."""
     import train
-    device = train.pick_device(device)
-    dtype, _ = train.pick_dtype("auto", device)
+    device = common.pick_device(device)
+    dtype, _ = common.pick_dtype("auto", device)
     if device.type == "cpu":
-        train.keep_freed_memory()
-    return device, dtype, lambda: train.autocast_to(dtype, device)
+        common.keep_freed_memory()
+    return device, dtype, lambda: common.autocast_to(dtype, device)
 
 
 def wait(device):
@@ -672,7 +673,7 @@ def overhead(cfg):
     windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
     model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train())
     optimizers = train.make_optimizers(model, settings, device, dtype)
-    batches = [train.to_device(device, *windows["train"].read(windows["train"].step(i)[:settings.batch_size])) for i in range(steps)]
+    batches = [common.to_device(device, *windows["train"].read(windows["train"].step(i)[:settings.batch_size])) for i in range(steps)]
 
     def bare():
         for x, y in batches:

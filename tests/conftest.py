@@ -36,7 +36,7 @@ def data():
 @pytest.fixture
 def project(tmp_path):
     """command(*words) -> (stdout, stderr) of Python, in a copy of the project that may write its data/ and out/."""
-    for part in "train.py", "model.py", "config", "prepare":
+    for part in "common.py", "train.py", "model.py", "config", "prepare":
         (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
 
     def command(*words):

@@ -154,12 +154,12 @@ def torchrun(n, script, *args, code=0, **more):
 MANY = """
 import sys, json
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import train
-train.dist.init_process_group("gloo")
-train.dist.init_process_group = lambda *a, **k: None  # these runs share one
+import common, train
+common.dist.init_process_group("gloo")
+common.dist.init_process_group = lambda *a, **k: None  # these runs share one
 for settings, shape in json.loads({jobs!r}):
     train.main(train.TrainConfig(**settings), shape)
-train.leave()
+common.cleanup()
 """
 
 
@@ -234,8 +234,8 @@ def test_a_rank_that_dies_is_started_again(words, tmp_path):
     (tmp_path / "dies.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import config, train
-total = train.total
+import common, config, train
+total = train.all_reduce_sum
 def dies(*numbers):  # the second process, before the end of step 15, the first time
     if train.RANK == 1 and len(numbers) == 1 and not os.path.exists(died):
         calls.append(1)
@@ -243,9 +243,9 @@ def dies(*numbers):  # the second process, before the end of step 15, the first 
             open(died, "x").close()
             os._exit(13)
     return total(*numbers)
-calls, train.total, died = [], dies, {str(tmp_path / "died")!r}
+calls, train.all_reduce_sum, died = [], dies, {str(tmp_path / "died")!r}
 config.run(train.main, *config.load(train.TrainConfig, None, "model.py:LlamaConfig"))
-train.leave()
+common.cleanup()
 """)
     out = tmp_path / "run"
     args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=out, batch_size=2, gradient_accumulation_steps=2, block_size=32, max_iters=20,

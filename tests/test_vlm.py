@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import config
 import train
 import vlm
@@ -210,7 +211,7 @@ def test_batch_has_targets_at_the_words_only(squares):
     see, tok = tiny()
     run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"))
     data, = run.read(squares, "train")
-    x, y, seen, positions = train.to_device(torch.device("cpu"), *run.batch(data, [0, 4]))
+    x, y, seen, positions = common.to_device(torch.device("cpu"), *run.batch(data, [0, 4]))
     assert seen.shape == (1, 3, 16, 16)  # the second example has no picture
     assert (x == see.image_id).sum(1).tolist() == [4, 0]
     assert bytes(t for t in y[0].tolist() if 0 <= t < 256) == b"red squarered" and (y[0] == 257).sum() == 2
@@ -230,7 +231,7 @@ def test_rows_about_one_picture_are_read_as_if_alone(squares):
     found = []
     for lines in (together, alone):
         seen = run.pictures([p for rows in lines for p in rows[0].pictures])
-        x, y, positions = train.to_device(torch.device("cpu"), *data.collate(lines))
+        x, y, positions = common.to_device(torch.device("cpu"), *data.collate(lines))
         assert x.shape[1] <= max(map(data.length, lines))
         loss = see(x, y, seen, positions)[1]
         see.zero_grad()

@@ -1,0 +1,151 @@
+"""What several scripts need of the machine: the processes of a run, a device, a dtype, and files that appear whole."""
+import ctypes
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import config
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets both
+
+
+# -- the processes of a run --------------------------------------------------------------------------------------
+
+def print0(*words):
+    """Print, on the first process only."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def all_reduce_sum(*numbers):
+    """The sums of these numbers over all processes."""
+    if WORLD == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def init_distributed(device):
+    """Join the other processes, if there are any.
+
+    The store is torchrun's own, which outlives processes that it starts again; each start has keys of its own there.
+    """
+    if WORLD > 1:
+        store, _, _ = next(dist.rendezvous("env://", RANK, WORLD))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+
+
+def cleanup():
+    """End this process together with the others. It skips the interpreter's own teardown, in which the threads of gloo
+    now and then abort a run that is complete."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+# -- hardware ----------------------------------------------------------------------------------------------------
+
+def pick_device(name):
+    """torch.device of this process. Raises `config.Mistake` for one that cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise config.Mistake(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        # With masks, cuDNN's gradients can be NaN and its decoding wrong (pytorch#196678, #193893).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def pick_dtype(name, device):
+    """(torch.dtype of matrix products, why)."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "tensor cores, and the range of float32"
+        return torch.float16, "tensor cores; this GPU has no bfloat16"
+    if device.type == "mps":
+        return torch.float32, "safe on this device"
+    ratio = bfloat16_speed()
+    better = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return better, f"bfloat16 products run at {ratio:.2g}x the speed of float32 on this processor"
+
+
+def bfloat16_speed():
+    """How many times faster than float32 this processor multiplies in bfloat16: it may have units for it, or crawl."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(3):  # the first one warms up
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+            if times[0] > 50 * seconds.get(torch.float32, math.inf):
+                break  # it crawls: known after 0.2 s
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def autocast_to(dtype, device):
+    """The context in which matrix products run in dtype."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def keep_freed_memory():
+    """Have glibc keep the blocks that torch frees: giving them back and faulting them in anew costs a CPU a tenth of a
+    training step."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which ends when it is freed
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is kept too
+
+
+def to_device(device, *arrays):
+    """Arrays and tensors as tensors on device, None as it is; to a GPU without waiting."""
+    tensors = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
+    if device.type == "cuda":
+        return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return [t if t is None else t.to(device) for t in tensors]
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def atomic_write(path):
+    """A temporary path that takes the place of `path` once the block ends well: `with atomic_write(path) as tmp`."""
+    path = Path(path)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
+        yield tmp
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(tmp, mode)  # safetensors lets nobody else read its files
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
