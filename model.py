@@ -614,7 +614,8 @@ class Llama(nn.Module):
         logits = self.lm_head(x)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+        loss = loss / (targets != -100).sum().clamp(min=1)
         if self.training and self.config.router_aux:
             extra = self.config.router_aux * balance
             loss = loss + (extra - extra.detach())
@@ -656,6 +657,16 @@ class Llama(nn.Module):
     def moe_layers(self):
         """The mixture-of-experts modules, in order of depth."""
         return [m for m in self.modules() if isinstance(m, MoE)]
+
+    @torch.no_grad()
+    def pop_expert_load(self):
+        layers = self.moe_layers()
+        if not layers:
+            return torch.zeros(0, 0)
+        load = torch.stack([m.load for m in layers])
+        for m in layers:
+            m.load.zero_()
+        return load
 
     @torch.no_grad()
     def balance(self):

@@ -4,11 +4,12 @@
     torchrun --nproc_per_node=8 train.py config/scout.py                  one process per GPU
     python train.py config/tales.py --learning_rate=1e-3 --n_layer=8      any key, also the model's
     python train.py --init_from=resume --out_dir=out/tales                go on where it stopped
-    python train.py --eval_only --init_from=out/tales --dataset=tales     loss, perplexity, bits per byte
+    python train.py --eval_only --init_from=out/tales                     loss, perplexity, bits per byte
     python train.py --eval_only --init_from=out/tales --hellaswag=True    HellaSwag, after prepare/hellaswag.py
 
 The run directory is a Hugging Face checkpoint (config.json, model.safetensors, the tokenizer's files) with
 train_state.pt, run.json, log.jsonl and loss.png beside it; best/ has the weights of the lowest validation loss.
+A run that goes on or is evaluated keeps the settings of its run.json, but for the keys that are given now.
 """
 import contextlib
 import gc
@@ -18,15 +19,15 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from array import array
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import config
@@ -39,34 +40,34 @@ class TrainConfig:
     dataset: str = "tales"  # folder under data/ (or a path) made by a prepare script; tales needs no download
     out_dir: str | None = None  # where the run is kept; None: out/<dataset>
     init_from: str = "scratch"  # "scratch", "resume", or a directory or hub name to fine-tune
-    batch_size: int = 32  # sequences in one forward pass on each process; what memory allows
-    gradient_accumulation_steps: int = 1  # forward passes per step, over all processes together
-    block_size: int = 256  # tokens in a sequence; a story fits
+    batch_size: int = 32  # [1, inf) sequences in one forward pass on each process; what memory allows
+    gradient_accumulation_steps: int = 1  # [1, inf) forward passes per step, over all processes together
+    block_size: int = 256  # [1, inf) tokens in a sequence; a story fits
     whole_docs: bool = False  # True: windows begin with a document and hold whole ones; for documents shorter than one
     doc_mask: bool = False  # True: no attention across documents, positions restart; slower, cleaner for short ones
-    max_iters: int = 2000  # optimizer steps
+    max_iters: int = 2000  # [1, inf) optimizer steps
     optimizer: str = "muon"  # "muon" for the hidden matrices (AdamW for the rest) learns faster; "adamw" for all
-    learning_rate: float = 3e-3  # peak; Muon's updates are scaled to AdamW's size, so that one rate serves both
-    min_lr: float = 0.0  # rate at the end; decaying all the way to 0 beats stopping at a tenth
-    warmup_iters: int = 100  # steps of linear rise; AdamW's second moment needs some to settle
+    learning_rate: float = 3e-3  # [0, inf) peak; Muon's updates are scaled to AdamW's size, so one rate serves both
+    min_lr: float = 0.0  # [0, inf) rate at the end; decaying all the way to 0 beats stopping at a tenth
+    warmup_iters: int = 100  # [0, inf) steps of linear rise; AdamW's second moment needs some to settle
     schedule: str = "cosine"  # "cosine", or "wsd": flat, then linear decay, which can be prolonged later
-    decay_frac: float = 0.2  # share of the steps in which wsd decays
-    beta1: float = 0.9  # AdamW's momentum, the usual
-    beta2: float = 0.95  # shorter memory than the usual 0.999 is steadier in language models
-    muon_momentum: float = 0.95  # Nesterov momentum of Muon, its author's
-    weight_decay: float = 0.1  # on matrices, not on norms; GPT-3's
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    decay_frac: float = 0.2  # [0, 1] share of the steps in which wsd decays
+    beta1: float = 0.9  # [0, 1) AdamW's momentum, the usual
+    beta2: float = 0.95  # [0, 1) shorter memory than the usual 0.999 is steadier in language models
+    muon_momentum: float = 0.95  # [0, 1) Nesterov momentum of Muon, its author's
+    weight_decay: float = 0.1  # [0, inf) on matrices, not on norms; GPT-3's
+    grad_clip: float = 1.0  # [0, inf) largest norm of the gradient; 0: no clipping
     checkpointing: bool = False  # recompute activations in the backward pass: a third more work, far less memory
-    eval_interval: int = 250  # steps between evaluations; each also saves a checkpoint
-    eval_tokens: int = 0  # validation tokens per evaluation, always the same ones; 0: all of them
+    eval_interval: int = 250  # [1, inf) steps between evaluations; each also saves a checkpoint
+    eval_tokens: int = 0  # [0, inf) validation tokens per evaluation, always the same ones; 0: all of them
     eval_only: bool = False  # print loss, perplexity and bits per byte of the whole validation split, and stop
     hellaswag: bool = False  # score HellaSwag at each evaluation; with eval_only that alone, and no dataset is needed
-    hellaswag_items: int = 0  # only the first so many of its items; 0: all 10,042
-    log_interval: int = 10  # steps between log lines
-    sample_tokens: int = 60  # length of the sample printed at each evaluation; 0: none
+    hellaswag_items: int = 0  # [0, inf) only the first so many of its items; 0: all 10,042
+    log_interval: int = 10  # [1, inf) steps between log lines
+    sample_tokens: int = 60  # [0, inf) length of the sample printed at each evaluation; 0: none
     shard: bool = False  # split parameters and optimizer over the processes (fully_shard); False: a copy on each (DDP)
-    keep: int = 2  # latest checkpoints kept, so that a bad one is not the only one
-    seed: int = 1337  # nanoGPT's; draws the weights, the order of the data, dropout and router noise
+    keep: int = 2  # [1, inf) latest checkpoints kept, so that a bad one is not the only one
+    seed: int = 1337  # [0, inf) nanoGPT's; draws the weights, the order of the data, dropout and router noise
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
     dtype: str = "auto"  # "float32", "bfloat16", "float16" for matrix products; "auto" takes what is fast here
     compile: bool | None = None  # torch.compile; None: on CUDA only, elsewhere compiling costs more than it saves
@@ -76,41 +77,59 @@ class TrainConfig:
                               ("dtype", ("auto", "float32", "bfloat16", "float16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("batch_size", "gradient_accumulation_steps", "block_size", "max_iters", "eval_interval",
-                     "log_interval", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "min_lr", "warmup_iters", "decay_frac", "weight_decay", "grad_clip", "eval_tokens",
-                     "hellaswag_items"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+
+
+TRAINING_ONLY = ("dropout", "router_noise", "router_aux")  # fields of LlamaConfig that no checkpoint carries
+KEYS, SHAPE_KEYS = "train.py:TrainConfig", "model.py:LlamaConfig"
+
+
+def run_directory(out_dir, dataset, prefix=""):
+    """Where a run is kept: out_dir, or out/<the data set's name>."""
+    return Path(out_dir) if out_dir else config.ROOT / "out" / (prefix + Path(dataset).resolve().name)
+
+
+def with_run(given, shape, directory, keys=KEYS):
+    """(settings, shape): {key: value} as given, over those in the run.json of the run that is resumed or evaluated.
+
+    Says which keys now differ. directory: that of the run; one without a run.json leaves things as given."""
+    settings, model = config.of_run(directory, keys, SHAPE_KEYS)
+    settings = {k: v for k, v in settings.items() if k not in ("init_from", "out_dir", "eval_only")}
+    model = {k: v for k, v in model.items() if k in TRAINING_ONLY}
+    for key, value in (given | shape).items():
+        before = (settings | model).get(key, value)
+        if value != before and os.environ.get("RANK", "0") == "0":
+            print(f"settings   {key}={value} from now on, {before} so far", flush=True)
+    return settings | given, model | shape
+
+
+def read_settings():
+    """(TrainConfig, shape of the model) that the command line asks for."""
+    given, shape = config.load(KEYS, also=SHAPE_KEYS)
+    source = given.get("init_from", "scratch")
+    if source == "resume":
+        directory = run_directory(given.get("out_dir"), given.get("dataset", TrainConfig.dataset))
+        given, shape = with_run(given | {"out_dir": str(directory)}, shape, directory)
+    elif given.get("eval_only") and source != "scratch":
+        given, shape = with_run(given, shape, source)
+    return config.make(TrainConfig, given), shape
 
 
 if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
-    settings = config.run(config.load, TrainConfig, None, "model.py:LlamaConfig")
+    settings = config.run(read_settings)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 
 from common import (  # noqa: E402
-    RANK, WORLD, all_reduce_sum, atomic_write, autocast_to, cleanup, init_distributed, keep_freed_memory, pick_device,
-    pick_dtype, print0, to_device)
+    RANK, WORLD, IdleThreads, all_reduce_sum, atomic_write, autocast_to, cleanup, init_distributed, keep_freed_memory,
+    peak_memory, pick_device, pick_dtype, print0, to_device)
 from model import PRESETS, Llama, find  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
-from prepare.windows import Windows, draws, restarts  # noqa: E402
+from prepare.windows import Windows, document_positions, rng_for  # noqa: E402
 
-TRAINING_ONLY = ("dropout", "router_noise", "router_aux", "router_bias")  # fields no checkpoint carries
 NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "pos_embedding")  # matrices that Muon is not meant for
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
-
-
-# -- hardware ----------------------------------------------------------------------------------------------------
-
-def peak_flops(device):
-    """Dense bf16 FLOP/s that the maker gives, or 0 where that is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------
@@ -123,6 +142,7 @@ class Muon(torch.optim.Optimizer):
     Updates have the root mean square of AdamW's (0.2 * sqrt(max(out, in)) times an orthogonal matrix).
     Sources: Keller Jordan, "Muon", 2024 (the quintic iteration); Moonlight, arXiv:2502.16982 (the scale).
     """
+    BATCH = 2**26  # elements on each process that are handled at once: some copies of them are made
 
     def __init__(self, params, lr, momentum, weight_decay, dtype):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -139,15 +159,15 @@ class Muon(torch.optim.Optimizer):
             x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
         return (x.mT if tall else x).to(g.dtype)
 
-    def each(self, stack):
-        """stack (n, ..., a, b), each matrix orthogonalized. Of a sharded stack each process has some rows of all matrices;
-        for this it gets all rows of some in exchange."""
+    def orthogonalize_stack(self, stack):
+        """stack (n, ..., a, b), each matrix orthogonalized. Of a sharded stack each process has some rows of all
+        matrices; for this it gets all rows of some in exchange."""
         if not hasattr(stack, "placements"):
             return self.orthogonalize(stack.flatten(0, -3)).view_as(stack)
         from torch.distributed.tensor import DTensor, Shard
         whole = stack.redistribute(placements=[Shard(0)])
-        done = DTensor.from_local(self.each(whole.to_local()), whole.device_mesh, [Shard(0)], run_check=False,
-                                  shape=whole.shape, stride=whole.stride())
+        done = DTensor.from_local(self.orthogonalize_stack(whole.to_local()), whole.device_mesh, [Shard(0)],
+                                  run_check=False, shape=whole.shape, stride=whole.stride())
         return done.redistribute(placements=stack.placements)
 
     @torch.no_grad()
@@ -157,21 +177,24 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
-            slices = [ps[i:i + n] for ps in by_shape.values() for n in [max(WORLD, 2**26 * WORLD // ps[0].numel())]
-                      for i in range(0, len(ps), n)]  # of some 2**26 elements on each process
-            for params in slices:
-                shape = params[0].shape
-                for p in params:
-                    if "momentum" not in self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                grads = [p.grad for p in params]
-                buffers = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                stack = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (n, ..., a, b)
-                stack = stack.flatten(2) if len(shape) == 4 else stack  # convolutions: (n, out, in·h·w)
-                update = self.each(stack) * (-0.2 * group["lr"] * max(stack.shape[-2:]) ** 0.5)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, [u.view(shape) for u in update.unbind()])
+            for params in by_shape.values():
+                count = max(WORLD, self.BATCH * WORLD // params[0].numel())
+                for i in range(0, len(params), count):
+                    self.update(params[i:i + count], group)
+
+    def update(self, params, group):
+        """One step of parameters of one shape."""
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        shape, grads = params[0].shape, [p.grad for p in params]
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        stack = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (n, ..., a, b)
+        stack = stack.flatten(2) if len(shape) == 4 else stack  # convolutions: (n, out, in·h·w)
+        update = self.orthogonalize_stack(stack) * (-0.2 * group["lr"] * max(stack.shape[-2:]) ** 0.5)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, [u.view(shape) for u in update.unbind()])
 
 
 def for_muon(name, p, cfg):
@@ -180,7 +203,7 @@ def for_muon(name, p, cfg):
 
 
 def make_optimizers(model, cfg, device, dtype):
-    """[AdamW] or [AdamW, Muon] over the parameters of a Llama (and of what vlm.py puts around it) that are to learn."""
+    """[AdamW] or [AdamW, Muon] over the parameters of a model that are to learn."""
     hidden, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -191,8 +214,8 @@ def make_optimizers(model, cfg, device, dtype):
             hidden.append(p)
         else:
             matrices.append(p)
-    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)],
-                              lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
     if not hidden:
         return [adamw]
     iteration = torch.float32 if device.type == "cpu" and dtype != torch.bfloat16 else torch.bfloat16
@@ -211,7 +234,7 @@ def learning_rate(step, cfg):
     return cfg.min_lr + height * (cfg.learning_rate - cfg.min_lr)
 
 
-# -- sharding ----------------------------------------------------------------------------------------------------
+# -- a model on several processes, or compiled -------------------------------------------------------------------
 
 def shard(model, device, dtype):
     """Split a Llama over all processes, so that each computes with one whole block at a time, in dtype."""
@@ -224,7 +247,7 @@ def shard(model, device, dtype):
     mesh = init_device_mesh(device.type, (WORLD,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     head = [] if model.config.tie_embeddings else [model.lm_head]
-    for block in [*model.model.layers, *head]:  # already in dtype, so that autocast keeps no copy of its weights for the backward pass
+    for block in [*model.model.layers, *head]:  # in dtype already, so autocast keeps no copy for the backward pass
         fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=rows)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, "generate")
@@ -232,89 +255,135 @@ def shard(model, device, dtype):
     return model
 
 
+def compiled(model, cfg, device):
+    """The model as one compiled graph, where cfg asks for that. Raises `Mistake` where the tools for it are missing."""
+    if not (device.type == "cuda" if cfg.compile is None else cfg.compile):
+        return model
+    try:  # now, and not after minutes of loading: it needs a C++ compiler, or Triton
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as e:  # the compiler's own kinds of exception differ from release to release
+        raise config.Mistake(f"torch.compile does not work here ({str(e).strip().splitlines()[0]}): "
+                             "leave it off with --compile=False") from e
+    return torch.compile(model)
+
+
+def data_parallel(model):
+    """A copy of the model on each process; the backward pass leaves the mean of all gradients on every one."""
+    DDP = torch.nn.parallel.DistributedDataParallel
+    torch_2_13 = "forward_sync_buffers" in inspect.signature(DDP).parameters  # its new name of broadcast_buffers
+    no_buffers = {"forward_sync_buffers" if torch_2_13 else "broadcast_buffers": False}  # each counts its own load
+    return DDP(model, gradient_as_bucket_view=True, **no_buffers)
+
+
 # -- evaluation --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, windows, device, autocast, bos_id=None, limit=0, progress=False):
-    """Mean loss in nats per token over the windows of a split, of which each process takes a share.
+def evaluate(model, batches, device, autocast):
+    """The mean of model(*args)[1] over batches [(count, args), ...], weighted by count, over all processes."""
+    was_training, total, targets = model.training, 0.0, 0
+    model.eval()
+    with IdleThreads(device) as threads:
+        for count, args in batches:
+            begin = time.perf_counter()
+            with autocast:
+                loss = model(*to_device(device, *args))[1].item()
+            total += loss * count
+            targets += count
+            threads.adapt(time.perf_counter() - begin)
+    model.train(was_training)
+    total, targets = all_reduce_sum(total, targets)
+    return total / targets
+
+
+def eval_batches(windows, device, bos_id=None, limit=0):
+    """[(targets, (x, y, positions)), ...] of this process's share of a split, drawn as they are asked for.
 
     limit: take about this many tokens, spread evenly and always the same; 0: each token but the first, exactly once.
     """
-    cfg, spans, was, nats, count = windows.cfg, windows.epoch(None), model.training, 0.0, 0
+    cfg, spans = windows.cfg, windows.in_order()
     wanted = -(-limit // cfg.block_size) if limit else len(spans)
     if wanted < len(spans):
         spans = spans[np.linspace(0, len(spans) - 1, wanted).astype(int)]
-    whole = WORLD * (cfg.batch_size if device.type == "cuda" else 1)  # a smaller last batch would be compiled anew
-    spans = np.append(spans, [(0, 1)] * (-len(spans) % whole)).astype(int).reshape(-1, 2)[RANK::WORLD]  # (0, 1): no target
-    batches = range(0, len(spans), cfg.batch_size)
-    if progress and RANK == 0:
-        from tqdm import tqdm
-        batches = tqdm(batches, desc="evaluating", unit="batch", leave=False)
-    model.eval()
-    for i in batches:
+    # Each process gets as many batches, since those that share a model compute together; (0, 1) has no target. On a
+    # GPU all are full: a smaller last one would be compiled anew.
+    multiple = WORLD * (cfg.batch_size if device.type == "cuda" else 1)
+    filler = [(0, 1)] * (-len(spans) % multiple)
+    spans = np.append(spans, filler).astype(int).reshape(-1, 2)[RANK::WORLD]
+    for i in range(0, len(spans), cfg.batch_size):
         x, y = windows.read(spans[i:i + cfg.batch_size])
-        n = int((y != -100).sum())
-        x, y, positions = to_device(device, x, y, restarts(x, bos_id) if cfg.doc_mask else None)
-        with autocast:
-            loss = model(x, y, positions)[1].item()  # on every process: those that share a model compute together
-        nats += loss * n if n else 0.0
-        count += n
-    model.train(was)
-    nats, count = all_reduce_sum(nats, count)
-    return nats / count
-
-
-def hellaswag_scores(model, tok, cfg, device, autocast):
-    """A function that scores HellaSwag, of which each process takes a share: {name: value} for the log.
-
-    Reads and tokenizes the items at once, so that what is wrong with them shows before a long run."""
-    items = hellaswag.load(cfg.hellaswag_items)
-    rows = hellaswag.rows(items, tok, model.config.context)
-    tokens = 256 if device.type == "cpu" else cfg.batch_size * cfg.block_size  # what stays in cache, or fits in memory
-
-    def score():
-        with autocast:
-            found = hellaswag.log_likelihoods(model, rows, device, tokens, RANK, WORLD)
-        acc, norm = (n / len(items) for n in all_reduce_sum(*hellaswag.correct(items, found)))
-        error = [math.sqrt(p * (1 - p) / max(len(items) - 1, 1)) for p in (acc, norm)]
-        print0(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  over {len(items):,} items")
-        return {"hellaswag_acc": acc, "hellaswag_acc_norm": norm, "hellaswag_items": len(items)}
-    return score
+        yield int((y != -100).sum()), (x, y, document_positions(x, bos_id) if cfg.doc_mask else None)
 
 
 def bits_per_byte(loss, windows):
     """Nats per token over these windows -> bits per byte of the text, which does not depend on the tokenizer."""
-    return loss / math.log(2) * (np.diff(windows.epoch(None)) - 1).sum().item() / windows.split.bytes
+    return loss / math.log(2) * (np.diff(windows.in_order()) - 1).sum().item() / windows.split.bytes
+
+
+class HellaSwag:
+    """The scores of a model on HellaSwag, of which each process takes a share.
+
+    Reads and tokenizes the items at once, so that what is wrong with them shows before a long run."""
+
+    def __init__(self, cfg, tok, context):
+        self.items = hellaswag.load(cfg.hellaswag_items)
+        self.rows = hellaswag.rows(self.items, tok, context)
+        self.tokens = cfg.batch_size * cfg.block_size
+
+    def __call__(self, model, device, autocast):
+        """{name: value} for the log."""
+        tokens = 256 if device.type == "cpu" else self.tokens  # what stays in cache, or fits in memory
+        with autocast:
+            scores = hellaswag.log_likelihoods(model, self.rows, device, tokens, RANK, WORLD)
+        count = len(self.items)
+        acc, norm = (right / count for right in all_reduce_sum(*hellaswag.correct(self.items, scores)))
+        error = [math.sqrt(p * (1 - p) / max(count - 1, 1)) for p in (acc, norm)]
+        print0(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  over {count:,} items")
+        return {"hellaswag_acc": acc, "hellaswag_acc_norm": norm, "hellaswag_items": count}
 
 
 # -- the run directory -------------------------------------------------------------------------------------------
 
 def latest(out):
     """The newest complete checkpoint of a run directory, or None. A checkpoint appears by one rename, whole."""
-    found = sorted((out / "checkpoints").glob("step_*"))
-    return found[-1] if found else None
+    checkpoints = sorted((Path(out) / "checkpoints").glob("step_*"))
+    return checkpoints[-1] if checkpoints else None
 
 
-def publish(source, directory, skip=()):
+def common_latest(out):
+    """The newest checkpoint as the first process sees it. Raises `Mistake` where there is none, or another process
+    does not see it: they would go on from different steps."""
+    newest = latest(out)
+    step, = all_reduce_sum(int(newest.name.removeprefix("step_")) if newest and RANK == 0 else 0)
+    path = Path(out) / "checkpoints" / f"step_{int(step):08d}"
+    missing, = all_reduce_sum(int(not path.is_dir()))
+    if missing == WORLD:
+        raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint")
+    if missing:
+        raise config.Mistake(f"{missing:.0f} of {WORLD} processes do not see {path}: all need the same disk to resume")
+    return path
+
+
+def link_checkpoint(source, directory, skip=()):
     """Link (or copy) the files of a checkpoint into directory, each replacing the old one whole."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if path.name not in skip:
-            tmp = directory / (path.name + ".tmp")
-            tmp.unlink(missing_ok=True)
+        if path.name in skip:
+            continue
+        tmp = directory / (path.name + ".tmp")
+        tmp.unlink(missing_ok=True)
+        try:
             try:
-                try:
-                    os.link(path, tmp)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(path, tmp)
-                os.replace(tmp, directory / path.name)
-            finally:
-                tmp.unlink(missing_ok=True)
+                os.link(path, tmp)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, tmp)
+            os.replace(tmp, directory / path.name)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
-def save(out, write, state, keep, best):
-    """Make a checkpoint of what write(directory) writes and of `state`; publish it as the run's own files, and in
-    best/ if it is the best. Raises `Mistake`, with the earlier checkpoints as they were, when the disk is full."""
+def save_checkpoint(out, write, state, keep, best):
+    """Make a checkpoint of what write(directory) writes and of `state`; link it as the run's own files, and in best/ if
+    it is the best. Raises `Mistake`, with the earlier checkpoints as they were, when the disk is full."""
     final, tmp = out / "checkpoints" / f"step_{state['step']:08d}", out / "checkpoints" / ".writing"
     try:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -326,26 +395,27 @@ def save(out, write, state, keep, best):
             os.fsync(f.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
-        publish(final, out)
+        link_checkpoint(final, out)
         if best:
-            publish(final, out / "best", skip=("train_state.pt",))
+            link_checkpoint(final, out / "best", skip=("train_state.pt",))
     except (OSError, RuntimeError, SafetensorError) as e:  # each library has its own error for a full disk
         shutil.rmtree(tmp, ignore_errors=True)
         before = latest(out)
-        raise config.Mistake(f"cannot save to {out}: {str(e).splitlines()[0]}; "
-                             + (f"the checkpoint {before.name} is intact" if before else "there is no checkpoint yet")) from e
+        rest = f"the checkpoint {before.name} is intact" if before else "there is no checkpoint yet"
+        raise config.Mistake(f"cannot save to {out}: {str(e).splitlines()[0]}; {rest}") from e
     for old in sorted((out / "checkpoints").glob("step_*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def read_state(path):
-    """train_state.pt of a checkpoint directory."""
+    """train_state.pt of a checkpoint directory. Of older runs it does not count sequences and tokens: None."""
     try:
         state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
-        return {"held_out": None} | {key: state[key] for key in ("step", "seconds", "best", "optimizers", "scaler", "router_bias")} | state
+        counts = {"sequences": None, "tokens": None, "val_fingerprint": state.get("held_out")}
+        return counts | {key: state[key] for key in ("step", "seconds", "best", "optimizers", "scaler")} | state
     except Exception as e:  # torch advises to load it without weights_only, which would run what code it holds
-        raise config.Mistake(f"{path / 'train_state.pt'} cannot be read, or is no state of a run ({type(e).__name__}): "
-                             f"remove {path} to go on from the checkpoint before") from e
+        raise config.Mistake(f"{path / 'train_state.pt'} cannot be read, or is no state of a run "
+                             f"({type(e).__name__}): remove {path} to go on from the checkpoint before") from e
 
 
 def gathered(state):
@@ -359,13 +429,13 @@ def gathered(state):
 
 
 def load_optimizer(optimizer, saved):
-    """Restore an optimizer from a whole state, of which this process keeps its part where the parameters are sharded."""
+    """Restore an optimizer from a whole state; of sharded parameters this process keeps its part."""
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if hasattr(p, "placements"):
             from torch.distributed.tensor import distribute_tensor
-            saved["state"][i] = {
-                key: distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None) if value.shape == p.shape else value
-                for key, value in saved["state"][i].items()}
+            for key, value in saved["state"][i].items():
+                if value.shape == p.shape:
+                    saved["state"][i][key] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
     optimizer.load_state_dict(saved)
 
 
@@ -381,19 +451,12 @@ def read_log(path):
     return lines
 
 
-def add_to(curves, entry):
-    """Append to {name: array of step, loss, step, loss, ...} what an entry of the log has."""
-    for name, key in ("training", "train_loss"), ("validation", "val_loss"):
-        if key in entry:
-            curves[name].extend((entry["step"], entry[key]))
-
-
 DOTS = dict(marker="o", markersize=3)
 STYLES = {"training": dict(color="#9db4d0", linewidth=1), "validation": dict(color="#c0392b", linewidth=2) | DOTS}
 
 
 def plot(curves, path, title, floor=None):
-    """Draw {name: steps and losses, as `add_to` makes them or (n, 2)}. floor: nats per token that no model beats, or None."""
+    """Draw {name: [(step, loss), ...]}. floor: nats per token that no model beats, or None."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     axes, values = figure.add_subplot(), []
@@ -423,15 +486,42 @@ def write_figure(figure, path):
     gc.collect()  # figures are full of cycles, and would pile up for a hundred evaluations
 
 
+class Log:
+    """log.jsonl and loss.png of a run."""
+
+    def __init__(self, out, entries):
+        self.out, self.entries, self.curves = out, entries, {"training": [], "validation": []}
+        for entry in entries:
+            self.add_to_curves(entry)
+
+    def add_to_curves(self, entry):
+        for name, key in ("training", "train_loss"), ("validation", "val_loss"):
+            if key in entry:
+                self.curves[name].append((entry["step"], entry[key]))
+
+    def start(self):
+        """Write anew what earlier runs logged up to the step that is resumed."""
+        shards.write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def write(self, entry):
+        if RANK == 0:
+            self.add_to_curves(entry)
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
+
+
 def facts_of_run(cfg, model_config):
     """What run.json records: every setting, versions, hardware, code."""
     try:
-        commit = subprocess.run(["git", "-C", config.ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                                capture_output=True, text=True, timeout=10).stdout.strip()
+        describe = ["git", "-C", config.ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
+    settings = asdict(cfg)
+    if Path(cfg.dataset).is_dir():
+        settings["dataset"] = os.path.abspath(cfg.dataset)  # found again from any folder
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"command": sys.argv, "settings": asdict(cfg), "model": asdict(model_config), "processes": WORLD,
+    return {"command": sys.argv, "settings": settings, "model": asdict(model_config), "processes": WORLD,
             "run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "git_commit": commit,
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "gpu": gpu,
@@ -456,211 +546,222 @@ def start_directory(out, cfg, model_config, log):
         try:
             out.mkdir(parents=True, exist_ok=True)
             shards.write_text(out / "run.json", json.dumps(facts_of_run(cfg, model_config), indent=1) + "\n")
-            shards.write_text(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+            log.start()
         except OSError:
             if new:
                 shutil.rmtree(out, ignore_errors=True)
             raise
 
 
+def command_to_resume(out):
+    """What to type to go on with a run."""
+    launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if WORLD > 1 else ["python"]
+    return shlex.join([*launcher, sys.argv[0], "--init_from=resume", f"--out_dir={os.path.relpath(out)}"])
+
+
 # -- the loop ----------------------------------------------------------------------------------------------------
 
-def fit(cfg, model, out, device, dtype, batches, validate, write, tokens_per_step, flops_per_token, floor=None, held_out=None):
-    """Train `model` for cfg.max_iters steps, in the run directory `out`, from its last checkpoint if cfg says so.
+def fit(task, cfg, out):
+    """Train a task for cfg.max_iters steps, in the run directory `out`, from its last checkpoint if cfg says so.
 
-    batches(step): this process's micro-batches, each the arguments of model(...), whose second result is the loss.
-    validate(model): evaluates on every process and returns {"val_loss": nats per token, ...} for the log.
-    write(directory): writes the model's own files, of a sharded model with the whole of it as state=.
-    `model` may have `moe_layers` and `balance` like a Llama. held_out: tells one validation set from another.
+    task: an object like `Text`. It has model, device and dtype; llama, the Llama in it; batch(drawn), this process's
+    micro-batches [(targets, arguments of the model), ...] of the step that begins after so many sequences;
+    evaluate(model), {"val_loss": ..., ...}; save(directory, state); flops_per_token, floor and val_fingerprint.
+    model(*arguments)[1] is the mean loss over the targets of a micro-batch, 0 where it has none.
     """
-    sharded = hasattr(model, "unshard")
-    if cfg.shard and WORLD > 1 and not sharded:
-        raise config.Mistake("--shard=True splits a Llama, not one that sees")
-    autocast = autocast_to(dtype, device)
-    optimizers = make_optimizers(model, cfg, device, dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
-    experts, first, seconds, best, log = model.moe_layers(), 0, 0.0, math.inf, []
+    model, device, llama = task.model, task.device, task.llama
+    sharded, autocast = hasattr(model, "unshard"), autocast_to(task.dtype, device)
+    optimizers = make_optimizers(model, cfg, device, task.dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=task.dtype == torch.float16)
+    state = {"step": 0, "sequences": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
+    log = Log(out, [])
     if cfg.init_from == "resume":
-        state = read_state(latest(out))
-        first, seconds = state["step"], state["seconds"]
-        if state["held_out"] == held_out:
-            best = state["best"]
-        else:
-            print0("resume     with another validation set: best/ begins anew")
-        with config.mistakes(ValueError, KeyError, prefix=f"{latest(out)} was made by another optimizer: "):
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                load_optimizer(optimizer, saved)
-        scaler.load_state_dict(state["scaler"])
-        for layer, saved in zip(experts, state["router_bias"], strict=True):
-            layer.bias.copy_(saved)
-        log = [r for r in read_log(out / "log.jsonl") if r["step"] <= first]
+        state = resume(task, cfg, out, optimizers, scaler)
+        log = Log(out, [entry for entry in read_log(out / "log.jsonl") if entry["step"] <= state["step"]])
     check_writable(out)
-    compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
-    step_model, ddp = compiled, WORLD > 1 and not sharded
-    if ddp:  # the buffers, loads and biases of experts, are each process's own or the same anyway
-        DDP = torch.nn.parallel.DistributedDataParallel
-        new = "forward_sync_buffers" in inspect.signature(DDP).parameters  # what torch calls it from 2.13 on
-        step_model = DDP(compiled, gradient_as_bucket_view=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
-    peak = peak_flops(device) * WORLD
-    print0(f"run        {out}, compile {'off' if compiled is model else 'on'}, about "
-        f"{memory_estimate(model, cfg, dtype) / 2**30:.1f} GiB" + (" for each process" if WORLD > 1 else "")
-        + (f", resumed after step {first}" if first else ""))
-
-    curves = {"training": array("d"), "validation": array("d")}
-    for entry in log:
-        add_to(curves, entry)
-
-    def record(entry):
-        if RANK == 0:
-            add_to(curves, entry)
-            with open(out / "log.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
-
-    skipped, times, coming, clock = 0, [], batches(first), time.perf_counter()
-    with (listening() as stop, memory_advice(model, cfg, device, dtype),
+    compiled_model = compiled(model, cfg, device)
+    step_model = data_parallel(compiled_model) if WORLD > 1 and not sharded else compiled_model
+    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if device.type == "cuda"
+                 and gpu in torch.cuda.get_device_name(device)), 0) * WORLD
+    print0(f"run        {out}, compile {'off' if compiled_model is model else 'on'}"
+           + (f", resumed after step {state['step']}" if state["step"] else ""))
+    start, times, bad_steps = state["step"], deque(maxlen=50), 0
+    with (stop_signals() as signals, IdleThreads(device) as threads, memory_advice(cfg, device, task.dtype),
           config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
-        for step in range(first, cfg.max_iters):
+        for step in range(start, cfg.max_iters):
+            begin = time.perf_counter()
             rate = learning_rate(step, cfg)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-            torch.manual_seed(int(draws(cfg.seed, 1, step, RANK).integers(2**63)))  # dropout and router noise
-            micro_batches, loss_sum = coming, 0.0
-            for i, batch in enumerate(micro_batches):
-                with step_model.no_sync() if ddp and i < len(micro_batches) - 1 else nullcontext():
+            for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+                group["lr"] = rate
+
+            # The gradient of the mean over all targets of the step, however they are spread over micro-batches and
+            # processes. Dropout and router noise have a seed for each step, so that resuming is exact.
+            torch.manual_seed(int(rng_for(cfg.seed, 1, step, RANK).integers(2**63)))
+            micro_batches = task.batch(state["sequences"])
+            targets, stopping = all_reduce_sum(sum(count for count, _ in micro_batches), len(signals))
+            loss = 0.0
+            for i, (count, args) in enumerate(micro_batches):
+                waits = step_model is not compiled_model and i < len(micro_batches) - 1  # DDP sums in the last one
+                with step_model.no_sync() if waits else nullcontext():
                     with autocast:
-                        loss = step_model(*to_device(device, *batch))[1] / len(micro_batches)
-                    scaler.scale(loss).backward()
-                loss_sum = loss_sum + loss.detach()
+                        part = step_model(*to_device(device, *args))[1] * (count / targets)
+                    scaler.scale(part * WORLD).backward()  # both DDP and fully_shard divide by the processes
+                loss += part.detach()
+
+            # Clip and step, or, where a gradient is infinite or no number, change nothing. The scaler's own test looks
+            # at each optimizer alone; here one norm decides for all, and on all processes alike.
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-            coming = batches(step + 1)  # while a GPU still works on this step
             norm = (norm.full_tensor() if sharded else norm).item()
-            if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips bad steps of its own
+            if math.isfinite(norm):
                 for optimizer in optimizers:
                     scaler.step(optimizer)
                 scaler.update()
-                skipped = 0
+                bad_steps = 0
             else:
-                skipped += 1
+                scaler.update(scaler.get_scale() / 2 if scaler.is_enabled() else None)
+                bad_steps += 1
                 print0(f"step {step + 1}: the gradient is {norm}; step skipped")
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            load = model.balance() if experts else None
 
-            now, done = time.perf_counter(), step + 1
-            elapsed, clock = now - clock, now
-            seconds, times = seconds + elapsed, (times + [elapsed])[-50:]
-            last, stopping = done == cfg.max_iters, all_reduce_sum(len(stop))[0] > 0
-            if step == first and RANK == 0:  # now that a step fits into memory
-                start_directory(out, cfg, model.config, log)
-            if done % cfg.log_interval == 0 or done == first + 1 or last or skipped:
+            elapsed = time.perf_counter() - begin
+            threads.adapt(elapsed)
+            times.append(elapsed)
+            state = state | {"step": step + 1, "sequences": state["sequences"] + sequences_per_step(cfg),
+                             "tokens": state["tokens"] + int(targets), "seconds": state["seconds"] + elapsed}
+            done, first, last = step + 1, step == start, step + 1 == cfg.max_iters
+            if first and RANK == 0:  # now that a step fits into memory
+                start_directory(out, cfg, llama.config, log)
+                print0(f"memory     {peak_memory(device) / 2**30:.1f} GiB after the first step")
+            if done % cfg.log_interval == 0 or first or last or bad_steps:
                 typical = float(np.median(times))
-                speed, left = tokens_per_step / typical, int((cfg.max_iters - done) * typical)
-                entry = {"step": done, "tokens": done * tokens_per_step, "train_loss": all_reduce_sum(float(loss_sum))[0] / WORLD,
-                         "lr": rate, "grad_norm": norm, "tokens_per_s": round(speed),
-                         "mfu": round(flops_per_token * speed / peak, 4) if peak else 0.0, "seconds": round(seconds, 3)}
-                if skipped:
-                    entry["skipped"] = skipped  # so many steps in a row
-                if experts:  # tokens of the least and most loaded expert, relative to the mean of its layer
-                    share = load / load.mean(1, keepdim=True)
-                    entry["expert_load"] = [round(share.min().item(), 3), round(share.max().item(), 3)]
-                record(entry)
-                print0(f"step {done:>6}/{cfg.max_iters}  loss {entry['train_loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}  "
-                    f"{elapsed * 1e3:.0f} ms  {speed:,.0f} tok/s"
-                    + (f"  mfu {100 * entry['mfu']:.1f}%" if peak else "")
-                    + (f"  expert load {entry['expert_load'][0]:.2f} to {entry['expert_load'][1]:.2f}" if experts else "")
-                    + f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
-            if skipped == 5:
-                raise config.Mistake(f"5 steps in a row had no finite gradient: try --learning_rate={cfg.learning_rate / 3:.2g}, "
-                                     "a longer --warmup_iters, or --dtype=float32; the last checkpoint is kept")
+                entry = {"step": done, "tokens": state["tokens"], "train_loss": all_reduce_sum(float(loss))[0],
+                         "lr": rate, "grad_norm": norm, "tokens_per_s": round(targets / typical),
+                         "mfu": round(task.flops_per_token * targets / typical / peak, 4) if peak else 0.0,
+                         "seconds": round(state["seconds"], 3)}
+                if bad_steps:
+                    entry["skipped"] = bad_steps  # so many steps in a row
+                entry |= expert_load(llama)
+                log.write(entry)
+                print0(log_line(entry, cfg.max_iters, elapsed, typical))
+            if bad_steps == (25 if scaler.is_enabled() else 5):  # the scaler's first scales are too large on purpose
+                raise config.Mistake(f"{bad_steps} steps in a row had no finite gradient: try --learning_rate="
+                                     f"{cfg.learning_rate / 3:.2g}, a longer --warmup_iters, or --dtype=float32; "
+                                     "the last checkpoint is kept")
+
             if done % cfg.eval_interval == 0 or last or stopping:
                 improved = False
                 if not stopping:
-                    found = validate(compiled)
-                    improved, best = found["val_loss"] < best, min(found["val_loss"], best)
-                    record({"step": done, "tokens": done * tokens_per_step, **found, "seconds": round(seconds, 3)})
-                model_writes = partial(write, state=gathered(model.state_dict())) if sharded else write
-                states = [gathered(o.state_dict()) for o in optimizers]
+                    scores = task.evaluate(compiled_model)
+                    improved = scores["val_loss"] < state["best"]  # a NaN is no improvement
+                    state["best"] = scores["val_loss"] if improved else state["best"]
+                    log.write({"step": done, "tokens": state["tokens"], **scores, "seconds": round(state["seconds"], 3)})
+                weights = gathered(model.state_dict()) if sharded else None
+                saved = state | {"val_fingerprint": task.val_fingerprint, "scaler": scaler.state_dict(),
+                                 "optimizers": [gathered(optimizer.state_dict()) for optimizer in optimizers]}
                 if RANK == 0:
-                    save(out, model_writes, {
-                        "step": done, "seconds": seconds, "best": best, "held_out": held_out, "scaler": scaler.state_dict(),
-                        "optimizers": states, "router_bias": [m.bias for m in experts]}, cfg.keep, improved)
-                    plot(curves, out / "loss.png", out.name, floor)
-                clock = time.perf_counter()
+                    save_checkpoint(out, lambda directory: task.save(directory, weights), saved, cfg.keep, improved)
+                    plot(log.curves, out / "loss.png", out.name, task.floor)
             if stopping:
-                print0(f"stopped by a signal after step {done} and saved; go on with --init_from=resume")
+                print0(f"stopped by a signal after step {done} and saved; to go on: {command_to_resume(out)}")
                 break
 
 
-@contextlib.contextmanager
-def listening():
-    """A list that a signal which asks to stop is added to; a second Ctrl-C stops at once."""
-    stop = []
-
-    def ask(number, _):
-        stop.append(number)
-        signal.signal(number, before[number])
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def sequences_per_step(cfg):
+    """Sequences that all processes together draw for a step."""
+    return cfg.batch_size * cfg.gradient_accumulation_steps
 
 
-@contextlib.contextmanager
-def memory_advice(model, cfg, device, dtype):
-    """When memory runs out in this block, say how much training takes and which flags take less."""
-    try:
-        yield
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        have = f", and {device} has {torch.cuda.mem_get_info(device)[1] / 2**30:.1f}" if device.type == "cuda" else ""
-        less = [f"--batch_size={cfg.batch_size // 2} --gradient_accumulation_steps={2 * cfg.gradient_accumulation_steps}"
-                ] * (cfg.batch_size > 1) + ["--checkpointing"] * (not cfg.checkpointing) + ["a shorter --block_size"]
-        less += ["--dtype=bfloat16"] * (dtype == torch.float32) + ["--shard on more GPUs"] * (not cfg.shard)
-        raise config.Mistake(f"out of memory on {device}: training takes about {memory_estimate(model, cfg, dtype) / 2**30:.1f} GiB"
-                             f"{have}; try {', '.join(less)}, or a smaller model") from e
-
-
-def memory_estimate(model, cfg, dtype, world=WORLD):
-    """Bytes that training takes on each of `world` processes; the model may be on the meta device. By calculation:
-
-    4 bytes a parameter for weights, gradients and each state of the optimizer (AdamW 2, Muon 1), divided by `world` where they
-    are sharded; the larger of what is there as the backward pass begins (all activations, three copies of the logits) and as it
-    ends or the optimizer works. Bytes of each layer were counted with torch's MemTracker.
-    """
-    m, share, size, tokens = model.config, world if cfg.shard else 1, dtype.itemsize, cfg.batch_size * cfg.block_size
-    learn = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for n, p in learn.items() if for_muon(n, p, cfg)]
-    weights, gradients = 4 * model.counts()[0], 4 * sum(p.numel() for p in learn.values())
-    states = 2 * gradients - 4 * sum(p.numel() for p in hidden)
-    first = last = weights / 4 * size * (size < 4)  # beside activations, at both ends of the backward pass
-    if cfg.shard and world > 1:  # the embedding and the head; the embedding and a block, the next, its gradients in two types
-        first, last = (4 + size) * m.vocab_size * m.dim, 4 * m.vocab_size * m.dim + (3 * size + 4) * max(
-            sum(p.numel() for p in b.parameters()) for b in model.model.layers)
-    muon = 16 * max((max(min(2**26, sum(q.numel() for q in hidden if q.shape == p.shape)), p.numel()) for p in hidden), default=0)
-    attention = (22 if size == 4 else 28) * m.dim + (3 * m.n_head + 2 * m.n_kv_head) * m.head_dim * size
-    layers = [attention + size * (4 * m.expert_dim * (1 + m.top_k) + (2 + 3 * m.top_k) * m.dim if m.is_moe(i) else 4 * m.ffn_dim)
-              for i in range(m.n_layer)]
-    kept = 12 * m.vocab_size + (4 * m.dim * m.n_layer if cfg.checkpointing else sum(layers))
-    held = cfg.gradient_accumulation_steps > world or world > share  # gradients are there during the forward pass
-    return (weights + states) / share + max(first + tokens * kept + gradients / share * held,
-                                            gradients / share + max(last + tokens * max(layers), muon))
-
-
-# -- starting ----------------------------------------------------------------------------------------------------
-
-def passes(cfg):
+def micro_batches_per_process(cfg):
     """Forward passes of each process in a step."""
     if cfg.gradient_accumulation_steps % WORLD:
         raise config.Mistake(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
                              f"{WORLD} processes, which share them")
     return cfg.gradient_accumulation_steps // WORLD
 
+
+def resume(task, cfg, out, optimizers, scaler):
+    """Restore optimizers and scaler from the newest checkpoint; returns the state of the loop."""
+    checkpoint = common_latest(out)
+    state = read_state(checkpoint)
+    if state["step"] >= cfg.max_iters and not started_again():
+        raise config.Mistake(f"{out} has done its {state['step']} steps: to go on, give a larger --max_iters")
+    if state["sequences"] is None:  # an older run: it never changed the size of its steps
+        sequences = state["step"] * sequences_per_step(cfg)
+        state |= {"sequences": sequences, "tokens": sequences * cfg.block_size}
+    if state["val_fingerprint"] != task.val_fingerprint:
+        print0("resume     with another validation set: best/ begins anew")
+        state["best"] = math.inf
+    with config.mistakes(ValueError, KeyError, prefix=f"{checkpoint} was made by another optimizer: "):
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            load_optimizer(optimizer, saved)
+    scaler.load_state_dict(state["scaler"])
+    return {key: state[key] for key in ("step", "sequences", "tokens", "seconds", "best")}
+
+
+def expert_load(llama):
+    """{"expert_load": [least, most]}: tokens of an expert since the last call, relative to the mean of its layer; {}
+    for a dense model."""
+    load = llama.pop_expert_load()  # (layers, E)
+    if not load.numel():
+        return {}
+    load = torch.tensor(all_reduce_sum(*load.flatten().tolist())).view(load.shape)
+    share = load / load.mean(1, keepdim=True)
+    return {"expert_load": [round(share.min().item(), 3), round(share.max().item(), 3)]}
+
+
+def log_line(entry, max_iters, elapsed, typical):
+    """An entry of the log as people read it."""
+    left = int((max_iters - entry["step"]) * typical)
+    return (f"step {entry['step']:>6}/{max_iters}  loss {entry['train_loss']:.4f}  lr {entry['lr']:.2e}  "
+            f"norm {entry['grad_norm']:.2f}  {elapsed * 1e3:.0f} ms  {entry['tokens_per_s']:,} tok/s"
+            + (f"  mfu {100 * entry['mfu']:.1f}%" if entry["mfu"] else "")
+            + ("  expert load {} to {}".format(*entry["expert_load"]) if "expert_load" in entry else "")
+            + f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that a signal which asks to stop is added to; a second Ctrl-C stops at once."""
+    signals = []
+
+    def ask(number, _):
+        signals.append(number)
+        signal.signal(number, before[number])
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def memory_advice(cfg, device, dtype):
+    """When memory runs out in this block, say which flags take less."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        size = f" of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f} GiB" if device.type == "cuda" else ""
+        less = []
+        if cfg.batch_size > 1:
+            less.append(f"--batch_size={cfg.batch_size // 2} "
+                        f"--gradient_accumulation_steps={2 * cfg.gradient_accumulation_steps}")
+        if not cfg.checkpointing:
+            less.append("--checkpointing")
+        less.append("a shorter --block_size")
+        if dtype == torch.float32:
+            less.append("--dtype=bfloat16")
+        if not cfg.shard:
+            less.append("--shard on more GPUs")
+        raise config.Mistake(f"out of memory on {device}{size}; try {', '.join(less)}, or a smaller model") from e
+
+
+# -- what is trained ---------------------------------------------------------------------------------------------
 
 def folder_of(cfg):
     """The data set's folder: cfg.dataset as a path, or by its name under data/."""
@@ -678,10 +779,12 @@ def shape_from(base, given):
 
 
 def new_shape(cfg, shape, tok, vocab_size):
-    """LlamaConfig of a model from scratch: the preset cfg.model for this tokenizer and block_size, changed by `shape`."""
+    """LlamaConfig of a model from scratch: the preset cfg.model for this tokenizer and block_size, changed by `shape`.
+    """
     if cfg.model not in PRESETS:
         raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(PRESETS)}")
-    given = {"vocab_size": vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id, "eos_ids": tuple(sorted(tok.stop_ids))}
+    given = {"vocab_size": vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id,
+             "eos_ids": tuple(sorted(tok.stop_ids))}
     return shape_from(PRESETS[cfg.model], given | shape)
 
 
@@ -691,9 +794,19 @@ def need_fit(c, cfg, shape, vocab_size):
         if getattr(c, key) != value:
             raise config.Mistake(f"the checkpoint has {key}={getattr(c, key)}, not {value}; leave the key out")
     if cfg.block_size > c.context:
-        raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={c.context}")
+        raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={c.context}: "
+                             f"give --block_size={c.context} or less")
     if c.vocab_size < vocab_size:
         raise config.Mistake(f"the data set has ids up to {vocab_size - 1}, the model only vocab_size={c.vocab_size}")
+
+
+def load_llama(source, shape):
+    """(Llama, tokenizer, directory) of a checkpoint: a directory or a hub name."""
+    with config.mistakes(ValueError, FileNotFoundError):
+        directory = find(source)
+        kept = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
+        llama = Llama.from_pretrained(directory, dtype=torch.float32, **kept)
+    return llama, tokenizer.load(directory), directory
 
 
 def build_model(cfg, shape, data, tok, out):
@@ -703,117 +816,167 @@ def build_model(cfg, shape, data, tok, out):
         need_fit(c, cfg, {}, data.vocab_size)
         torch.manual_seed(cfg.seed)
         return Llama(c)
-    source = latest(out) if cfg.init_from == "resume" else Path(cfg.init_from)
-    if source is None:
-        raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint")
-    with config.mistakes(ValueError, FileNotFoundError):
-        keep = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
-        model = Llama.from_pretrained(source if source.is_dir() else cfg.init_from, dtype=torch.float32, **keep)
-    if source.is_dir() and (have := tokenizer.load(source)).fingerprint != tok.fingerprint:
+    source = common_latest(out) if cfg.init_from == "resume" else cfg.init_from
+    llama, its_tok, _ = load_llama(source, shape)
+    if its_tok.fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) than "
-                             f"{source} ({have.kind}, {have.vocab_size}); prepare it with --tokenizer={source}")
-    need_fit(model.config, cfg, shape, data.vocab_size)
-    return model
+                             f"{source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with --tokenizer={source}")
+    need_fit(llama.config, cfg, shape, data.vocab_size)
+    return llama
+
+
+class Text:
+    """A Llama and the data set of text that it learns from: what `fit` trains, and what --eval_only scores."""
+
+    def __init__(self, cfg, shape, out, device):
+        self.cfg, self.device = cfg, device
+        self.dtype, self.why_dtype = pick_dtype(cfg.dtype, device)
+        self.autocast = autocast_to(self.dtype, device)
+        self.folder = folder_of(cfg)
+        self.val = shards.Split(self.folder, "val")
+        self.data = self.val if cfg.eval_only else shards.Split(self.folder, "train")
+        self.tok = tokenizer.load(self.folder)
+        if self.tok.fingerprint != self.data.tokenizer["fingerprint"]:
+            raise config.Mistake(f"{self.folder} was made with another tokenizer than the tokenizer.json in it: "
+                                 "prepare the data again")
+        if (cfg.doc_mask or cfg.whole_docs) and self.tok.bos_id is None:
+            raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
+        if len(self.data) < 2 * cfg.block_size and not cfg.eval_only:
+            raise config.Mistake(f"the training split has {len(self.data)} tokens, too few for "
+                                 f"block_size={cfg.block_size}")
+        self.llama = self.model = build_model(cfg, shape, self.val, self.tok, out).train()
+        self.llama.model.checkpointing = cfg.checkpointing
+        with memory_advice(cfg, device, self.dtype):
+            self.sharded = cfg.shard and WORLD > 1
+            self.model = shard(self.llama, device, self.dtype) if self.sharded else self.llama.to(device)
+        self.windows = Windows(self.data, cfg, self.tok.bos_id)
+        self.val_windows = Windows(self.val, cfg, self.tok.bos_id)
+        self.hellaswag = HellaSwag(cfg, self.tok, self.llama.config.context) if cfg.hellaswag else None
+        self.flops_per_token = self.llama.flops_per_token(cfg.block_size)
+        self.floor = None  # nats per token
+        if self.val.floor_bpb:
+            self.floor = self.val.floor_bpb / bits_per_byte(1.0, self.val_windows)
+        self.val_fingerprint = [self.val.meta["splits"]["val"], cfg.eval_tokens, cfg.block_size, cfg.whole_docs,
+                                cfg.doc_mask]
+
+    def describe(self):
+        """Print what is trained, on what and how."""
+        cfg, c = self.cfg, self.llama.config
+        total, active = self.llama.counts()
+        count = micro_batches_per_process(cfg)
+        targets = int(sequences_per_step(cfg) * cfg.block_size * self.windows.packing_efficiency)
+        print0(f"model      {total:,} parameters" + (f", {active:,} active per token" if active != total else "")
+               + f" ({c.arch}, {c.n_layer} layers, dim {c.dim})")
+        print0(f"data       {self.folder.resolve().name}: {len(self.data):,} training tokens, {len(self.val):,} "
+               f"validation, vocabulary {self.val.vocab_size:,}")
+        print0(f"step       {targets:,} tokens = {cfg.batch_size} sequences x {targets / sequences_per_step(cfg):.0f} "
+               f"tokens x {count} passes x {WORLD} process{'es' * (WORLD > 1)}")
+        print0(f"schedule   {cfg.max_iters:,} steps ({cfg.max_iters * targets / len(self.data):.2f} epochs), "
+               f"{cfg.optimizer}, lr {cfg.learning_rate:g} after {cfg.warmup_iters} of warmup, {cfg.schedule} to "
+               f"{cfg.min_lr:g}")
+        print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why_dtype})")
+
+    def batch(self, drawn):
+        """This process's micro-batches of the step that begins after `drawn` sequences."""
+        cfg, count = self.cfg, micro_batches_per_process(self.cfg)
+        spans = self.windows.draw(drawn, sequences_per_step(cfg))  # of all processes
+        spans = spans.reshape(WORLD, count, cfg.batch_size, 2)[RANK]
+        micro_batches = []
+        for x, y in map(self.windows.read, spans):
+            positions = document_positions(x, self.tok.bos_id) if cfg.doc_mask else None
+            micro_batches.append((int((y != -100).sum()), (x, y, positions)))
+        return micro_batches
+
+    def val_loss(self, model, limit=0, progress=False):
+        """Nats per token on the validation split, or on about `limit` tokens of it."""
+        batches = eval_batches(self.val_windows, self.device, self.tok.bos_id, limit)
+        if progress and RANK == 0:
+            from tqdm import tqdm
+            batches = tqdm(list(batches), desc="evaluating", unit="batch", leave=False)
+        return evaluate(model, batches, self.device, self.autocast)
+
+    def summary(self, loss):
+        """A validation loss as people read it."""
+        text = f"val loss {loss:.4f}"
+        if self.val.bytes:
+            text += f"  {bits_per_byte(loss, self.val_windows):.4f} bits/byte"
+            text += f" (floor {self.val.floor_bpb:.4f})" if self.val.floor_bpb else ""
+        return text
+
+    def evaluate(self, model):
+        """Validation loss, a printed sample, HellaSwag: {name: value} for the log."""
+        loss = self.val_loss(model, self.cfg.eval_tokens)
+        print0(self.summary(loss))
+        self.print_sample()
+        scores = {"val_loss": loss}
+        if self.val.bytes:
+            scores["val_bpb"] = bits_per_byte(loss, self.val_windows)
+        return scores | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
+
+    def print_sample(self):
+        """Print a text that the model makes up."""
+        cfg, tok = self.cfg, self.tok
+        if not cfg.sample_tokens or (RANK > 0 and not self.sharded):
+            return
+        start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(self.val[0])]], device=self.device)
+        ends = tok.stop_ids if tok.stop_ids and not self.sharded else None  # sharded: equal lengths on all processes
+        with self.autocast:
+            ids = self.model.eval().generate(start, cfg.sample_tokens, eos_id=ends, seed=cfg.seed)[0].tolist()
+        self.model.train()
+        text = tok.decode([ids[0], *itertools.takewhile(lambda i: i not in tok.stop_ids, ids[1:])])
+        print0("  | " + text.strip().replace("\n", "\n  | "))
+
+    def save(self, directory, state=None):
+        """Write the model, whose weights are `state` if it is sharded, and the tokenizer."""
+        self.llama.save_pretrained(directory, state)
+        self.tok.save(directory)
+
+
+# -- starting ----------------------------------------------------------------------------------------------------
+
+def started_again():
+    """Whether torchrun started this process after one of the run had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def after_restart(cfg, shape, out):
-    """(cfg, shape), made to resume where torchrun started this process again after one of the run in `out` had died."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not latest(out) or not (out / "run.json").is_file():
+    """(cfg, shape), made to resume where torchrun started all processes again after one of the run in `out` had died.
+    The first process decides for all."""
+    if not started_again():
         return cfg, shape
-    facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    if (facts["run_id"], facts["command"]) != (os.environ.get("TORCHELASTIC_RUN_ID"), sys.argv):
+    goes_on = 0
+    if RANK == 0 and latest(out) and (out / "run.json").is_file():
+        facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        goes_on = int((facts["run_id"], facts["command"]) == (os.environ.get("TORCHELASTIC_RUN_ID"), sys.argv))
+    if not all_reduce_sum(goes_on)[0]:
         return cfg, shape
     print0(f"restart    a process had died; going on from {latest(out)}")
     return replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
 
 
 def main(cfg, shape):
-    """Train as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
-    accumulate = 0 if cfg.eval_only else passes(cfg)
+    """Train, or evaluate, as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
     device = pick_device(cfg.device)
     if device.type == "cpu":
         keep_freed_memory()
-    dtype, why = pick_dtype(cfg.dtype, device)
-    autocast, folder = autocast_to(dtype, device), folder_of(cfg)
-    out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / folder.name
-    if cfg.eval_only and cfg.hellaswag:
-        with config.mistakes(ValueError, FileNotFoundError):
-            source = find(latest(out) or out if cfg.init_from == "resume" else cfg.init_from)
-            model = Llama.from_pretrained(source, dtype=torch.float32).to(device)
-        init_distributed(device)
-        hellaswag_scores(model, tokenizer.load(source), cfg, device, autocast)()
-        return
-    cfg, shape = after_restart(cfg, shape, out)
-    val = shards.Split(folder, "val")
-    data = val if cfg.eval_only else shards.Split(folder, "train")
-    tok = tokenizer.load(folder)
-    if tok.fingerprint != data.tokenizer["fingerprint"]:
-        raise config.Mistake(f"{folder} was made with another tokenizer than the tokenizer.json in it: prepare the data again")
-    if (cfg.doc_mask or cfg.whole_docs) and tok.bos_id is None:
-        raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
-    if len(data) < 2 * cfg.block_size and not cfg.eval_only:
-        raise config.Mistake(f"the training split has {len(data)} tokens, too few for block_size={cfg.block_size}")
-    model = build_model(cfg, shape, val, tok, out).train()
-    model.model.checkpointing = cfg.checkpointing
+    out = run_directory(cfg.out_dir, cfg.dataset)
     init_distributed(device)
-    sharded = cfg.shard and WORLD > 1
-    with memory_advice(model, cfg, device, dtype):
-        model = shard(model, device, dtype) if sharded else model.to(device)
-    held_out = Windows(val, cfg, tok.bos_id)
-
-    def summary(loss):
-        text = f"val loss {loss:.4f}"
-        if val.bytes:
-            text += f"  {bits_per_byte(loss, held_out):.4f} bits/byte"
-            text += f" (floor {val.floor_bpb:.4f})" if val.floor_bpb else ""
-        return text
-
-    if cfg.eval_only:
-        with memory_advice(model, cfg, device, dtype):
-            loss = evaluate(model, held_out, device, autocast, tok.bos_id, progress=True)
-        print0(f"{summary(loss)}  perplexity {math.exp(loss):.3f}  over {len(val) - 1:,} tokens of {folder}")
-        return
-
-    score = hellaswag_scores(model, tok, cfg, device, autocast) if cfg.hellaswag else dict
-    windows = Windows(data, cfg, tok.bos_id)
-    tokens_per_step = int(cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * windows.fill)
-    parameters, active = model.counts()
-    print0(f"model      {parameters:,} parameters" + (f", {active:,} active per token" if active != parameters else "")
-        + f" ({model.config.arch}, {model.config.n_layer} layers, dim {model.config.dim})")
-    print0(f"data       {folder.name}: {len(data):,} training tokens, {len(val):,} validation, vocabulary {val.vocab_size:,}")
-    print0(f"step       {tokens_per_step:,} tokens = {cfg.batch_size} sequences x {cfg.block_size * windows.fill:.0f} tokens x {accumulate} passes x "
-        f"{WORLD} process{'es' * (WORLD > 1)}")
-    print0(f"schedule   {cfg.max_iters:,} steps ({cfg.max_iters * tokens_per_step / len(data):.2f} epochs), {cfg.optimizer}, "
-        f"lr {cfg.learning_rate:g} after {cfg.warmup_iters} of warmup, {cfg.schedule} to {cfg.min_lr:g}")
-    print0(f"hardware   {device}, {str(dtype).removeprefix('torch.')} ({why})")
-
-    def batches(step):
-        spans = windows.step(step)[RANK * accumulate * cfg.batch_size:]
-        for i in range(accumulate):
-            x, y = windows.read(spans[i * cfg.batch_size:][:cfg.batch_size])
-            yield x, y, restarts(x, tok.bos_id) if cfg.doc_mask else None
-
-    def validate(compiled):
-        loss = evaluate(compiled, held_out, device, autocast, tok.bos_id, cfg.eval_tokens)
-        print0(f"{summary(loss)}")
-        if cfg.sample_tokens and (sharded or RANK == 0):
-            start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(val[0])]], device=device)
-            ends = tok.stop_ids if tok.stop_ids and not sharded else None  # sharded: the same length on every process
-            with autocast:
-                first, *ids = model.eval().generate(start, cfg.sample_tokens, eos_id=ends, seed=cfg.seed)[0].tolist()
-            model.train()
-            text = tok.decode([first, *itertools.takewhile(lambda i: i not in tok.stop_ids, ids)])
-            print0("  | " + text.strip().replace("\n", "\n  | "))
-        return {"val_loss": loss} | ({"val_bpb": bits_per_byte(loss, held_out)} if val.bytes else {}) | score()
-
-    def write(directory, state=None):
-        model.save_pretrained(directory, state)
-        tok.save(directory)
-
-    floor = val.floor_bpb / bits_per_byte(1.0, held_out) if val.floor_bpb else None  # nats per token
-    fit(cfg, model, out, device, dtype, lambda step: list(batches(step)), validate, write, tokens_per_step,
-        model.flops_per_token(cfg.block_size), floor, [val.meta["splits"]["val"], cfg.eval_tokens, cfg.block_size, cfg.whole_docs,
-                                                       cfg.doc_mask])
+    if cfg.eval_only and cfg.hellaswag:
+        llama, tok, _ = load_llama(common_latest(out) if cfg.init_from == "resume" else cfg.init_from, {})
+        score = HellaSwag(cfg, tok, llama.config.context)
+        score(llama.to(device), device, autocast_to(pick_dtype(cfg.dtype, device)[0], device))
+    elif cfg.eval_only:
+        task = Text(cfg, shape, out, device)
+        with memory_advice(cfg, device, task.dtype):
+            loss = task.val_loss(task.model, progress=True)
+        print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {len(task.val) - 1:,} tokens of "
+               f"{task.folder}")
+    else:
+        micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
+        cfg, shape = after_restart(cfg, shape, out)
+        task = Text(cfg, shape, out, device)
+        task.describe()
+        fit(task, cfg, out)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 """Settings: defaults, then a Python file of overrides, then the command line.
 
-A script declares its settings as a dataclass whose every field carries a trailing
-comment with its reason, and calls `load(cls)`. A config file is plain assignments
-(`batch_size = 64`), run in a namespace of its own; the command line takes
-`--key=value` or `--key value`. Nothing here imports torch, so a mistyped key answers
-at once. The dataclass is read as source text, so that `load` can also accept
-the fields of a class whose module is slow to import (`model.py:LlamaConfig`).
+A script declares its settings as a dataclass whose every field carries a trailing comment with its reason, begun by
+the interval of its values where it is a number, and calls `load(cls)`:
+
+    batch_size: int = 32  # [1, inf) sequences in one forward pass; what memory allows
+
+A config file is plain assignments (`batch_size = 64`), run in a namespace of its own; the command line takes
+`--key=value` or `--key value`. Nothing here imports torch, so a mistyped key answers at once. The dataclass is read as
+source text, so that `load` can also accept the fields of a class whose module is slow to import
+(`model.py:LlamaConfig`).
 """
 import ast
 import contextlib
 import difflib
 import inspect
 import itertools
+import json
+import math
 import os
+import re
 import runpy
 import sys
 import textwrap
@@ -23,6 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
+# -- mistakes ----------------------------------------------------------------------------------------------------
 
 class Mistake(Exception):
     """Something the user can put right: shown as one line, exit code 2, no traceback."""
@@ -40,8 +48,13 @@ def mistakes(*kinds, prefix=""):
 
 
 def run(main, *args):
-    """Call main(*args); a `Mistake` ends the program with one line on stderr and exit code 2, Ctrl-C with 130, and a reader
-    of its output that leaves, as `| head` does, with 141 and no word."""
+    """Call main(*args). A `Mistake` ends the program with one line on stderr and exit code 2, Ctrl-C with 130, and a
+    reader of its output that leaves, as `| head` does, with 141 and no word.
+
+    Characters that the terminal lacks, or that it sends in another encoding, are replaced: they end no run."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # None without a terminal, another class within a test
+            stream.reconfigure(errors="replace")
     try:
         try:
             return main(*args)
@@ -58,44 +71,78 @@ def run(main, *args):
         sys.exit(141)
 
 
+# -- keys --------------------------------------------------------------------------------------------------------
+
 @dataclass
 class Key:
-    """One setting: its type as written (`int`, `str | None`, `tuple[str, ...]`), default and reason."""
+    """One setting: its type as written (`int`, `str | None`, `tuple[str, ...]`), default, reason, and the interval
+    (text, low, high, whether low is allowed, whether high is) of a number, or None."""
     name: str
     type: str
     default: Any
     why: str
+    interval: tuple | None = None
+
+    def check(self, value, where):
+        """Raise `Mistake` for a number outside of the interval."""
+        if self.interval is None or type(value) not in (int, float):
+            return
+        text, low, high, low_in, high_in = self.interval
+        above = value >= low if low_in else value > low
+        below = value <= high if high_in else value < high
+        if not (above and below):  # a NaN is neither
+            raise Mistake(f"{where}: {self.name} must lie in {text}, not {value!r}")
+
+
+INTERVAL = re.compile(r"([\[(])(-?[\d.e+-]+|-inf), (-?[\d.e+-]+|inf)([\])]) ")
+LARGEST = 2**63  # what "inf" means for an int: beyond it numpy and torch overflow
+
+
+def _key(name, type_, default, comment):
+    """The Key of a field, whose trailing comment may begin with its interval."""
+    match = INTERVAL.match(comment)
+    if not match:
+        return Key(name, type_, default, comment)
+    low, high = (float(bound) if "." in bound or "e-" in bound or "inf" in bound else int(float(bound))
+                 for bound in (match[2], match[3]))
+    if high == math.inf and type_.startswith("int"):
+        high = LARGEST
+    interval = match[0].strip(), low, high, match[1] == "[", match[4] == "]"
+    return Key(name, type_, default, comment[match.end():], interval)
 
 
 def _keys_in(source, class_name):
     """The settings of dataclass `class_name` in Python text `source` -> {name: Key}, in order."""
-    lines, found = source.splitlines(), {}
+    lines, keys = source.splitlines(), {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             for field in node.body:
                 if isinstance(field, ast.AnnAssign):
-                    tail = lines[field.end_lineno - 1].encode()[field.end_col_offset:].decode()
-                    found[field.target.id] = Key(field.target.id, ast.unparse(field.annotation),
-                                                 ast.literal_eval(field.value), tail.strip().lstrip("# "))
-    return found
+                    comment = lines[field.end_lineno - 1].encode()[field.end_col_offset:].decode().strip().lstrip("# ")
+                    name, type_ = field.target.id, ast.unparse(field.annotation)
+                    keys[name] = _key(name, type_, ast.literal_eval(field.value), comment)
+    return keys
 
 
 def keys_of(cls):
-    """The settings of a dataclass and its bases; of "file.py:Class" without importing it, bases written file.Class too."""
-    found = {}
+    """The settings of a dataclass and its bases; of "file.py:Class" without importing it, bases written file.Class."""
+    keys = {}
     if isinstance(cls, str):
         file, name = cls.split(":")
         source = (ROOT / file).read_text(encoding="utf-8")
         tree = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
         for base in tree.bases:
-            found |= keys_of(f"{Path(file).with_name(base.value.id)}.py:{base.attr}")
-        return found | _keys_in(source, name)
+            keys |= keys_of(f"{Path(file).with_name(base.value.id)}.py:{base.attr}")
+        return keys | _keys_in(source, name)
     for base in reversed(cls.__mro__[:-1]):
-        found |= _keys_in(textwrap.dedent(inspect.getsource(base)), base.__name__)
-    return found
+        keys |= _keys_in(textwrap.dedent(inspect.getsource(base)), base.__name__)
+    return keys
 
+
+# -- values ------------------------------------------------------------------------------------------------------
 
 BASIC = {"int": int, "float": float, "bool": bool, "str": str}
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def _typed(key, value, where):
@@ -106,41 +153,49 @@ def _typed(key, value, where):
         return None
     if name.startswith("tuple["):
         item = name[len("tuple["):].split(",")[0]
-        if not isinstance(value, (tuple, list)):
-            value = [value]
-        return tuple(_typed(Key(key.name, item, None, ""), v, where) for v in value)
+        values = value if isinstance(value, (tuple, list)) else [value]
+        return tuple(_typed(Key(key.name, item, None, "", key.interval), v, where) for v in values)
     kind = BASIC[name]
     if isinstance(value, str) and kind is not str:
-        try:
-            if kind is bool:
-                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
-            if kind is int and "e" in value.lower():  # 1e6 reads better than 1000000
-                if float(value) != int(float(value)):
-                    raise ValueError
-                return int(float(value))
-            return kind(value)
-        except (ValueError, KeyError, OverflowError):
-            raise wrong from None
+        value = _parsed(value, kind, wrong)
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
+    elif kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # 1e6 in a config file
     if type(value) is not kind:
         raise wrong
+    key.check(value, where)
     return value
 
 
+def _parsed(text, kind, wrong):
+    """Text of the command line as a bool, int or float; raises `wrong`."""
+    try:
+        if kind is bool:
+            return BOOLS[text.lower()]
+        if kind is int and "e" in text.lower():  # 1e6 reads better than 1000000
+            if not float(text).is_integer():
+                raise wrong
+            return int(float(text))
+        return kind(text)
+    except (ValueError, KeyError, OverflowError):
+        raise wrong from None
+
+
 def _find(known, name, where):
-    """The Key called `name`, or an error that names the nearest one."""
+    """The Key called `name`, or an error that names the nearest one: by its initials (lr), or by its letters."""
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, 1, 0.5)
+    initials = [k for k in known if "".join(word[0] for word in k.split("_")) == name]
+    near = initials or difflib.get_close_matches(name, known, 1, 0.65)
     raise Mistake(f"{where}: unknown key '{name}'" + (f"; did you mean '{near[0]}'?" if near else "; -h lists them all"))
 
 
 def _from_file(path, known):
-    """{key: value} from a file of Python assignments."""
+    """{key: value} from a file of Python assignments; modules and functions in it are its own."""
     if not Path(path).is_file():
-        have = ", ".join(sorted(f"config/{p.name}" for p in (ROOT / "config").glob("[!_]*.py")))
-        raise Mistake(f"no config file {path}; there are {have}")
+        files = sorted(os.path.relpath(p) for p in (ROOT / "config").glob("[!_]*.py"))
+        raise Mistake(f"no config file {path}; there are {', '.join(files)}")
     try:
         left = runpy.run_path(str(path))
     except SyntaxError as e:
@@ -149,7 +204,7 @@ def _from_file(path, known):
         line = next((f.lineno for f in reversed(inspect.trace()) if Path(f.filename) == Path(path)), "?")
         raise Mistake(f"{path}, line {line}: {type(e).__name__}: {e}") from None
     return {name: _typed(_find(known, name, path), value, path) for name, value in left.items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+            if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type))}
 
 
 def _from_args(args, known):
@@ -157,30 +212,33 @@ def _from_args(args, known):
     values, i = {}, 0
     while i < len(args):
         if not args[i].startswith("--"):
-            raise Mistake(f"command line: '{args[i]}' is neither a config file (*.py) nor --key=value")
+            file = ROOT / "config" / f"{args[i]}.py"
+            hint = f"; did you mean {os.path.relpath(file)}?" if file.is_file() else ""
+            raise Mistake(f"command line: '{args[i]}' is neither a config file (*.py) nor --key=value{hint}")
         name, equals, value = args[i][2:].partition("=")
         i, key = i + 1, _find(known, name.replace("-", "_"), "command line")
         if not equals:
-            count = 0
-            while i + count < len(args) and not args[i + count].startswith("--"):
-                count += 1
-            many = key.type.startswith("tuple[")
-            if key.type == "bool" and (not count or args[i].lower() not in ("true", "false", "1", "0", "yes", "no")):
-                value, count = True, 0
-            elif not count:
+            words = list(itertools.takewhile(lambda word: not word.startswith("--"), args[i:]))
+            if key.type.startswith("bool") and (not words or words[0].lower() not in BOOLS):
+                value, words = True, []
+            elif not words:
                 raise Mistake(f"command line: --{name} needs a value ({key.type})")
+            elif key.type.startswith("tuple["):
+                value = tuple(words)
             else:
-                count = count if many else 1
-                value = tuple(args[i:i + count]) if many else args[i]
-            i += count
+                value, words = words[0], words[:1]
+            i += len(words)
         values[key.name] = _typed(key, value, "command line")
     return values
 
 
+# -- loading -----------------------------------------------------------------------------------------------------
+
 def _help(doc, own, other):
-    """What -h prints: every key, its default (of another class, whose defaults a preset may replace: its type) and reason."""
+    """Print every key, its default (of another class, whose defaults a preset may replace: its type) and its reason."""
     print(textwrap.dedent(doc or "").strip())
-    for title, keys in (("settings and their defaults", own), ("shape of the model, where it departs from the preset", other)):
+    for title, keys in (("settings and their defaults", own),
+                        ("shape of the model, where it departs from the preset", other)):
         if keys:
             print(f"\n{title}:")
         for k in keys.values():
@@ -216,6 +274,28 @@ def load(cls, argv=None, also=None):
         values |= _from_file(argv.pop(0), known)
     values |= _from_args(argv, known)
     given = {k: v for k, v in values.items() if k in own}
+    settings = given if isinstance(cls, str) else make(cls, given)
+    return (settings, {k: v for k, v in values.items() if k not in own}) if also else settings
+
+
+def make(cls, given):
+    """cls(**given); what it refuses with ValueError is a `Mistake`."""
     with mistakes(ValueError):
-        cfg = given if isinstance(cls, str) else cls(**given)
-    return (cfg, {k: v for k, v in values.items() if k not in own}) if also else cfg
+        return cls(**given)
+
+
+def of_run(directory, cls, also):
+    """(settings, shape) that the run.json of a run directory holds, or of the run of which it is the best/ or a
+    checkpoint: {key: value} each, of those keys that dataclasses `cls` and `also` still have. ({}, {}) without a run.
+    """
+    directory = Path(directory)
+    path = next((p / "run.json" for p in (directory, *directory.absolute().parents[:2]) if (p / "run.json").is_file()),
+                None)
+    if path is None:
+        return {}, {}
+    with mistakes(OSError, ValueError, RecursionError, AttributeError, KeyError, prefix=f"{path} cannot be read: "):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        found = []
+        for part, keys in (facts["settings"], keys_of(cls)), (facts["model"], keys_of(also)):
+            found.append({name: _typed(keys[name], value, path) for name, value in part.items() if name in keys})
+    return found
