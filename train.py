@@ -98,7 +98,7 @@ def with_run(given, shape, directory, keys=KEYS):
     for key, value in (given | shape).items():
         before = (settings | model).get(key, value)
         if value != before and os.environ.get("RANK", "0") == "0":
-            print(f"settings   {key}={value} from now on, {before} so far", flush=True)
+            print(f"settings   {key}={value}, where the run had {before}", flush=True)
     return settings | given, model | shape
 
 

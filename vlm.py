@@ -61,11 +61,11 @@ class VlmConfig(train.TrainConfig):
     encoder: str | None = None  # "vit_b_16", "efficientnet_lite0" or "vit_tiny"; None: the checkpoint's, else vit_b_16
     vit_weights: str | None = None  # file of torchvision's weights for the ViT; None: torchvision downloads its own
     pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
-    feature_gb: float = 16.0  # disk for what a frozen encoder saw, so that it sees each picture once; COCO needs 35
-    beta: float = 0.1  # DPO's strength of the tie to the reference model; its authors'
+    feature_gb: float = 16.0  # [0, inf) disk for what a frozen encoder saw, so that it sees each picture once; COCO needs 35
+    beta: float = 0.1  # (0, inf) DPO's strength of the tie to the reference model; its authors'
     dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava
-    sample_tokens: int = 128  # longest caption or answer, in tokens
-    sample_images: int = 16  # validation pictures described at each evaluation and drawn in samples.png
+    sample_tokens: int = 128  # [1, inf) longest caption or answer, in tokens
+    sample_images: int = 16  # [1, inf) validation pictures described at each evaluation and drawn in samples.png
     caption: tuple[str, ...] = ()  # describe these pictures
     ask: tuple[str, ...] = ()  # a question, then the pictures that it is about
     chat: tuple[str, ...] = ()  # talk about these pictures
@@ -81,8 +81,8 @@ class VlmConfig(train.TrainConfig):
                 raise ValueError(f"{name} must be one of {', '.join(a for a in allowed if a)}, not {value!r}")
         if self.ask and len(self.ask) < 2:
             raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
-        if self.doc_mask or self.sample_tokens < 1 or self.sample_images < 1 or self.feature_gb < 0:
-            raise ValueError("doc_mask is for plain text; sample_tokens and sample_images are at least 1, feature_gb 0")
+        if self.doc_mask or self.whole_docs:
+            raise ValueError("doc_mask and whole_docs are for plain text")
 
 
 # -- encoders: pictures (N, 3, S, S) -> image tokens (N, P, W) ---------------------------------------------------
@@ -204,17 +204,6 @@ class Vlm(nn.Module):
         with torch.no_grad():
             self.projector[2].weight.normal_().mul_(scale / (4 * dim) ** 0.5)
         self.frozen, self.encoder_learned = (), False  # what does not learn now; whether the encoder ever did
-
-    config = property(lambda self: self.llama.config)  # these four are what train.fit asks of a model
-
-    def counts(self):
-        return self.llama.counts()
-
-    def moe_layers(self):
-        return self.llama.moe_layers()
-
-    def balance(self):
-        return self.llama.balance()
 
     def freeze(self, learning):
         """Let the parts named in `learning` learn, and no other."""
@@ -445,7 +434,7 @@ class Runner:
     def read(self, folder, *splits):
         """The examples of these splits of a data set; from now on the runner sees its pictures."""
         number, vlm = {}, self.vlm
-        size = min(self.cfg.block_size, vlm.config.context)
+        size = min(self.cfg.block_size, vlm.llama.config.context)
         found = [Examples(folder, s, self.tok, vlm.image_id, vlm.image_tokens, size, number) for s in splits]
         if lost := sum(data.lost for data in found):
             print0(f"{lost:,} examples do not fit block_size={size} and were left out")
@@ -463,7 +452,7 @@ class Runner:
     def evaluate(self, model, data, reference=None, limit=0):
         """{"val_loss": mean over learned tokens (of pairs for DPO), ...} on the same examples each time, until `limit`
         tokens (0: on all); every process takes a share."""
-        was, which, totals = model.training, order(0, 0, len(data)), np.zeros(4)
+        was, which, totals = model.training, order(0, 0, len(data)), np.zeros(4)  # count, loss, margin, right
         if limit:
             learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data.examples[i]) for i in which])
             which = which[:int(np.searchsorted(learned, limit)) + 1]
@@ -526,7 +515,7 @@ def agree(texts, rows):
 @lru_cache(maxsize=2)
 def order(seed, epoch, length):
     """The examples of an epoch in drawing order."""
-    return train.draws(seed, 2, epoch).permutation(length)
+    return train.rng_for(seed, 2, epoch).permutation(length)
 
 
 def new_tokenizer(folder, vocab_size):
@@ -539,9 +528,9 @@ def new_tokenizer(folder, vocab_size):
 def build(cfg, shape, folder, out):
     """(Vlm, tokenizer) that cfg.init_from names, or a new one."""
     kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
-    source = train.latest(out) if cfg.init_from == "resume" else None if cfg.init_from == "scratch" else cfg.init_from
-    if cfg.init_from == "resume" and source is None:
-        raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint")
+    source = None if cfg.init_from == "scratch" else cfg.init_from
+    if source == "resume":
+        source = train.common_latest(out)
     torch.manual_seed(cfg.seed)
     with config.mistakes(ValueError, FileNotFoundError):
         source = source and model.find(source)
@@ -559,81 +548,120 @@ def build(cfg, shape, folder, out):
                 llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size))
             encoder = make_encoder(name, cfg.vit_weights, cfg.stage != "together")
             vlm = Vlm(llama, encoder, image_id, name, bool(cfg.pixel_shuffle), cfg.beta)
-    train.need_fit(vlm.config, cfg, shape if source else {}, tok.vocab_size)
+    train.need_fit(vlm.llama.config, cfg, shape if source else {}, tok.vocab_size)
     return vlm, tok
+
+
+class Stage:
+    """A stage of training: what train.fit trains. Its model is a Vlm, of which some parts learn."""
+
+    def __init__(self, cfg, shape, out, device):
+        self.cfg, self.out = cfg, out
+        self.folder = train.folder_of(cfg)
+        records = [r for split in ("train", "val") for r in images.load(self.folder, split)]  # before any download
+        if {"chosen" in r for r in records} != {cfg.stage == "prefer"}:
+            raise config.Mistake(f"stage {cfg.stage!r} takes " + (
+                "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
+                "captions and conversations, not pairs of answers"))
+        self.model, self.tok = build(cfg, shape, self.folder, out)
+        self.model.freeze(STAGES[cfg.stage])
+        self.llama = self.model.llama
+        self.llama.model.checkpointing = cfg.checkpointing
+        self.run = Runner(cfg, self.model, self.tok, device)
+        self.device, self.dtype, self.floor = device, self.run.dtype, None
+        self.data, self.val = self.run.read(self.folder, "train", "val")
+        self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
+        gradients = 2 / 3 if "llama" in self.model.frozen else 1  # a frozen Llama has none
+        self.flops_per_token = self.llama.flops_per_token(int(self.tokens)) * gradients
+        digest = hashlib.sha256((self.folder / "val.jsonl").read_bytes()).hexdigest()
+        self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
+        self.references = None, None  # log-probabilities of the training and the validation pairs
+        if cfg.stage == "prefer":
+            saved = train.common_latest(out) / "reference.pt" if cfg.init_from == "resume" else None
+            self.references = (torch.load(saved, weights_only=True) if saved
+                               else [self.run.reference(data) for data in (self.data, self.val)])
+        questions = self.val.questions()
+        places = np.linspace(0, len(questions) - 1, min(cfg.sample_images, len(questions))).astype(int)
+        self.shown = [questions[i] for i in places]
+
+    def describe(self):
+        """Print what is trained, on what and how."""
+        cfg, vlm, per_step = self.cfg, self.model, train.sequences_per_step(self.cfg)
+        sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
+                 for n in ("encoder", "projector", "llama")]
+        print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
+        print0(f"data       {self.folder.name}: {len(self.data):,} training examples, {len(self.val):,} validation, "
+               f"{len(self.run.pictures.names):,} pictures, {self.tokens:.0f} tokens an example")
+        print0(f"schedule   {cfg.max_iters:,} steps of {per_step} examples "
+               f"({cfg.max_iters * per_step / len(self.data):.2f} epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}")
+        print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.run.why})")
+
+    def batch(self, drawn):
+        """This process's micro-batches of the step that begins after `drawn` examples. Of preferences each pair counts,
+        of all else each token that is learned."""
+        cfg, count = self.cfg, train.micro_batches_per_process(self.cfg)
+        numbers = np.arange(drawn, drawn + train.sequences_per_step(cfg)).reshape(WORLD, count, cfg.batch_size)[RANK]
+        micro_batches = []
+        for row in numbers:
+            which = [order(cfg.seed, int(n) // len(self.data), len(self.data))[n % len(self.data)] for n in row]
+            args = self.run.batch(self.data, which, self.references[0])
+            targets = len(which) if self.data.pairs else int((args[1] != -100).sum())
+            micro_batches.append((targets, args))
+        return micro_batches
+
+    def evaluate(self, model):
+        """Validation loss, and the share of answers that are exact among those drawn in samples.png."""
+        scores = self.run.evaluate(model, self.val, self.references[1], self.cfg.eval_tokens)
+        if RANK == 0:
+            texts = self.run.answers(self.shown)
+            scores["exact"] = agree(texts, self.shown)
+            seen = [(self.tok.decode(r.prompt()).replace(IMAGE, "").strip(), t, r.pictures[0])
+                    for t, r in zip(texts, self.shown) if r.pictures]
+            draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
+                 [f"{question}\n{t}".strip() for question, t, _ in seen])
+            print0("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items()))
+            print0("\n".join(f"  | {t}" for t in texts[:4]))
+        return scores
+
+    def save(self, directory, state=None):
+        """Write the model and its tokenizer, and what the reference model thinks of each pair."""
+        self.model.save_pretrained(directory, self.tok)
+        if self.references[0] is not None:
+            torch.save(self.references, Path(directory) / "reference.pt")
 
 
 def fit(cfg, shape):
     """Train one stage as `cfg` says."""
-    accumulate, per_step = train.passes(cfg), cfg.batch_size * cfg.gradient_accumulation_steps
-    device, folder = common.pick_device(cfg.device), train.folder_of(cfg)
-    out = Path(cfg.out_dir) if cfg.out_dir else config.ROOT / "out" / f"vlm_{folder.name}"
-    cfg, shape = train.after_restart(cfg, shape, out)
+    train.micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
+    if cfg.shard and WORLD > 1:
+        raise config.Mistake("--shard=True splits a Llama, not one that sees")
+    device = common.pick_device(cfg.device)
     if device.type == "cpu":
         common.keep_freed_memory()
-    records = [r for split in ("train", "val") for r in images.load(folder, split)]  # before anything is downloaded
-    if {"chosen" in r for r in records} != {cfg.stage == "prefer"}:
-        raise config.Mistake(f"stage {cfg.stage!r} takes " + ("pairs of chosen and rejected answers and nothing else"
-                             if cfg.stage == "prefer" else "captions and conversations, not pairs of answers"))
-    vlm, tok = build(cfg, shape, folder, out)
-    vlm.freeze(STAGES[cfg.stage]).llama.model.checkpointing = cfg.checkpointing
+    out = train.run_directory(cfg.out_dir, cfg.dataset, "vlm_")
     common.init_distributed(device)
-    run = Runner(cfg, vlm, tok, device)
-    sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
-             for n in ("encoder", "projector", "llama")]
-    print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
-    data, val = run.read(folder, "train", "val")
-    length = float(np.mean([data.length(rows) for rows in data.examples]))
-    print0(f"data       {folder.name}: {len(data):,} training examples, {len(val):,} validation, "
-        f"{len(run.pictures.names):,} pictures, {length:.0f} tokens an example")
-    print0(f"schedule   {cfg.max_iters:,} steps of {per_step} examples ({cfg.max_iters * per_step / len(data):.2f} "
-        f"epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}")
-    print0(f"hardware   {device}, {str(run.dtype).removeprefix('torch.')} ({run.why})")
-    references = None, None
-    if cfg.stage == "prefer":
-        saved = train.latest(out) / "reference.pt" if cfg.init_from == "resume" else None
-        references = torch.load(saved, weights_only=True) if saved else [run.reference(d) for d in (data, val)]
-    shown = val.questions()
-    shown = [shown[i] for i in np.linspace(0, len(shown) - 1, min(cfg.sample_images, len(shown))).astype(int)]
-
-    def batches(step):
-        drawn = (divmod(n, len(data)) for n in range(step * per_step, (step + 1) * per_step))
-        which = [order(cfg.seed, epoch, len(data))[i] for epoch, i in drawn][RANK * accumulate * cfg.batch_size:]
-        return [run.batch(data, which[i * cfg.batch_size:][:cfg.batch_size], references[0]) for i in range(accumulate)]
-
-    def validate(compiled):
-        found = run.evaluate(compiled, val, references[1], cfg.eval_tokens)
-        if RANK == 0:
-            texts = run.answers(shown)
-            found["exact"] = agree(texts, shown)
-            seen = [(tok.decode(r.prompt()).replace(IMAGE, "").strip(), t, r.pictures[0])
-                    for t, r in zip(texts, shown) if r.pictures]
-            draw(out / "samples.png", [run.pictures.look(p) for *_, p in seen],
-                 [f"{q}\n{t}".strip() for q, t, _ in seen])
-            print0("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in found.items()))
-            print0("\n".join(f"  | {t}" for t in texts[:4]))
-        return found
-
-    def write(directory):
-        vlm.save_pretrained(directory, tok)
-        if references[0] is not None:
-            torch.save(references, Path(directory) / "reference.pt")
-
-    work = vlm.llama.flops_per_token(int(length)) * (2 / 3 if "llama" in vlm.frozen else 1)  # frozen: no gradients
-    train.fit(cfg, vlm, out, device, run.dtype, batches, validate, write, round(per_step * length), work)
+    cfg, shape = train.after_restart(cfg, shape, out)
+    stage = Stage(cfg, shape, out, device)
+    stage.describe()
+    train.fit(stage, cfg, out)
 
 
 # -- use ---------------------------------------------------------------------------------------------------------
 
+def run_to_use(out_dir=None, init_from="scratch"):
+    """The directory or hub name of the run in out_dir, of init_from, or of the newest run."""
+    if out_dir or init_from not in ("scratch", "resume"):
+        return out_dir or init_from
+    runs = sorted((config.ROOT / "out").glob("*/vlm.json"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise config.Mistake("no model that sees under out/: train one with `python prepare/shapes.py && "
+                             "python vlm.py config/vlm_shapes.py`, or name one with --init_from")
+    return runs[-1].parent
+
+
 def load(cfg):
-    """Runner of the run in out_dir, of init_from, or of the newest run."""
-    directory = cfg.out_dir or (cfg.init_from if cfg.init_from not in ("scratch", "resume") else None)
-    if directory is None:
-        found = sorted((config.ROOT / "out").glob("*/vlm.json"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise config.Mistake("no model that sees under out/: train one with `python prepare/shapes.py && "
-                                 "python vlm.py config/vlm_shapes.py`, or name one with --init_from")
-        directory = found[-1].parent
+    """Runner of the model that cfg names."""
+    directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = model.find(directory)
@@ -674,8 +702,8 @@ def reply(run, messages, seen):
     """Print the answer to a conversation as it comes; returns its text."""
     vlm, tok = run.vlm, run.tok
     ids = spread(np.array(tok.chat(messages)), vlm.image_id, vlm.image_tokens)
-    if len(ids) >= vlm.config.context:
-        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={vlm.config.context}")
+    if len(ids) >= vlm.llama.config.context:
+        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={vlm.llama.config.context}")
     if (places := (ids == vlm.image_id).sum() // vlm.image_tokens) != len(seen):
         raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {len(seen)}")
     text, new = tok.stream(), []
@@ -746,9 +774,14 @@ def caption_scores(pairs):
 
 
 def main(given, shape):
-    """Use the model if the settings ask for that, else train it."""
-    with config.mistakes(ValueError):
-        cfg = VlmConfig(**given)
+    """Use the model if the settings ask for that, else train it. Settings of a run that goes on or is scored hold."""
+    if given.get("init_from") == "resume":
+        out = train.run_directory(given.get("out_dir"), given.get("dataset", VlmConfig.dataset), "vlm_")
+        given, shape = train.with_run(given | {"out_dir": str(out)}, shape, out, "vlm.py:VlmConfig")
+    elif given.get("eval") or given.get("eval_only"):
+        directory = run_to_use(given.get("out_dir"), given.get("init_from", "scratch"))
+        given, shape = train.with_run(given, shape, directory, "vlm.py:VlmConfig")
+    cfg = config.make(VlmConfig, given)
     if cfg.caption:
         caption(cfg)
     elif cfg.ask or cfg.chat:

@@ -482,7 +482,7 @@ def test_saved_model_is_the_same(tmp_path):
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(see(idx, None, x)[0], again(idx, None, x)[0])
-    assert Llama.from_pretrained(tmp_path).config == see.config
+    assert Llama.from_pretrained(tmp_path).config == see.llama.config
     (tmp_path / "projector.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="projector"):
         vlm.Vlm.from_pretrained(tmp_path)
