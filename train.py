@@ -746,7 +746,9 @@ def memory_advice(cfg, device, dtype):
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise
-        size = f" of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f} GiB" if device.type == "cuda" else ""
+        reached = f"{peak_memory(device) / 2**30:.1f} GiB"
+        if device.type == "cuda":
+            reached += f" of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f}"
         less = []
         if cfg.batch_size > 1:
             less.append(f"--batch_size={cfg.batch_size // 2} "
@@ -758,7 +760,7 @@ def memory_advice(cfg, device, dtype):
             less.append("--dtype=bfloat16")
         if not cfg.shard:
             less.append("--shard on more GPUs")
-        raise config.Mistake(f"out of memory on {device}{size}; try {', '.join(less)}, or a smaller model") from e
+        raise config.Mistake(f"out of memory on {device} at {reached}; try {', '.join(less)}, or a smaller model") from e
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------

@@ -293,7 +293,8 @@ def of_run(directory, cls, also):
                 None)
     if path is None:
         return {}, {}
-    with mistakes(OSError, ValueError, RecursionError, AttributeError, KeyError, prefix=f"{path} cannot be read: "):
+    wrong = OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError
+    with mistakes(*wrong, prefix=f"{path} is no record of a run: "):
         facts = json.loads(path.read_text(encoding="utf-8"))
         found = []
         for part, keys in (facts["settings"], keys_of(cls)), (facts["model"], keys_of(also)):

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -112,8 +113,8 @@ TRAIN = [  # arguments, and what the line says
     (["--batch_size=many"], "batch_size takes int, not 'many'"),
     (["--batch_size"], "--batch_size needs a value"),
     (["batch_size=4"], "neither a config file"),
-    (["--block_size=0"], "block_size must be at least 1"),
-    (["--learning_rate=nan"], "learning_rate must not be negative"),
+    (["--block_size=0"], "block_size must lie in [1, inf), not 0"),
+    (["--learning_rate=nan"], "learning_rate must lie in [0, inf), not nan"),
     (["--optimizer=sgd"], "optimizer must be one of muon, adamw"),
     (["--n_head=4", "--n_kv_head=3", "--dim=32"], "n_head=4 is not divisible by n_kv_head=3"),
     (["--dim=15"], "is not divisible by n_head=2"),
@@ -122,7 +123,7 @@ TRAIN = [  # arguments, and what the line says
     (["--init_from={d}/run", "--block_size=32"], "block_size=32 is beyond the model's context=16"),
     (["--block_size=5000"], "too few for block_size"),
     (["--doc_mask"], "need documents that begin with BOS"),
-    (["--gradient_accumulation_steps=0"], "gradient_accumulation_steps must be at least 1"),
+    (["--gradient_accumulation_steps=0"], "gradient_accumulation_steps must lie in [1, inf), not 0"),
     (["--device=tpu7"], "cannot be used here"),
     (["--vocab_size=2"], "the data set has ids up to 3, the model only vocab_size=2"),
     (["--dataset={d}/nowhere"], "run `python prepare/"),
@@ -279,14 +280,15 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint(place, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("where", ["forward", "to"])
 def test_out_of_memory_names_what_helps(place, monkeypatch, capsys, where):
-    """The memory needed and the flags that take less; nothing is written, and an earlier run stays where it is."""
+    """The memory that was reached and the flags that take less; nothing is written, and an earlier run stays where it is."""
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 1 GiB")
     monkeypatch.setattr(model.Llama, where, full)
     before = files_in(place)
     found = run_script(monkeypatch, capsys, "train.py", command(place, "train.py", [], [f"--out_dir={place / 'run'}", "--batch_size=8"]))
-    check("out of memory on cpu: training takes about 0.0 GiB; try --batch_size=4 --gradient_accumulation_steps=2, --checkpointing, "
-          "a shorter --block_size, --dtype=bfloat16, --shard on more GPUs, or a smaller model", *found)
+    check("GiB; try --batch_size=4 --gradient_accumulation_steps=2, --checkpointing, a shorter --block_size, "
+          "--dtype=bfloat16, --shard on more GPUs, or a smaller model", *found)
+    assert re.search(r"out of memory on cpu at \d+\.\d GiB", found[2])
     assert files_in(place) == before
 
 

@@ -1,0 +1,302 @@
+"""A run that goes on, is evaluated or is stopped: run.json holds, keys given now win and are said, nothing is lost."""
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_train import DENSE, SPARSE, log_of, same, settings, states, torchrun, words  # noqa: F401
+
+import config
+import train
+from conftest import ROOT
+from model import Llama
+from prepare import shards, tokenizer
+
+FLAGS = dict(batch_size=4, block_size=40, max_iters=6, eval_interval=3, log_interval=1, sample_tokens=0, warmup_iters=2,
+             learning_rate=2e-3, whole_docs=True, device="cpu", dtype="float32", dropout=0.1, **DENSE)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """Documents of very different lengths, as bytes."""
+    rng = np.random.default_rng(1)
+    folder = tmp_path_factory.mktemp("data") / "stories"
+    tok = tokenizer.byte()
+    writer = shards.Writer(folder, tok)
+    for split, count in ("train", 300), ("val", 60):
+        for length in rng.integers(1, 39, count):
+            text = "".join(rng.choice(list("abcde é"), length))
+            writer.add(split, tok.encode(text, bos=True), len(text.encode()))
+    writer.finish()
+    return folder
+
+
+def flags(**keys):
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def read_settings(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    return train.read_settings()
+
+
+@pytest.fixture
+def run(stories, tmp_path, monkeypatch):
+    """A run of six steps with settings that are not the defaults."""
+    out = tmp_path / "run"
+    train.main(*read_settings(monkeypatch, *flags(dataset=stories, out_dir=out, **FLAGS)))
+    return out
+
+
+# -- what holds ----------------------------------------------------------------------------------------------------
+
+def test_going_on_keeps_the_settings(run, monkeypatch, capsys):
+    before, shape = read_settings(monkeypatch, *flags(out_dir=run, init_from="resume"))
+    said = json.loads((run / "run.json").read_text())["settings"]
+    for key in said.keys() - {"init_from", "out_dir"}:
+        assert getattr(before, key) == said[key], key
+    assert before.out_dir == str(run) and shape == {"dropout": 0.1, "router_noise": 0.0, "router_aux": 0.0}
+    assert "settings" not in capsys.readouterr().out
+    now, shape = read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", batch_size=8, dropout=0.2, dim=32))
+    assert (now.batch_size, now.block_size, shape["dropout"], shape["dim"]) == (8, 40, 0.2, 32)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["settings   batch_size=8, where the run had 4", "settings   dropout=0.2, where the run had 0.1"]
+
+
+@pytest.mark.parametrize("part", ["", "best", "checkpoints/step_00000006"])
+def test_evaluating_a_run_says_what_its_log_says(run, monkeypatch, capsys, part):
+    """4.2671 bits/byte were once printed where the log had 4.2451: windows of other lengths."""
+    train.main(*read_settings(monkeypatch, "--eval_only", f"--init_from={run / part}"))
+    log = [entry for entry in log_of(run) if "val_loss" in entry]
+    entry = min(log, key=lambda entry: entry["val_loss"]) if part == "best" else log[-1]
+    assert f"val loss {entry['val_loss']:.4f}  {entry['val_bpb']:.4f} bits/byte" in capsys.readouterr().out
+
+
+def test_a_run_that_is_complete_says_so(run, monkeypatch):
+    with pytest.raises(config.Mistake, match="has done its 6 steps: to go on, give a larger --max_iters"):
+        train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume")))
+
+
+def test_another_batch_size_goes_on_where_the_data_was(run, stories, monkeypatch):
+    """No window twice, none left out, and every token counted."""
+    drawn, draw = [], train.Windows.draw
+    monkeypatch.setattr(train.Windows, "draw", lambda self, *args: drawn.append(args) or draw(self, *args))
+    train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", batch_size=2, max_iters=9)))
+    assert drawn == [(24, 2), (26, 2), (28, 2)]
+    cfg, _ = read_settings(monkeypatch, *flags(out_dir=run, init_from="resume"))
+    windows = train.Windows(shards.Split(stories, "train"), cfg, 256)
+    counts = np.diff(windows.epoch(0)[:30]).flatten() - 1  # 4 in each of six steps, 2 in each of three
+    ends = np.cumsum(counts)[[3, 7, 11, 15, 19, 23, 25, 27, 29]]
+    assert [entry["tokens"] for entry in log_of(run) if "train_loss" in entry] == ends.tolist()
+
+
+def test_an_older_state_goes_on(run, monkeypatch):
+    """States written before sequences were counted, with a router's bias that no longer exists."""
+    path = run / "checkpoints/step_00000006"
+    state = train.read_state(path)
+    for key in "sequences", "tokens", "val_fingerprint":
+        del state[key]
+    torch.save(state | {"held_out": None, "router_bias": []}, path / "train_state.pt")
+    facts = json.loads((run / "run.json").read_text())
+    facts["model"]["router_bias"] = 0.001
+    (run / "run.json").write_text(json.dumps(facts))
+    train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7)))
+    assert train.read_state(train.latest(run))["sequences"] == 28
+
+
+def test_a_run_json_of_no_use_is_one_line(run, monkeypatch):
+    for text in "{", "[]", '{"settings": {"batch_size": "many"}, "model": {}}', '{"settings": {}}':
+        (run / "run.json").write_text(text)
+        with pytest.raises(config.Mistake, match="run.json") as e:
+            read_settings(monkeypatch, *flags(out_dir=run, init_from="resume"))
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("dataset", [".", "words/", "a b/../words"])
+def test_a_run_has_a_folder_of_its_own(dataset, monkeypatch):
+    assert train.run_directory(None, dataset).parent == ROOT / "out"
+    assert train.run_directory(None, dataset).name in ("words", os.path.basename(os.getcwd()))
+
+
+# -- signals, terminals, tools -------------------------------------------------------------------------------------
+
+def test_what_a_signal_prints_can_be_pasted(stories, tmp_path):
+    """Stop a run, then type the command that it prints: it goes on with the next step."""
+    out = tmp_path / "a run"
+    args = flags(**FLAGS | dict(dataset=stories, out_dir=out, max_iters=100000, eval_interval=100000))
+    run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
+    try:
+        for line in run.stdout:
+            if line.startswith("step      3/"):
+                break
+        run.send_signal(signal.SIGINT)
+        rest, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 0 and errors == ""
+    python, *command = shlex.split(rest.strip().splitlines()[-1].partition("to go on: ")[2])
+    saved = train.read_state(train.latest(out))["step"]
+    assert python == "python" and saved >= 3
+    done = subprocess.run([sys.executable, *command, f"--max_iters={saved + 2}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [entry["step"] for entry in log_of(out) if "train_loss" in entry] == [*range(1, saved + 3)]
+
+
+def test_a_terminal_without_a_character_ends_no_run(stories, tmp_path):
+    args = flags(**FLAGS | dict(dataset=stories, out_dir=tmp_path / "run", max_iters=2, sample_tokens=60))
+    done = subprocess.run([sys.executable, "-c", "import config; config.run(print, 'é €')"], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, "? ?\n")
+    done = subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"  | " in done.stdout and not done.stderr
+
+
+def test_compiling_without_a_compiler_is_one_line_before_training(stories, tmp_path):
+    args = flags(**FLAGS | dict(dataset=stories, out_dir=tmp_path / "run", compile=True))
+    done = subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, text=True, capture_output=True, env=os.environ | {
+        "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: torch.compile does not work here") and "--compile=False" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# -- numbers that go wrong -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [DENSE, SPARSE], ids=["dense", "moe"])
+def test_the_gradient_does_not_depend_on_how_a_step_is_split(stories, tmp_path, shape):
+    """16 sequences with different numbers of targets, in one pass, in sixteen, on two processes: one loss, one norm."""
+    logs = {}
+    for batch_size, passes in (16, 1), (4, 4), (1, 16):
+        out = tmp_path / f"{batch_size}"
+        cfg = settings(stories, out, batch_size=batch_size, gradient_accumulation_steps=passes, block_size=40,
+                       whole_docs=True, max_iters=3)
+        train.main(cfg, shape)
+        logs[batch_size] = log_of(out)
+    args = flags(**FLAGS | shape | dict(dataset=stories, out_dir=tmp_path / "two", batch_size=2, dropout=0.0, max_iters=3,
+                 gradient_accumulation_steps=8, learning_rate=3e-3, warmup_iters=4, eval_interval=10, eval_tokens=512))
+    torchrun(2, ROOT / "train.py", *args)
+    logs["two"] = log_of(tmp_path / "two")
+    for name, log in logs.items():
+        for a, b in zip(logs[16], log, strict=True):
+            for key in a.keys() & {"train_loss", "grad_norm", "val_loss", "tokens"}:
+                assert a[key] == pytest.approx(b[key], rel=2e-5), (name, key)
+
+
+def test_one_nan_evaluation_does_not_end_best(words, tmp_path, monkeypatch):  # noqa: F811
+    losses = iter([math.nan, 3.0, math.nan, 2.0])
+    monkeypatch.setattr(train.Text, "val_loss", lambda self, model, limit: next(losses))
+    train.main(settings(words, tmp_path / "run", max_iters=8, eval_interval=2, keep=9), DENSE)
+    best = (tmp_path / "run/best/model.safetensors").read_bytes()
+    assert best == (tmp_path / "run/checkpoints/step_00000008/model.safetensors").read_bytes()
+    assert train.read_state(train.latest(tmp_path / "run"))["best"] == 2.0
+
+
+@pytest.mark.parametrize("overflow", ["lm_head", "q_proj"], ids=["AdamW's", "Muon's"])
+def test_in_float16_a_gradient_that_overflows_changes_nothing(words, tmp_path, monkeypatch, overflow):  # noqa: F811
+    """Neither optimizer steps where only the gradients of one have overflowed; the scale halves, and training goes on."""
+    build, backward = train.build_model, []
+
+    def hooked(*args):
+        llama = build(*args)
+        for name, p in llama.named_parameters():
+            if overflow in name:
+                p.register_hook(lambda g: backward.append(1) or (g * math.inf if len(backward) == count * 3 else g))
+        count = sum(overflow in name for name, _ in llama.named_parameters())
+        return llama
+    monkeypatch.setattr(train, "build_model", hooked)
+    train.main(settings(words, tmp_path / "run", max_iters=4, eval_interval=1, keep=9, dtype="float16"),
+               DENSE | {"tie_embeddings": False})
+    (second, state2), (third, state3), (fourth, _) = (states(tmp_path / "run", step) for step in (2, 3, 4))
+    assert same(second, third) and same(state2["optimizers"][1]["state"], state3["optimizers"][1]["state"])
+    assert state3["scaler"]["scale"] == state2["scaler"]["scale"] / 2
+    assert not any(torch.equal(third[name], fourth[name]) for name in third if "proj" in name)
+    assert all(t.isfinite().all() for t in fourth.values())
+    skipped = [entry.get("skipped") for entry in log_of(tmp_path / "run") if "train_loss" in entry]
+    assert skipped == [None, None, 1, None]
+
+
+# -- other machines ------------------------------------------------------------------------------------------------
+
+def test_processes_that_see_other_checkpoints_do_not_start(words, tmp_path):  # noqa: F811
+    """Nodes without a shared disk once went on from different steps, each for itself."""
+    train.main(settings(words, tmp_path / "run0"), DENSE)
+    (tmp_path / "run1/checkpoints").mkdir(parents=True)
+    (tmp_path / "run0/checkpoints/step_00000010").rename(tmp_path / "run1/checkpoints/step_00000010")
+    (tmp_path / "apart.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, config, train
+cfg, shape = train.read_settings()
+cfg.out_dir += os.environ["RANK"]
+config.run(train.main, cfg, shape)
+""")
+    said = torchrun(2, tmp_path / "apart.py", *flags(dataset=words, out_dir=tmp_path / "run", init_from="resume",
+                    block_size=32, batch_size=4, gradient_accumulation_steps=2, device="cpu"), code=1)
+    assert "1 of 2 processes do not see" in said and "all need the same disk" in said and "Traceback (most" not in \
+        said.split("Root Cause")[0].replace("torch/distributed", "")[:200]
+
+
+def test_a_model_of_the_hub_needs_the_data_of_its_tokenizer(words, tmp_path, monkeypatch):  # noqa: F811
+    """A directory was always checked; a hub name once trained on other tokens in silence."""
+    train.main(settings(words, tmp_path / "run", max_iters=1), DENSE)
+    tokenizer.byte().save(tmp_path / "run")
+    monkeypatch.setattr(train, "find", lambda name: tmp_path / "run")
+    with pytest.raises(config.Mistake, match="was made with another tokenizer .* than org/name"):
+        train.main(settings(words, tmp_path / "tuned", init_from="org/name"), {})
+
+
+# -- a busy machine ------------------------------------------------------------------------------------------------
+
+class Busy:
+    """A clock for `IdleThreads`: seconds of a step by (whether threads sleep, whether another program runs)."""
+    SECONDS = {(False, False): 1.0, (True, False): 1.35, (False, True): 4.0, (True, True): 1.9}
+
+    def __init__(self, monkeypatch):
+        import common
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+        monkeypatch.setattr(common.sys, "platform", "linux")
+        self.threads = common.IdleThreads(torch.device("cpu"))
+
+    def steps(self, count, busy):
+        """Mean seconds of so many steps."""
+        total = 0.0
+        for _ in range(count):
+            seconds = self.SECONDS[self.threads.second_team is not None, busy]
+            self.threads.adapt(seconds)
+            total += seconds
+        return total / count
+
+
+def test_threads_sleep_while_the_machine_is_busy(monkeypatch):
+    clock = Busy(monkeypatch)
+    with clock.threads:
+        assert clock.steps(200, busy=False) < 1.01  # one trial
+        assert clock.steps(200, busy=True) < 2.1
+        clock.steps(600, busy=False)  # notices, however rare its trials have become
+        assert clock.steps(200, busy=False) == 1.0
+        assert clock.steps(1000, busy=True) < 2.0
+    assert clock.threads.second_team is None
+    clock = Busy(monkeypatch)
+    with clock.threads:
+        assert clock.steps(500, busy=True) < 2.1  # from its first step on
+
+
+def test_how_threads_wait_changes_no_result(words, tmp_path, monkeypatch):  # noqa: F811
+    results = []
+    for asleep in False, True:
+        threads = train.IdleThreads(torch.device("cpu"))
+        if asleep:
+            threads.switch()
+        with threads:
+            train.main(settings(words, tmp_path / str(asleep), max_iters=5), DENSE)
+        results.append(Llama.from_pretrained(tmp_path / str(asleep)).state_dict())
+    assert same(*results)
