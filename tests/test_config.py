@@ -18,7 +18,7 @@ class Settings:
     """For these tests."""
     dataset: str = "tales"  # a name
     batch_size: int = 4  # a size
-    learning_rate: float = 1e-3  # a rate
+    learning_rate: float = 1e-3  # (0, 1] a rate
     compile: bool = False  # a flag
     out_dir: str | None = None  # maybe
     input: tuple[str, ...] = ()  # files
@@ -33,7 +33,7 @@ class Settings:
     (["--batch_size", "8"], "batch_size", 8),
     (["--batch-size=1e3"], "batch_size", 1000),
     (["--batch_size=32_768"], "batch_size", 32768),
-    (["--learning_rate=3"], "learning_rate", 3.0),
+    (["--learning_rate=0.5"], "learning_rate", 0.5),
     (["--compile"], "compile", True),
     (["--compile", "False"], "compile", False),
     (["--compile=no", "--batch_size=2"], "compile", False),
@@ -47,6 +47,11 @@ class Settings:
     (["--batch_size=0"], None, "batch_size must be at least 1"),
     (["--compile=perhaps"], None, "compile takes bool"),
     (["--bach_size=2"], None, "did you mean 'batch_size'"),
+    (["--lr=1"], None, "did you mean 'learning_rate'"),
+    (["--learning_rate=nan"], None, "learning_rate must lie in (0, 1], not nan"),
+    (["--learning_rate=0"], None, "learning_rate must lie in (0, 1], not 0.0"),
+    (["--learning_rate=1"], "learning_rate", 1.0),
+    (["tales"], None, "did you mean config"),
     (["--zzzzzz=2"], None, "-h lists them all"),
     (["batch_size=2"], None, "neither a config file"),
     (["nowhere.py"], None, "no config file nowhere.py; there are config/llama4_tiny.py"),
@@ -62,6 +67,10 @@ def test_command_line(argv, name, value):
 
 @pytest.mark.parametrize("text, expect", [
     ("batch_size = 8\nlearning_rate = 1\n_private = 3\nimport math\n", {"batch_size": 8, "learning_rate": 1.0}),
+    ("def half(x):\n    return x // 2\nbatch_size = half(16)\n", {"batch_size": 8}),
+    ("batch_size = 1e3\n", {"batch_size": 1000}),
+    ("batch_size = 1.5\n", "batch_size takes int, not 1.5"),
+    ("learning_rate = 2.0\n", "learning_rate must lie in"),
     ("batch_size = 64 // 8\n", {"batch_size": 8}),
     ("batch_size = True\n", "batch_size takes int, not True"),
     ("batch_size = 'eight'\n", "batch_size takes int"),
@@ -98,6 +107,33 @@ def test_keys_of_another_class():
 def test_every_default_says_its_reason(name):
     keys = config.keys_of(name)
     assert len(keys) > 10 and all(len(k.why) > 3 for k in keys.values()), [k.name for k in keys.values() if len(k.why) <= 3]
+
+
+SETTINGS = ["train.py:TrainConfig", "sample.py:SampleConfig", "vlm.py:VlmConfig"] + [
+    f"prepare/{path.name}:Settings" for path in sorted((ROOT / "prepare").glob("*.py"))
+    if "class Settings" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_number_knows_its_range(name):
+    """-1, nan, inf, 2**64 and their like are refused in one line that names the key, or lie within what it declares."""
+    numbers = {k: key for k, key in config.keys_of(name).items() if key.type.split(" ")[0] in ("int", "float")}
+    for key, declared in numbers.items():
+        assert declared.interval, f"{name} {key} declares no interval"
+        _, low, high, *_ = declared.interval
+        for value in ("-1", "0", "nan", "inf", "-inf", "18446744073709551616", "1e400", "-1e-300", "1e19"):
+            try:
+                taken = config.load(name, [f"--{key}={value}"])[key]
+            except config.Mistake as e:
+                assert key in str(e) and "\n" not in str(e)
+            else:
+                assert low <= taken <= high and math.isfinite(taken) and abs(taken) < 2**63
+
+
+def test_a_default_lies_within_its_range():
+    for name in SETTINGS:
+        for key in config.keys_of(name).values():
+            key.check(key.default, name)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda p: p.stem)

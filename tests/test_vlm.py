@@ -383,6 +383,28 @@ def test_a_stage_changes_what_it_says(start, squares, tmp_path, stage, learns):
     assert (tmp_path / "run/encoder.safetensors").exists() or stage != "together"
 
 
+@pytest.mark.parametrize("stage", ["align", "instruct", "together", "prefer"])
+def test_the_gradient_does_not_depend_on_how_a_step_is_split(start, squares, tmp_path, stage):
+    """Eight examples with answers of different lengths, in one pass, in two, in eight: one loss, one norm."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    os.link(squares / "images.npy", folder / "images.npy")
+    words = ["red", "a green square", "blue", "it is as white as snow"]
+    records = [{"image": i, "question": "colour?", "chosen": words[i % 4], "rejected": words[-i % 4] + "!"} if stage == "prefer" else
+               {"image": i, "captions": [words[i % 4]] * (1 + i % 3)} for i in range(8)]
+    images.save({"train": records, "val": records[:4]}, folder, progress=False)
+    logs = []
+    for batch_size, passes in (8, 1), (4, 2), (1, 8):
+        out = tmp_path / str(batch_size)
+        vlm.fit(settings(folder, out, stage=stage, init_from=str(start), encoder=None, batch_size=batch_size,
+                         gradient_accumulation_steps=passes, max_iters=3, eval_interval=3), {})
+        logs.append(train.read_log(out / "log.jsonl"))
+    for log in logs[1:]:
+        for a, b in zip(logs[0], log, strict=True):
+            for key in a.keys() & {"train_loss", "grad_norm", "val_loss", "tokens"}:
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
 def test_it_learns_and_draws(start):
     log = [r for r in train.read_log(start / "log.jsonl") if "val_loss" in r]
     assert log[-1]["val_loss"] < 1.0 and "exact" in log[-1]
