@@ -16,7 +16,7 @@ import common
 import config
 import train
 import vlm
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from model import PRESETS, Llama
 from prepare import images, tokenizer
 
@@ -462,8 +462,8 @@ def test_two_processes_do_what_one_does(squares, tmp_path):
             sample_images=2, device="cpu", dtype="float32", **SHAPE).items()]
     for n in (1, 2):
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "vlm.py",
-                               f"--out_dir={tmp_path / str(n)}", *args], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                              capture_output=True, text=True)
+                               f"--out_dir={tmp_path / str(n)}", *args], cwd=ROOT, capture_output=True, text=True,
+                              timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (train.read_log(tmp_path / n / "log.jsonl") for n in "12")
     assert len(one) == len(two) == 12
@@ -551,7 +551,7 @@ def test_without_a_model_it_says_what_to_run(monkeypatch, tmp_path):
 ])
 def test_mistakes_are_one_line(args, message, tmp_path):
     done = subprocess.run([sys.executable, "vlm.py", f"--out_dir={tmp_path / 'run'}", *args], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          timeout=PATIENCE)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "run").exists()
 
