@@ -246,7 +246,6 @@ def twin(model):
 @cache
 def precision(device):
     """(device, dtype, autocast()) that training takes here."""
-    import train
     device = common.pick_device(device)
     dtype, _ = common.pick_dtype("auto", device)
     if device.type == "cpu":
