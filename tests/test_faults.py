@@ -99,7 +99,7 @@ def place(tmp_path_factory):
         elif name == "tok_bytes":
             tokenizer.byte().save(d / name)
         elif name == "state":
-            state.write_bytes(pickle.dumps(print))  # what a pickle that runs code begins like
+            state.write_bytes(pickle.dumps(print, protocol=2))  # what a pickle that runs code begins like
     (d / "file").write_text("")
     for name, text in (("syntax", "batch_size = 4\nblock_size = = 8\n"), ("unknown", "batchsize = 4\n"), ("type", "batch_size = 'b'\n"),
                        ("error", "\nbatch_size = 1 / 0\n")):

@@ -1,9 +1,10 @@
 """The project's own files: exact versions within the ranges that are stated, and code that the oldest Python can read."""
+import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from packaging.requirements import Requirement
 
 try:
@@ -58,3 +59,21 @@ def test_ruff_finds_nothing():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", "."], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_missing_is_one_line(tmp_path):
+    """However many tests want it, and whether they ask by the fixture or by name."""
+    (tmp_path / "test_a.py").write_text("""
+import pytest
+from conftest import real_data
+@pytest.mark.parametrize("i", range(3))
+def test_by_name(i): real_data("text/some.txt")
+def test_all(data): pass
+def test_other(): pytest.importorskip("nowhere_to_be_found", reason="needs nowhere_to_be_found")
+""")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "conftest", f"--rootdir={tmp_path}", tmp_path],
+                          env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "EVERYLLAMA_DATA": str(tmp_path / "none")},
+                          cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert [line for line in done.stdout.splitlines() if "skipped:" in line] == [
+        f"4 tests skipped: no real data in {tmp_path / 'none'}; set EVERYLLAMA_DATA",
+        "1 test skipped: needs nowhere_to_be_found"], done.stdout + done.stderr

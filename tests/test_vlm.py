@@ -16,7 +16,7 @@ import common
 import config
 import train
 import vlm
-from conftest import PATIENCE, ROOT
+from conftest import PATIENCE, ROOT, real_data
 from model import PRESETS, Llama
 from prepare import images, tokenizer
 
@@ -567,29 +567,31 @@ def prepare(script, *args):
     return subprocess.run([sys.executable, f"prepare/{script}.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_flickr8k_of_the_real_files(data, tmp_path):
+def test_flickr8k_of_the_real_files(tmp_path):
     """The published split; tidy captions; photos come out of the tar files."""
-    done = prepare("flickr8k", "--input", data / "flickr8k", "--limit=20", "--out", tmp_path)
+    source = real_data("flickr8k")
+    done = prepare("flickr8k", "--input", source, "--limit=20", "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-500:]
     records = {s: images.load(tmp_path, s) for s in images.SPLITS}
     assert [len(r) for r in records.values()] == [20, 20, 20] and all(len(r["captions"]) == 5 for r in records["train"])
-    first = next(n for n in (data / "flickr8k/Flickr_8k.devImages.txt").read_text().split())
+    first = next(n for n in (source / "Flickr_8k.devImages.txt").read_text().split())
     assert records["val"][0]["image"] == f"images/{first}" and images.read(tmp_path / "images" / first).mode == "RGB"
     assert all(c.endswith((".", "!", "?")) and " ." not in c for r in records["train"] for c in r["captions"])
 
 
-def test_coco_of_the_real_files(data, tmp_path):
-    done = prepare("coco", "--input", data / "coco_mini", "--out", tmp_path)
+def test_coco_of_the_real_files(tmp_path):
+    source = real_data("coco_mini")
+    done = prepare("coco", "--input", source, "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-500:]
     assert len(images.load(tmp_path, "train")) == 80 and len(images.load(tmp_path, "val")) == 159
-    table = json.loads((data / "coco_mini/captions_val2017.json").read_text())
+    table = json.loads((source / "captions_val2017.json").read_text())
     record = images.load(tmp_path, "val")[0]
     number = next(i["id"] for i in table["images"] if record["image"].endswith(i["file_name"]))
     assert sorted(record["captions"]) == sorted(" ".join(a["caption"].split()) for a in table["annotations"] if a["image_id"] == number)
 
 
-def test_llava_of_the_real_files(data, tmp_path):
-    source = data / "llava_pretrain"
+def test_llava_of_the_real_files(tmp_path):
+    source = real_data("llava_pretrain")
     done = prepare("llava", "--input", source / "blip_laion_cc_sbu_300.json", "--images", source / "images", "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-500:]
     records = images.load(tmp_path, "train") + images.load(tmp_path, "val")
