@@ -1,4 +1,4 @@
-"""What every test shares: one thread, the project on the path, what is optional, torchvision beside a CPU build of torch."""
+"""What every test shares: one thread, the project on the path, what is optional, torchvision beside torch for CPUs."""
 import os
 import shutil
 import subprocess
@@ -6,14 +6,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # here and in every child: no sum depends on the number of cores, no thread waits for another
+os.environ["OMP_NUM_THREADS"] = "1"  # in every child too: no result depends on the number of cores
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared" / "data"))  # files that are no part of the project
+REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared" / "data"))  # no part of the project
 DATA = REAL_DATA  # its old name, until no test uses it
 PATIENCE = 600  # seconds for a child process: what hangs ends; no test measures by it
 
@@ -50,7 +50,8 @@ def data():
 
 def pytest_terminal_summary(terminalreporter):
     """One line for each thing that is missing: how many tests it would take, and the reason that they gave."""
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ()))
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count} test{'s' * (count > 1)} skipped: {reason}")
 
@@ -64,7 +65,8 @@ def project(tmp_path):
         (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
 
     def command(*words):
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout, done.stderr
     return command

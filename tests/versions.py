@@ -1,10 +1,10 @@
-"""The suite with the oldest, the pinned and the newest versions of what the project needs, each in an environment of its own.
+"""The suite with the oldest, the pinned and the newest versions of what it needs, each in an environment of its own.
 
     python tests/versions.py                                        # the whole suite in each, one after the other
     python tests/versions.py oldest newest tests/test_model.py      # some environments, some tests
 
-Needs uv. PyTorch for CUDA takes some 5 GB in each environment; they are kept in --folder, so a second run begins at once.
-"oldest" takes python3.10 where the machine has it. Prints a table for LOG.md, and ends with 1 if anything fails.
+Needs uv. On Linux PyTorch for CUDA takes some 5 GB in each; they are kept in --folder for the next time. "oldest" takes
+python3.10 where the machine has it. Prints a table for LOG.md, and ends with 1 if anything fails.
 """
 import argparse
 import os
@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = "3.10"  # as requires-python in pyproject.toml has it
 NAMES = ("oldest", "pinned", "newest")
 SHOWN = ("torch", "transformers", "numpy", "datasets", "tokenizers")  # what most often changes its mind
-FIND = "from importlib.metadata import version; print(*map(version, {names!r}), sep='\\n')"
+FIND = ("import platform; from importlib.metadata import version; "
+        f"print(platform.python_version(), *map(version, {SHOWN}))")
 
 
 def call(*command):
@@ -67,8 +68,9 @@ def run(python, tests):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=f"of {', '.join(NAMES)} (default: all), and what pytest shall run (default: all)")
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/everyllama/versions", help="where environments are kept")
+    parser.add_argument("what", nargs="*", help=f"environments ({', '.join(NAMES)}) and tests; neither: all of them")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/everyllama/versions",
+                        help="where environments are kept")
     args, options = parser.parse_known_args()  # other options are pytest's
     if not which("uv"):
         sys.exit("tests/versions.py needs uv: pip install uv")
@@ -78,7 +80,7 @@ def main():
     rows, worst = [], 0
     for name in [word for word in args.what if word in NAMES] or NAMES:
         python = environment(name, folder)
-        have = call(python, "-c", "import platform; print(platform.python_version())\n" + FIND.format(names=SHOWN)).split()
+        have = call(python, "-c", FIND).split()
         print(f"== {name}: Python {have[0]}, " + ", ".join(map(" ".join, zip(SHOWN, have[1:]))), flush=True)
         counts, seconds, code = run(python, tests)
         rows.append((name, *have, *counts, f"{seconds:.0f}"))
