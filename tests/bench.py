@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"  # real data that is not part of the project
+REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared" / "data"))  # files that are no part of the project
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import config  # noqa: E402
@@ -142,18 +142,18 @@ def main(argv):
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 
-def shared(path):
+def real_data(path):
     """A file of the optional real data."""
-    if not (DATA / path).exists():
-        raise Skip(f"needs {DATA / path}")
-    return DATA / path
+    if not (REAL_DATA / path).exists():
+        raise Skip(f"no {path} in {REAL_DATA}; set EVERYLLAMA_DATA")
+    return REAL_DATA / path
 
 
 @row
 def tokenize(cfg):
     """Web pages to shards with prepare/text.py, from reading the files to the last hash."""
     from prepare import text, tokenizer
-    page_file, model = shared("text/fineweb_sample.jsonl.gz"), shared("tokenizers/llama2_tokenizer.model")
+    page_file, model = real_data("text/fineweb_sample.jsonl.gz"), real_data("tokenizers/llama2_tokenizer.model")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.load(model).save(folder / "tokenizer")
@@ -191,11 +191,11 @@ def hellaswag(cfg):
 
     from model import PRESETS, Llama
     from prepare import hellaswag, text, tokenizer
-    (device, _, autocast), path = precision(cfg.device), shared("text/hellaswag_val.jsonl.gz")
+    (device, _, autocast), path = precision(cfg.device), real_data("text/hellaswag_val.jsonl.gz")
     with open(path, "rb") as raw:
         some = islice(text.records(path, raw), 20 if cfg.device == "cpu" else 400)
         items = [hellaswag.normalise(item) for item in some]
-    tok = tokenizer.load(shared("tokenizers/llama2_tokenizer.model"))
+    tok = tokenizer.load(real_data("tokenizers/llama2_tokenizer.model"))
     model = Llama(PRESETS["smollm2-135m"]).to(device)
     rows = hellaswag.rows(items, tok, model.config.context)
 
@@ -246,7 +246,6 @@ def twin(model):
 @cache
 def precision(device):
     """(device, dtype, autocast()) that training takes here."""
-    import train
     device = common.pick_device(device)
     dtype, _ = common.pick_dtype("auto", device)
     if device.type == "cpu":
@@ -651,7 +650,7 @@ def start_up(cfg):
     from model import PRESETS, Llama
     from prepare import tokenizer
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.load(shared("tokenizers/llama2_tokenizer.model")).save(folder)
+        tokenizer.load(real_data("tokenizers/llama2_tokenizer.model")).save(folder)
         Llama(PRESETS["stories15m"]).save_pretrained(folder)
         start = "Once upon a time"
         yield Pair("`sample.py` of stories15m's size: first token, against 4 s",

@@ -1,16 +1,21 @@
-"""What every test shares: the repository on the path, the optional data, and torchvision beside a CPU-only torch."""
+"""What every test shares: one thread, the project on the path, what is optional, torchvision beside torch for CPUs."""
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # in every child too: no result depends on the number of cores
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-DATA = ROOT.parent / "shared" / "data"  # real data that is not part of the project
+REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared" / "data"))  # no part of the project
+DATA = REAL_DATA  # its old name, until no test uses it
+PATIENCE = 600  # seconds for a child process: what hangs ends; no test measures by it
 
 try:
     import torchvision  # noqa: F401  transformers imports it where it is installed
@@ -25,13 +30,33 @@ except ImportError:
     pass
 
 
+# -- what is optional --------------------------------------------------------------------------------------------
+
+def real_data(path=""):
+    """The path of a file or folder of the real data; the test is skipped where it is missing."""
+    found = REAL_DATA / path
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real data in {REAL_DATA}; set EVERYLLAMA_DATA")
+    if not found.exists():
+        pytest.skip(f"no {path} in EVERYLLAMA_DATA ({REAL_DATA})")
+    return found
+
+
 @pytest.fixture
 def data():
-    """The folder of optional real data; the test is skipped where there is none."""
-    if not DATA.is_dir():
-        pytest.skip("needs ../shared/data, which is not part of the project")
-    return DATA
+    """The folder of real data."""
+    return real_data()
 
+
+def pytest_terminal_summary(terminalreporter):
+    """One line for each thing that is missing: how many tests it would take, and the reason that they gave."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} test{'s' * (count > 1)} skipped: {reason}")
+
+
+# -- the project in a folder of its own --------------------------------------------------------------------------
 
 @pytest.fixture
 def project(tmp_path):
@@ -41,7 +66,7 @@ def project(tmp_path):
 
     def command(*words):
         done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+                              timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout, done.stderr
     return command

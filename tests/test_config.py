@@ -9,7 +9,7 @@ import pytest
 
 import config
 import train
-from conftest import ROOT
+from conftest import ROOT, real_data
 from model import Llama
 
 
@@ -146,10 +146,10 @@ def test_every_config_file_loads(path):
 @pytest.mark.parametrize("name, script, sizes", [
     ("mini_llama", "fineweb_edu", "109,529,856 parameters (llama, 12 layers, dim 768)"),
     ("llama4_tiny", "cosmopedia", "223,795,968 parameters, 138,861,312 active per token (llama4, 12 layers, dim 768)")])
-def test_config_runs_as_it_is_on_a_processor(name, script, sizes, project, data, tmp_path):
+def test_config_runs_as_it_is_on_a_processor(name, script, sizes, project, tmp_path):
     """A few steps on the sample: only the size of a step is overridden, to what a test can wait for."""
-    project(f"prepare/{script}.py", "--input", data / "text/fineweb_sample.jsonl.gz", "--limit=600")
-    project("prepare/hellaswag.py", "--input", data / "text/hellaswag_val.jsonl.gz")
+    project(f"prepare/{script}.py", "--input", real_data("text/fineweb_sample.jsonl.gz"), "--limit=600")
+    project("prepare/hellaswag.py", "--input", real_data("text/hellaswag_val.jsonl.gz"))
     out, _ = project("train.py", f"config/{name}.py", "--max_iters=3", "--gradient_accumulation_steps=1", "--batch_size=1",
                      "--block_size=256", "--eval_tokens=512", "--hellaswag_items=4", "--log_interval=1", "--device=cpu")
     assert f"model      {sizes}\n" in out and "vocabulary 32,000\n" in out

@@ -230,7 +230,8 @@ def test_the_text_model_of_a_released_llama4_is_read_out_of_the_whole(tmp_path):
     for part in ("vision_model.", "multi_modal_projector.", "language_model.model."):
         assert any(n.startswith(part) for n in names)
     idx = ids(2, 22).clamp(min=7)
-    assert gap(whole(input_ids=idx).logits, Llama.from_pretrained(tmp_path)(idx)[0]) <= 1e-5
+    theirs = whole.language_model(input_ids=idx).logits  # all that text passes; the whole's own forward fails in 5.24.0
+    assert gap(theirs, Llama.from_pretrained(tmp_path)(idx)[0]) <= 1e-5
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------

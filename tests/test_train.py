@@ -17,7 +17,7 @@ import torch
 
 import config
 import train
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from model import PRESETS, Llama, LlamaConfig
 from prepare import shards, tokenizer
 
@@ -146,8 +146,8 @@ def test_an_earlier_run_is_moved_aside(words, tmp_path, capsys):
 def torchrun(n, script, *args, code=0, **more):
     """Run a script in n processes, and return what it said."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *more.get("first", ()),
-                           str(script), *map(str, args)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | more.get("env", {}),
-                          capture_output=True, text=True, timeout=180)
+                           str(script), *map(str, args)], cwd=ROOT, env=os.environ | more.get("env", {}),
+                          capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -221,7 +221,7 @@ def test_a_signal_saves_and_resume_goes_on(words, tmp_path):
             if line.startswith("step      3/"):
                 break
         run.send_signal(signal.SIGTERM)
-        rest, errors = run.communicate(timeout=60)
+        rest, errors = run.communicate(timeout=PATIENCE)
     finally:
         run.kill()
     assert run.returncode == 0 and errors == ""
@@ -444,7 +444,7 @@ def test_killed_at_any_moment_it_resumes(words, tmp_path):
     for _ in range(20):
         resume = ["--init_from=resume"] if train.latest(out) else shape
         run = subprocess.Popen([sys.executable, "train.py", *args, *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               text=True)
         for line in run.stdout:
             if "/100000 " in line:
                 break
@@ -470,7 +470,7 @@ def test_memory_stays_flat(words, tmp_path):
     args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=tmp_path / "run", batch_size=4, block_size=32, max_iters=10**7, log_interval=10,
             eval_interval=100, eval_tokens=512, sample_tokens=20, device="cpu", dtype="float32", **SPARSE).items()]
     with open(tmp_path / "said", "w") as said:
-        run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=said)
         try:
             begin = time.monotonic()
             while (now := time.monotonic() - begin) < seconds and run.poll() is None:

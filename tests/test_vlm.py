@@ -16,7 +16,7 @@ import common
 import config
 import train
 import vlm
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, real_data
 from model import PRESETS, Llama
 from prepare import images, tokenizer
 
@@ -484,8 +484,8 @@ def test_two_processes_do_what_one_does(squares, tmp_path):
             sample_images=2, device="cpu", dtype="float32", **SHAPE).items()]
     for n in (1, 2):
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "vlm.py",
-                               f"--out_dir={tmp_path / str(n)}", *args], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                              capture_output=True, text=True)
+                               f"--out_dir={tmp_path / str(n)}", *args], cwd=ROOT, capture_output=True, text=True,
+                              timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (train.read_log(tmp_path / n / "log.jsonl") for n in "12")
     assert len(one) == len(two) == 12
@@ -573,7 +573,7 @@ def test_without_a_model_it_says_what_to_run(monkeypatch, tmp_path):
 ])
 def test_mistakes_are_one_line(args, message, tmp_path):
     done = subprocess.run([sys.executable, "vlm.py", f"--out_dir={tmp_path / 'run'}", *args], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          timeout=PATIENCE)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -589,29 +589,31 @@ def prepare(script, *args):
     return subprocess.run([sys.executable, f"prepare/{script}.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_flickr8k_of_the_real_files(data, tmp_path):
+def test_flickr8k_of_the_real_files(tmp_path):
     """The published split; tidy captions; photos come out of the tar files."""
-    done = prepare("flickr8k", "--input", data / "flickr8k", "--limit=20", "--out", tmp_path)
+    source = real_data("flickr8k")
+    done = prepare("flickr8k", "--input", source, "--limit=20", "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-500:]
     records = {s: images.load(tmp_path, s) for s in images.SPLITS}
     assert [len(r) for r in records.values()] == [20, 20, 20] and all(len(r["captions"]) == 5 for r in records["train"])
-    first = next(n for n in (data / "flickr8k/Flickr_8k.devImages.txt").read_text().split())
+    first = next(n for n in (source / "Flickr_8k.devImages.txt").read_text().split())
     assert records["val"][0]["image"] == f"images/{first}" and images.read(tmp_path / "images" / first).mode == "RGB"
     assert all(c.endswith((".", "!", "?")) and " ." not in c for r in records["train"] for c in r["captions"])
 
 
-def test_coco_of_the_real_files(data, tmp_path):
-    done = prepare("coco", "--input", data / "coco_mini", "--out", tmp_path)
+def test_coco_of_the_real_files(tmp_path):
+    source = real_data("coco_mini")
+    done = prepare("coco", "--input", source, "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-500:]
     assert len(images.load(tmp_path, "train")) == 80 and len(images.load(tmp_path, "val")) == 159
-    table = json.loads((data / "coco_mini/captions_val2017.json").read_text())
+    table = json.loads((source / "captions_val2017.json").read_text())
     record = images.load(tmp_path, "val")[0]
     number = next(i["id"] for i in table["images"] if record["image"].endswith(i["file_name"]))
     assert sorted(record["captions"]) == sorted(" ".join(a["caption"].split()) for a in table["annotations"] if a["image_id"] == number)
 
 
-def test_llava_of_the_real_files(data, tmp_path):
-    source = data / "llava_pretrain"
+def test_llava_of_the_real_files(tmp_path):
+    source = real_data("llava_pretrain")
     done = prepare("llava", "--input", source / "blip_laion_cc_sbu_300.json", "--images", source / "images", "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-500:]
     records = images.load(tmp_path, "train") + images.load(tmp_path, "val")
