@@ -9,7 +9,7 @@
     python vlm.py config/vlm_align.py --eval --split=test              loss, CIDEr-D, BLEU-4, exact match
 
 Training is train.py's loop with its keys: resume, several processes, checkpoints and log are the same. The run
-directory is the Llama's Hugging Face checkpoint with vlm.json and projector.safetensors beside it, and
+directory, out/vlm_<dataset>, is the Llama's Hugging Face checkpoint with vlm.json and projector.safetensors beside it, and
 encoder.safetensors where the encoder learned too. Letters in shapes: B rows, T positions, D the Llama's width,
 N pictures, S their side in pixels, P image tokens of a picture, W their width.
 

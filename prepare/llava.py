@@ -28,12 +28,8 @@ class Settings:
     input: tuple[str, ...] = ()  # .json or .jsonl files
     images: str | None = None  # folder that the records' pictures are named from; None: the folder of the first file
     out: str | None = None  # folder to write; None: data/llava
-    limit: int | None = None  # stop after this many records of each file; None: all of them
-    val_fraction: float = 0.02  # share of the records held out
-
-    def __post_init__(self):
-        if not 0 <= self.val_fraction < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError("val_fraction is a share: 0 or more and below 1; limit counts records: 1 or more")
+    limit: int | None = None  # [1, inf) stop after this many records of each file; None: all of them
+    val_fraction: float = 0.02  # [0, 1) share of the records held out
 
 
 def record_of(raw, place):

@@ -134,15 +134,11 @@ def scene(rng, held_out=False):
 @dataclass
 class Settings:
     """How many scenes, and where they go."""
-    images: int = 16000  # training pictures: 110 MB; a small model has not learned them by heart when it generalizes
-    val_images: int = 1000  # validation pictures, of held-out combinations only
-    questions: int = 8  # about each picture at most, each in a conversation of its own: answers can give away others
-    seed: int = 1337  # the same seed gives the same files
+    images: int = 16000  # [1, inf) training pictures: 110 MB; too many for a small model to learn by heart
+    val_images: int = 1000  # [1, inf) validation pictures, of held-out combinations only
+    questions: int = 8  # [1, inf) about a picture at most, each in a conversation of its own: answers give away others
+    seed: int = 1337  # [0, inf) the same seed gives the same files
     out: str | None = None  # folder to write; None: data/shapes
-
-    def __post_init__(self):
-        if min(self.images, self.val_images, self.questions) < 1:
-            raise ValueError("images, val_images and questions are counts: 1 or more")
 
 
 def kind(question):

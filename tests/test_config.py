@@ -127,7 +127,7 @@ def test_every_number_knows_its_range(name):
             except config.Mistake as e:
                 assert key in str(e) and "\n" not in str(e)
             else:
-                assert low <= taken <= high and math.isfinite(taken) and abs(taken) < 2**63
+                assert low <= taken <= high and math.isfinite(taken) and abs(taken) <= 2**63
 
 
 def test_a_default_lies_within_its_range():

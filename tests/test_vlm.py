@@ -659,7 +659,7 @@ def test_hub_data_sets(monkeypatch, tmp_path, capsys):
     ("coco", ["--input=/nowhere"], "must hold COCO's captions_train2017.json"),
     ("llava", [], "name LLaVA's files with --input"),
     ("llava", ["--input=/nowhere.json"], "/nowhere.json cannot be read"),
-    ("coco", ["--limit=0"], "limit counts images"),
+    ("coco", ["--limit=0"], "limit must lie in [1, inf), not 0"),
 ])
 def test_prepare_mistakes_are_one_line(script, args, message, tmp_path):
     done = prepare(script, *args, f"--out={tmp_path / 'out'}")
