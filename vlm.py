@@ -63,6 +63,7 @@ class VlmConfig(train.TrainConfig):
     pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
     feature_gb: float = 16.0  # [0, 1e6] disk for what a frozen encoder saw, so that it sees each picture once; COCO needs 35
     beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
+    out_dir: str | None = None  # where the run is kept; None: out/vlm_<dataset>
     dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava
     sample_tokens: int = 128  # [1, inf) longest caption or answer, in tokens
     sample_images: int = 16  # [1, inf) validation pictures described at each evaluation and drawn in samples.png

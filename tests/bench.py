@@ -672,7 +672,8 @@ def overhead(cfg):
     windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
     model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train())
     optimizers = train.make_optimizers(model, settings, device, dtype)
-    batches = [common.to_device(device, *windows["train"].read(windows["train"].step(i)[:settings.batch_size])) for i in range(steps)]
+    draws = [windows["train"].draw(i * settings.batch_size, settings.batch_size) for i in range(steps)]
+    batches = [common.to_device(device, *windows["train"].read(spans)) for spans in draws]
 
     def bare():
         for x, y in batches:
@@ -695,7 +696,8 @@ def overhead(cfg):
     evaluations = -(-settings.max_iters // settings.eval_interval)
 
     def evaluate():
-        return evaluations * seconds(lambda: train.evaluate(model, windows["val"], device, autocast(), tok.bos_id, settings.eval_tokens))
+        batches = train.eval_batches(windows["val"], device, tok.bos_id, settings.eval_tokens)
+        return evaluations * seconds(lambda: train.evaluate(model, batches, device, autocast()))
     yield Pair(f"the run's {evaluations} evaluations against a tenth of its {settings.max_iters} steps", evaluate,
                lambda: settings.max_iters / steps * seconds(bare) / 10, 1.0, runs=3)
 
