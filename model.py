@@ -827,7 +827,6 @@ LLAMA4_KEYS = {
     "top_k": ("num_experts_per_tok", 1), "moe_every": ("interleave_moe_layer_step", 1),
     "nope_every": ("no_rope_layer_interval", 4), "chunk": ("attention_chunk_size", 8192),
     "qk_norm": ("use_qk_norm", True), "attn_scale": ("attn_scale", 0.1), "floor_scale": ("floor_scale", 8192)}
-NULLABLE = "n_kv_head", "head_dim", "chunk", "bos_id"  # null stands for what LlamaConfig takes by itself
 SCALING_KEYS = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 BUILT = {  # key that changes what a model computes: the values of it that are built here
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
@@ -871,6 +870,8 @@ def config_from_hf(hf, generation=None):
     if family not in ("llama", "llama4", "llama4_text"):
         raise ValueError(f"config.json: model_type {family!r} is not supported; 'llama', 'llama4' and 'llama4_text' are")
     text = (hf.get("text_config") or {}) if family == "llama4" else hf  # beside it: vision_config
+    if not isinstance(text, dict):
+        raise ValueError(f"config.json: text_config {text!r} is no object")
     try:
         if set(hf.get("architectures") or ()) - ARCHITECTURES:
             raise ValueError(f"architectures {hf['architectures']} is none of {', '.join(sorted(ARCHITECTURES))}")
@@ -897,8 +898,8 @@ def _common_fields(hf, keys, rope_theta):
     fields = {}
     for field, (key, default) in keys.items():
         value = hf.get(key, default)
-        if value is None and field in NULLABLE:
-            continue
+        if value is None and (default is None or field in ("chunk", "bos_id")):
+            continue  # LlamaConfig's own: as many as query heads, dim / n_head, full attention, no BOS
         kind = int if default is None else type(default)
         if type(value) not in (kind, int) or kind is int and value < 1 and field != "bos_id":
             raise ValueError(f"{key} ({field}) must be a positive {kind.__name__}, not {value!r}")
@@ -958,7 +959,7 @@ def _llama4_config(hf):
 
     moe, rope, types = listed("moe_layers", int), listed("no_rope_layers", int), listed("layer_types", str)
     is_moe = [cfg.is_moe(i) if moe is None else i in moe for i in layers]
-    is_nope = [not r for r in rope[:cfg.n_layer]] if rope else [cfg.is_nope(i) for i in layers]  # 1 means: with RoPE
+    is_nope = [not r for r in rope] if rope else [cfg.is_nope(i) for i in layers]  # 1 means that RoPE is used
     nope_every = interval("no_rope_layers", is_nope)
     if types is None or cfg.chunk and types == ["full_attention" if nope else "chunked_attention" for nope in is_nope]:
         chunk = cfg.chunk
@@ -1010,12 +1011,11 @@ def _our_name(name, cfg, shapes):
     """The name here of a tensor that a file calls `name`; None for one that the language model does not use."""
     if name.endswith("rotary_emb.inv_freq"):  # transformers before 4.32 stored RoPE's frequencies
         return None
-    short = name.removeprefix("model.")
-    if cfg.arch == "llama4":  # inside of Llama4ForConditionalGeneration all names have a prefix
-        if short.startswith(("vision_model.", "multi_modal_projector.")):
-            return None
-        return short.removeprefix("language_model.") if short.startswith("language_model.") else name
-    return next((n for n in (name, f"model.{name}", short) if n in shapes), name)  # LlamaModel has no prefix
+    if cfg.arch == "llama4":  # Llama4ForConditionalGeneration wraps the language model
+        vision = name.startswith(("vision_model.", "multi_modal_projector."))
+        return None if vision else name.removeprefix("language_model.")
+    names = name, f"model.{name}", name.removeprefix("model.")  # LlamaModel's have no prefix
+    return next((n for n in names if n in shapes), name)
 
 
 def _read_tensors(directory, cfg, shapes, dtype, device):
