@@ -751,7 +751,9 @@ class Llama(nn.Module):
         directory = find_checkpoint(name)
         if (directory / "adapter_config.json").exists():
             raise ValueError(f"{directory} holds an adapter (adapter_config.json): merge it into its base model first")
-        cfg = replace(read_config(directory), **overrides)
+        generation = directory / "generation_config.json"
+        cfg = config_from_hf(read_json(directory / "config.json"), read_json(generation) if generation.exists() else {})
+        cfg = replace(cfg, **overrides)
         with torch.device("meta"):
             model = cls(cfg)
         shapes = {name: t.shape for name, t in model.state_dict().items()}
@@ -828,21 +830,19 @@ LLAMA4_KEYS = {
     "nope_every": ("no_rope_layer_interval", 4), "chunk": ("attention_chunk_size", 8192),
     "qk_norm": ("use_qk_norm", True), "attn_scale": ("attn_scale", 0.1), "floor_scale": ("floor_scale", 8192)}
 SCALING_KEYS = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-BUILT = {  # key that changes what a model computes: the values of it that are built here
+SUPPORTED = {  # key that changes what a model computes: the values of it that are built here
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
     "partial_rotary_factor": (1, None), "sliding_window": (None,), "per_layer_config": (None,),
     "quantization_config": (None,), "compression_config": (None,)}
-FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ARCHITECTURES = {"LlamaForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
 
 
 def config_to_hf(cfg, dtype="float32"):
     """LlamaConfig -> the dict of a config.json, with the spellings of transformers 4 and 5 for dtype and RoPE."""
-    scaling = None
-    if cfg.rope_scaling:
-        scaling = {"rope_type": "llama3"} | dict(zip(SCALING_KEYS, cfg.rope_scaling))
-        scaling["original_max_position_embeddings"] = int(cfg.rope_scaling[3])
-    llama4 = cfg.arch == "llama4"
+    llama4, scaling = cfg.arch == "llama4", None
+    if cfg.rope_scaling:  # whole numbers as such: transformers wants the original context to be one
+        numbers = [int(x) if x % 1 == 0 else x for x in cfg.rope_scaling]
+        scaling = {"rope_type": "llama3"} | dict(zip(SCALING_KEYS, numbers))
     hf = {key: getattr(cfg, field) for field, (key, _) in (LLAMA4_KEYS if llama4 else LLAMA_KEYS).items()}
     hf |= {"architectures": ["Llama4ForCausalLM" if llama4 else "LlamaForCausalLM"],
            "model_type": "llama4_text" if llama4 else "llama", "dtype": dtype, "torch_dtype": dtype,
@@ -862,40 +862,40 @@ def config_to_hf(cfg, dtype="float32"):
 
 
 def config_from_hf(hf, generation=None):
-    """The dict of a config.json, and that of a generation_config.json where there is one -> LlamaConfig.
+    """The dict of a config.json and, for what ends a generation, of a generation_config.json -> LlamaConfig.
 
     Keys mean what they mean to transformers 5 (configuration_llama.py, configuration_llama4.py). Raises ValueError,
     naming the key, for what is not built here."""
     family = hf.get("model_type")
     if family not in ("llama", "llama4", "llama4_text"):
         raise ValueError(f"config.json: model_type {family!r} is not supported; 'llama', 'llama4' and 'llama4_text' are")
-    text = (hf.get("text_config") or {}) if family == "llama4" else hf  # beside it: vision_config
-    if not isinstance(text, dict):
-        raise ValueError(f"config.json: text_config {text!r} is no object")
     try:
+        text = (hf.get("text_config") or {}) if family == "llama4" else hf  # beside it: vision_config
         if set(hf.get("architectures") or ()) - ARCHITECTURES:
             raise ValueError(f"architectures {hf['architectures']} is none of {', '.join(sorted(ARCHITECTURES))}")
-        _refuse_what_is_not_built(hf)
-        _refuse_what_is_not_built(text)
+        if not isinstance(text, dict):
+            raise ValueError(f"text_config {text!r} is no object")
+        _refuse_unsupported(hf)
+        _refuse_unsupported(text)
         cfg = LlamaConfig(**_common_fields(text, LLAMA_KEYS, 10000.0)) if family == "llama" else _llama4_config(text)
         ends = _token_ids((generation or {}).get("eos_token_id"))
         if "eos_token_id" in text or not ends:
             ends = cfg.eos_ids + ends
         return replace(cfg, eos_ids=dict.fromkeys(ends))
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError) as e:
         raise ValueError(f"config.json: {e}") from None
 
 
-def _refuse_what_is_not_built(hf):
+def _refuse_unsupported(hf):
     """Raise ValueError for a key that changes what a model computes, and is not read."""
-    for key, built in BUILT.items():
-        if hf.get(key, built[0]) not in built:
-            raise ValueError(f"{key} {hf[key]!r} is not supported; {built[0]!r} is")
+    for key, supported in SUPPORTED.items():
+        if hf.get(key, supported[0]) not in supported:
+            raise ValueError(f"{key} {hf[key]!r} is not supported; {supported[0]!r} is")
 
 
 def _common_fields(hf, keys, rope_theta):
     """{field: value} of LlamaConfig, for what all families have. rope_theta: that of a config.json without one."""
-    fields = {}
+    fields = {"eos_ids": _token_ids(hf.get("eos_token_id", 2))}
     for field, (key, default) in keys.items():
         value = hf.get(key, default)
         if value is None and (default is None or field in ("chunk", "bos_id")):
@@ -904,7 +904,9 @@ def _common_fields(hf, keys, rope_theta):
         if type(value) not in (kind, int) or kind is int and value < 1 and field != "bos_id":
             raise ValueError(f"{key} ({field}) must be a positive {kind.__name__}, not {value!r}")
         fields[field] = value
-    fields["eos_ids"] = _token_ids(hf.get("eos_token_id", 2))
+    pad, vocab_size = hf.get("pad_token_id"), fields["vocab_size"]
+    if pad is not None and not (type(pad) is int and -vocab_size <= pad < vocab_size):
+        raise ValueError(f"pad_token_id {pad!r} is none of vocab_size={vocab_size} tokens")
     fields["rope_theta"], fields["rope_scaling"] = _read_rope(hf, rope_theta, fields["context"])
     return fields
 
@@ -915,14 +917,12 @@ def _token_ids(ids):
 
 
 def _read_rope(hf, theta, context):
-    """(rope_theta, rope_scaling) of LlamaConfig. `rope_scaling` (transformers 4) overrules all of `rope_parameters` (5)."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(hf.get(key), dict | None):
-            raise ValueError(f"{key} {hf[key]!r} is no object")
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"rope_parameters for each type of layer are not supported: {', '.join(rope)}")
-    _refuse_what_is_not_built(rope)
+    """(rope_theta, rope_scaling) of a config.json. `rope_scaling` (transformers 4) overrules `rope_parameters` (5)."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters")
+    rope = {} if rope is None else rope
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"rope_parameters {rope} is no object of numbers; RoPE by type of layer is not supported")
+    _refuse_unsupported(rope)
     theta = rope.get("rope_theta", hf.get("rope_theta", theta))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
@@ -931,27 +931,28 @@ def _read_rope(hf, theta, context):
         return theta, (rope.get("factor"), 1, 1, 1)
     if rope_type != "llama3":
         raise ValueError(f"rope_type {rope_type!r} is not supported; 'default', 'linear' and 'llama3' are")
-    original = "original_max_position_embeddings"  # stands beside rope_scaling in some files, which then counts
-    scaling = rope | {original: hf.get(original, rope.get(original, context))}
-    factor, low, high, original = (scaling.get(key) for key in SCALING_KEYS)
-    if low is not None and high is not None and low > high:
+    factor, low, high, original = (rope.get(key) for key in SCALING_KEYS)
+    if None not in (low, high) and low > high:
         raise ValueError(f"low_freq_factor {low} is above high_freq_factor {high}")
-    return theta, (factor, low, high, original)
+    for given in (rope, hf):  # the later counts
+        context = given.get("original_max_position_embeddings", context)
+    return theta, (factor, low, high, context)
 
 
 def _llama4_config(hf):
-    """LlamaConfig of a Llama 4's text model. Where config.json lists what each layer is, the lists overrule intervals."""
+    """LlamaConfig of a Llama 4's text model. What config.json lists for each layer overrules the intervals."""
     cfg = LlamaConfig(arch="llama4", **_common_fields(hf, LLAMA4_KEYS, 500000.0))
     layers = range(cfg.n_layer)
 
     def listed(key, kind):
+        """The list of a key, None where it is left out."""
         values = hf.get(key)
         if values is not None and not (isinstance(values, list) and all(isinstance(v, kind) for v in values)):
             raise ValueError(f"{key} {values!r} is no list of {kind.__name__}")
         return values
 
     def interval(key, chosen):
-        """n, where every n-th layer is chosen (one bool for each); 0 where none is."""
+        """n, where every n-th layer is chosen (a bool for each); 0 where none is."""
         n = chosen.index(True) + 1 if True in chosen else 0
         if chosen != [n > 0 and (i + 1) % n == 0 for i in layers]:
             raise ValueError(f"{key} {hf[key]} is no regular pattern of layers, as all that is built has")
@@ -961,17 +962,18 @@ def _llama4_config(hf):
     is_moe = [cfg.is_moe(i) if moe is None else i in moe for i in layers]
     is_nope = [not r for r in rope] if rope else [cfg.is_nope(i) for i in layers]  # 1 means that RoPE is used
     nope_every = interval("no_rope_layers", is_nope)
-    if types is None or cfg.chunk and types == ["full_attention" if nope else "chunked_attention" for nope in is_nope]:
-        chunk = cfg.chunk
-    elif types == ["full_attention"] * cfg.n_layer:
-        chunk = 0
-    else:
-        raise ValueError(f"layer_types {types}: all layers or those without RoPE must have full_attention, the others "
-                         "chunked_attention and an attention_chunk_size")
-    tuned = nope_every and hf.get("attn_temperature_tuning", True)
-    return replace(cfg, moe_every=interval("moe_layers", is_moe) or 1, n_experts=cfg.n_experts if any(is_moe) else 0,
-                   top_k=cfg.top_k if any(is_moe) else 1, expert_dim=cfg.expert_dim, nope_every=nope_every, chunk=chunk,
-                   attn_scale=cfg.attn_scale if tuned else 0.0)
+    full = ["full_attention"] * cfg.n_layer
+    by_rope = ["chunked_attention" if cfg.chunk and not nope else "full_attention" for nope in is_nope]
+    types = by_rope if types is None else types
+    if types not in (by_rope, full):
+        raise ValueError(f"layer_types {types} must be chunked_attention where RoPE is used, or nowhere")
+    if types == full:
+        cfg = replace(cfg, chunk=0)
+    if not any(is_moe):
+        cfg = replace(cfg, n_experts=0, top_k=1)
+    if not nope_every or not hf.get("attn_temperature_tuning", True):
+        cfg = replace(cfg, attn_scale=0.0)
+    return replace(cfg, moe_every=interval("moe_layers", is_moe) or 1, nope_every=nope_every)
 
 
 def read_json(path):
@@ -982,15 +984,11 @@ def read_json(path):
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON: {e}") from None
+    except OSError as e:
+        raise ValueError(f"cannot read {path}: {e.strerror}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
-
-
-def read_config(directory):
-    """LlamaConfig of a directory's config.json and, for the tokens that end a generation, generation_config.json."""
-    generation = directory / "generation_config.json"
-    return config_from_hf(read_json(directory / "config.json"), read_json(generation) if generation.exists() else None)
 
 
 def _weight_files(directory):
@@ -1025,6 +1023,7 @@ def _read_tensors(directory, cfg, shapes, dtype, device):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     state, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
+    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64  # 8 bits would need scales
     for path in _weight_files(directory):
         try:
             tensors = load_file(path, device=str(device))
@@ -1039,11 +1038,11 @@ def _read_tensors(directory, cfg, shapes, dtype, device):
     if cfg.tie_embeddings:
         tied = [state[name] for name in (embedding, head) if name in state]
         if len(tied) == 2 and (tied[0].dtype != tied[1].dtype or not torch.equal(*tied)):
-            raise ValueError(f"{directory}: tie_word_embeddings is true, but {head} is not {embedding}: which of the two "
-                             "is meant, versions of transformers disagree; with false in config.json both are used")
+            raise ValueError(f"{directory}: tie_word_embeddings is true in config.json, but {head} is another matrix than "
+                             f"{embedding}; false would keep both")
         state |= dict.fromkeys((embedding, head), tied[0]) if tied else {}
     wrong = [f"{name} {t.dtype} {tuple(t.shape)} for {tuple(shapes[name])}" for name, t in state.items()
-             if name in shapes and (t.shape != shapes[name] or t.dtype not in FLOATS)]
+             if name in shapes and (t.shape != shapes[name] or t.dtype not in floats)]
     for what, names in (("missing", shapes.keys() - state.keys()), ("unexpected", state.keys() - shapes.keys()),
                         ("of the wrong shape or type", wrong)):
         if names:
@@ -1076,7 +1075,7 @@ def find_checkpoint(name):
     except RepositoryNotFoundError:
         why = "the hub has no public model of that name (a private one needs HF_TOKEN)"
     except LocalEntryNotFoundError:
-        why = "the hub cannot be reached, nor is a model of that name in its cache"
+        why = "the hub does not answer, and nothing of that name is in its cache"
     except Exception as e:  # the hub's client raises many kinds, none of them ours to mend
         why = f"the hub did not give a model of that name: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
     raise FileNotFoundError(f"no directory {name}, and {why}")
