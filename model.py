@@ -779,7 +779,7 @@ class Llama(nn.Module):
         texts = {"config.json": config_to_hf(self.config, dtype)}
         if split.is_sharded:
             texts["model.safetensors.index.json"] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        with tempfile.TemporaryDirectory(dir=directory) as folder:
+        with tempfile.TemporaryDirectory(".tmp", dir=directory) as folder:
             for file, content in texts.items():
                 Path(folder, file).write_text(json.dumps(content, indent=2) + "\n")
             for file, names in split.filename_to_tensors.items():
@@ -868,7 +868,7 @@ def config_from_hf(hf, generation=None):
     naming the key, for what is not built here."""
     family = hf.get("model_type")
     if family not in ("llama", "llama4", "llama4_text"):
-        raise ValueError(f"config.json: model_type {family!r} is not supported; 'llama', 'llama4' and 'llama4_text' are")
+        raise ValueError(f"config.json: model_type {family!r} is not supported: it takes llama, llama4 and llama4_text")
     try:
         text = (hf.get("text_config") or {}) if family == "llama4" else hf  # beside it: vision_config
         if set(hf.get("architectures") or ()) - ARCHITECTURES:
@@ -901,7 +901,7 @@ def _common_fields(hf, keys, rope_theta):
         if value is None and (default is None or field in ("chunk", "bos_id")):
             continue  # LlamaConfig's own: as many as query heads, dim / n_head, full attention, no BOS
         kind = int if default is None else type(default)
-        if type(value) not in (kind, int) or kind is int and value < 1 and field != "bos_id":
+        if type(value) is not kind or kind is int and value < 1 and field != "bos_id":
             raise ValueError(f"{key} ({field}) must be a positive {kind.__name__}, not {value!r}")
         fields[field] = value
     pad, vocab_size = hf.get("pad_token_id"), fields["vocab_size"]
@@ -971,7 +971,10 @@ def _llama4_config(hf):
         cfg = replace(cfg, chunk=0)
     if not any(is_moe):
         cfg = replace(cfg, n_experts=0, top_k=1)
-    if not nope_every or not hf.get("attn_temperature_tuning", True):
+    tuning = hf.get("attn_temperature_tuning", True)  # transformers 4.51 wrote 4 for true
+    if not isinstance(tuning, int):
+        raise ValueError(f"attn_temperature_tuning must be true or false, not {tuning!r}")
+    if not (tuning and nope_every):
         cfg = replace(cfg, attn_scale=0.0)
     return replace(cfg, moe_every=interval("moe_layers", is_moe) or 1, nope_every=nope_every)
 
@@ -1038,8 +1041,8 @@ def _read_tensors(directory, cfg, shapes, dtype, device):
     if cfg.tie_embeddings:
         tied = [state[name] for name in (embedding, head) if name in state]
         if len(tied) == 2 and (tied[0].dtype != tied[1].dtype or not torch.equal(*tied)):
-            raise ValueError(f"{directory}: tie_word_embeddings is true in config.json, but {head} is another matrix than "
-                             f"{embedding}; false would keep both")
+            raise ValueError(f"{directory}: tie_word_embeddings is true in config.json, but {head} is not {embedding}; "
+                             "false keeps both")
         state |= dict.fromkeys((embedding, head), tied[0]) if tied else {}
     wrong = [f"{name} {t.dtype} {tuple(t.shape)} for {tuple(shapes[name])}" for name, t in state.items()
              if name in shapes and (t.shape != shapes[name] or t.dtype not in floats)]
@@ -1060,21 +1063,20 @@ def find_checkpoint(name):
     Raises FileNotFoundError when there is neither. A model that is not public needs a token in HF_TOKEN."""
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import errors, snapshot_download
     name = str(name)
     if name.count("/") != 1:  # a name on the hub is owner/model
         raise FileNotFoundError(f"no directory {name}")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
                                       ignore_patterns="*/*"))  # folders hold other formats
-    except HFValidationError:
+    except errors.HFValidationError:
         raise FileNotFoundError(f"no directory {name}") from None
-    except GatedRepoError:
+    except errors.GatedRepoError:
         why = "the hub's model of that name is gated: ask for access on its page and set HF_TOKEN"
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         why = "the hub has no public model of that name (a private one needs HF_TOKEN)"
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         why = "the hub does not answer, and nothing of that name is in its cache"
     except Exception as e:  # the hub's client raises many kinds, none of them ours to mend
         why = f"the hub did not give a model of that name: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
