@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import Llama, find_checkpoint
+from model import Llama, LlamaConfig, find_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the oracle of these tests")
 transformers.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -232,7 +232,7 @@ def draw(hf):
 
 def from_config(config):
     """A model of transformers for the dict of a config.json."""
-    known = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))  # a copy: it writes into what it is given
+    known = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))  # a copy: it writes into dicts
     if config["model_type"] == "llama4":
         return transformers.Llama4ForConditionalGeneration(known)
     return transformers.AutoModelForCausalLM.from_config(known)
@@ -479,6 +479,28 @@ def test_what_we_write_opens_in_transformers(name, tmp_path):
     assert again.config == found.config
     want, got = theirs(tmp_path / "again"), again(IDS)[0]
     assert torch.equal(got, found(IDS)[0]) and (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+OURS = dict(vocab_size=48, n_layer=4, n_head=4, n_kv_head=2, dim=32, ffn_dim=40, context=64)
+OURS4 = OURS | dict(arch="llama4", expert_dim=24, n_experts=3, moe_every=2, nope_every=4, chunk=5, qk_norm=True,
+                    attn_scale=0.2, floor_scale=3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [
+    OURS, OURS | dict(tie_embeddings=True, eos_ids=(3, 2), bos_id=0), OURS | dict(rope_scaling=(4.0, 1.0, 1.0, 1.0)),
+    OURS | dict(rope_scaling=(8.5, 1.5, 4.25, 16.5)), OURS4, OURS4 | dict(moe_every=9), OURS4 | dict(nope_every=9),
+    OURS4 | dict(nope_every=9, moe_every=9, n_layer=2), OURS4 | dict(n_experts=0), OURS4 | dict(nope_every=1),
+    OURS4 | dict(chunk=0), OURS4 | dict(nope_every=0, attn_scale=0.0), OURS4 | dict(chunk=0, nope_every=1, moe_every=1),
+    OURS4 | dict(tie_embeddings=True, top_k=3, rope_scaling=(16.0, 1.0, 1.0, 8.0))])
+def test_what_we_train_opens_in_transformers(fields, tmp_path):
+    """Also where an interval is beyond the number of layers."""
+    torch.manual_seed(0)
+    trained = Llama(LlamaConfig(**fields)).eval()
+    torch.nn.init.normal_(trained.lm_head.weight, std=0.3)
+    trained.save_pretrained(tmp_path)
+    compare(tmp_path, SAME)
+    assert (trained(IDS)[0] - ours(tmp_path)[0]).abs().max() == 0
 
 
 @pytest.mark.parametrize("base", [LLAMA, LLAMA | dict(rope_scaling=LLAMA3), TIED, LLAMA4,
