@@ -785,13 +785,15 @@ class Llama(nn.Module):
             for file, names in split.filename_to_tensors.items():
                 save_file({name: state[name] for name in names}, Path(folder, file), metadata={"format": "pt"})
                 shutil.copymode(Path(folder, "config.json"), Path(folder, file))  # safetensors lets only the owner read
-            for old in directory.glob("model*.safetensors*"):  # would be read in place of, or mixed with, the new ones
-                if not Path(folder, old.name).exists():
-                    old.unlink()
+            written = {directory / file.name for file in Path(folder).iterdir()}
             for file in Path(folder).iterdir():
                 with open(file, "rb") as f:
                     os.fsync(f.fileno())
                 file.replace(directory / file.name)
+        earlier = {directory / "model.safetensors", directory / "model.safetensors.index.json",
+                   *directory.glob("model-?????-of-?????.safetensors")}
+        for file in earlier - written:  # weights of before, cut in another way
+            file.unlink(missing_ok=True)
 
 
 def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
