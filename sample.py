@@ -43,11 +43,11 @@ class SampleConfig:
 
 def newest_run(out=config.ROOT / "out"):
     """The run directory under out/ whose weights were written last."""
-    found = [p.parent for p in out.glob("*/model.safetensors")]
-    if not found:
+    runs = [path.parent for path in out.glob("*/config.json")]
+    if not runs:
         raise config.Mistake(f"no trained model under {out}: train one with `python prepare/tales.py && "
                              "python train.py config/tales.py`, or name one with --init_from")
-    return max(found, key=lambda p: (p / "model.safetensors").stat().st_mtime)
+    return max(runs, key=lambda run: (run / "config.json").stat().st_mtime)
 
 
 def read_prompt(text):
@@ -63,13 +63,13 @@ def load(cfg):
     from common import pick_device, pick_dtype
     import torch  # noqa: F401
 
-    from model import Llama, find
+    from model import Llama, find_checkpoint
     from prepare import tokenizer
     directory = Path(cfg.init_from) if cfg.init_from else newest_run()
     device = pick_device(cfg.device)
     dtype, _ = pick_dtype(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
-        directory = find(directory)
+        directory = find_checkpoint(directory)
         model = Llama.from_pretrained(directory, dtype=dtype, device=device).to_decode(cfg.compile)
     tok = tokenizer.load(directory)
     if tok.vocab_size > model.config.vocab_size:

@@ -124,7 +124,7 @@ from safetensors import SafetensorError  # noqa: E402
 from common import (  # noqa: E402
     RANK, WORLD, IdleThreads, all_reduce_sum, atomic_write, autocast_to, cleanup, init_distributed, keep_freed_memory,
     peak_memory, pick_device, pick_dtype, print0, to_device)
-from model import PRESETS, Llama, find  # noqa: E402
+from model import PRESETS, Llama, find_checkpoint  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
 from prepare.windows import Windows, document_positions, rng_for  # noqa: E402
 
@@ -805,7 +805,7 @@ def need_fit(c, cfg, shape, vocab_size):
 def load_llama(source, shape):
     """(Llama, tokenizer, directory) of a checkpoint: a directory or a hub name."""
     with config.mistakes(ValueError, FileNotFoundError):
-        directory = find(source)
+        directory = find_checkpoint(source)
         kept = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
         llama = Llama.from_pretrained(directory, dtype=torch.float32, **kept)
     return llama, tokenizer.load(directory), directory

@@ -534,7 +534,7 @@ def build(cfg, shape, folder, out):
         source = train.common_latest(out)
     torch.manual_seed(cfg.seed)
     with config.mistakes(ValueError, FileNotFoundError):
-        source = source and model.find(source)
+        source = source and model.find_checkpoint(source)
         if source and (source / "vlm.json").is_file():
             vlm, tok = Vlm.from_pretrained(source, cfg.vit_weights, cfg.beta, **kept), tokenizer.load(source)
             for key, have in (("encoder", vlm.encoder_name), ("pixel_shuffle", vlm.pixel_shuffle)):
@@ -665,7 +665,7 @@ def load(cfg):
     directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
     with config.mistakes(ValueError, FileNotFoundError):
-        directory = model.find(directory)
+        directory = model.find_checkpoint(directory)
         run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
     run.vlm.llama.to_decode()
     return run

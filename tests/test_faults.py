@@ -114,7 +114,7 @@ TRAIN = [  # arguments, and what the line says
     (["--batch_size"], "--batch_size needs a value"),
     (["batch_size=4"], "neither a config file"),
     (["--block_size=0"], "block_size must lie in [1, inf), not 0"),
-    (["--learning_rate=nan"], "learning_rate must lie in [0, inf), not nan"),
+    (["--learning_rate=nan"], "learning_rate must lie in [0, 1000], not nan"),
     (["--optimizer=sgd"], "optimizer must be one of muon, adamw"),
     (["--n_head=4", "--n_kv_head=3", "--dim=32"], "n_head=4 is not divisible by n_kv_head=3"),
     (["--dim=15"], "is not divisible by n_head=2"),
@@ -339,7 +339,8 @@ def load_run(d):
     found = model.Llama.from_pretrained(d)
     said, kept = json.loads((d / "config.json").read_bytes()), model.config_to_hf(found.config)
     lists = {"interleave_moe_layer_step", "no_rope_layer_interval"}  # overruled by what config.json lists for each layer
-    for key in set((model.NAMES4 if found.config.arch == "llama4" else model.NAMES).values()) & said.keys() - lists:
+    table = model.LLAMA4_KEYS if found.config.arch == "llama4" else model.LLAMA_KEYS
+    for key in {key for key, _ in table.values()} & said.keys() - lists:
         if key == "attn_scale" and not (found.config.nope_every and said.get("attn_temperature_tuning", True)):
             continue  # tunes NoPE layers only
         assert not said[key] or said[key] == kept[key] and type(said[key]) in (type(kept[key]), int), (key, said[key], kept[key])

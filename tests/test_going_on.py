@@ -248,7 +248,7 @@ def test_a_model_of_the_hub_needs_the_data_of_its_tokenizer(words, tmp_path, mon
     """A directory was always checked; a hub name once trained on other tokens in silence."""
     train.main(settings(words, tmp_path / "run", max_iters=1), DENSE)
     tokenizer.byte().save(tmp_path / "run")
-    monkeypatch.setattr(train, "find", lambda name: tmp_path / "run")
+    monkeypatch.setattr(train, "find_checkpoint", lambda name: tmp_path / "run")
     with pytest.raises(config.Mistake, match="was made with another tokenizer .* than org/name"):
         train.main(settings(words, tmp_path / "tuned", init_from="org/name"), {})
 
