@@ -702,5 +702,43 @@ def overhead(cfg):
                lambda: settings.max_iters / steps * seconds(bare) / 10, 1.0, runs=3)
 
 
+@row
+def busy(cfg):
+    """Training steps beside one other busy program, against 2.5 times the quiet step; and what watching for it costs."""
+    alone = "import common; common.IdleThreads.adapt = lambda *_: None; "
+
+    def step(words, steps, beside=False, first=""):
+        """The median seconds of a step of a run of its own."""
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if beside else None
+        with tempfile.TemporaryDirectory() as folder:
+            argv = [*words, f"--out_dir={folder}/run", f"--max_iters={steps}", f"--eval_interval={steps}",
+                    "--eval_tokens=200", "--log_interval=1", "--device=cpu"]
+            code = f"import sys, runpy; sys.path.insert(0, ''); {first}sys.argv = {argv!r}; " \
+                   f"runpy.run_path({words[0]!r}, run_name='__main__')"
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+            if other:
+                other.kill()
+                other.wait()
+            if done.returncode:
+                raise Skip(f"{' '.join(words)}: {done.stderr[-300:]}")
+            log = [json.loads(line) for line in (Path(folder) / "run/log.jsonl").read_text().splitlines()]
+        at = [entry["seconds"] for entry in log if "train_loss" in entry]
+        return statistics.median(after - before for before, after in zip(at[2:], at[3:]))
+
+    smollm2 = ["train.py", "--init_from=out/smollm2", "--dataset=smollm2_text", "--block_size=256", "--batch_size=4",
+               "--sample_tokens=0"]
+    for words, steps, needs in ((["train.py", "config/tales.py", "--sample_tokens=0"], 80, "data/tales"),
+                                (["vlm.py", "config/vlm_shapes.py"], 60, "data/shapes"),
+                                (smollm2, 10, "data/smollm2_text")):
+        if not (ROOT / needs).is_dir():
+            print(f"busy: {needs} is not there: prepare it first")
+            continue
+        name = words[1].removeprefix("config/")
+        yield Pair(f"{name}: a step beside a busy process, against 2.5 quiet ones", lambda: step(words, steps, True),
+                   lambda: 2.5 * step(words, steps), 1.0, runs=3, warmup=False)
+        yield Pair(f"{name}: a quiet step, against one whose threads always wait in a loop", lambda: step(words, steps),
+                   lambda: step(words, steps, first=alone), 0.97, runs=3, warmup=False)
+
+
 if __name__ == "__main__":
     config.run(main, sys.argv[1:])
