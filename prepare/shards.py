@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,26 +25,6 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 VERIFIED = ".verified.json"  # what the reader found in each shard, so that it hashes a shard once
 DATA_FILES = r"((train|val)_\d{3,}\.bin|(meta|progress|\.verified)\.json(\.\d+)?)(\.tmp)?"  # those of a data set here
 TOKENIZER_FILES = r"tokenizer\.(json|model)|tokenizer_config\.json"
-
-
-@dataclass
-class Settings:
-    """What the prepare scripts share."""
-    input: tuple[str, ...] = ()  # files, folders, globs of txt, jsonl, json (each also .gz) and parquet; none: the hub
-    out: str | None = None  # folder to write; None: data/<name of the script>, which train.py finds by that name
-    tokenizer: str | None = None  # a tokenizer's file or folder, 'byte' or 'char'; None: train a SentencePiece BPE
-    vocab_size: int = 32768  # tokens of that BPE: a multiple of 128, and ids fit in two bytes
-    val_fraction: float = 0.01  # share of the documents held out, picked by a hash of their text
-    limit: int | None = None  # stop after this many documents; None: all of them
-    workers: int = 0  # processes that tokenize; 0: one per core
-
-    def __post_init__(self):
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError("val_fraction is a share of the documents: 0 or more and below 1")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError("limit counts documents: 1 or more, or None for all of them")
-        if self.workers < 0:
-            raise ValueError("workers counts processes: 1 or more, or 0 for one per core")
 
 
 def dtype_of(vocab_size):
