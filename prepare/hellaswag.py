@@ -66,9 +66,10 @@ def items(paths):
     if not paths:
         yield from map(normalise, sources.open_hub("Rowan/hellaswag", None, "validation"))
     for path in paths:
-        for place, item in sources.records(path):
-            with config.mistakes(ValueError, prefix=f"{path}, {place}: "):
-                yield normalise(item)
+        with sources.opened(path) as file:
+            for place, item in sources.records(file):
+                with config.mistakes(ValueError, prefix=f"{path}: {place}: "):
+                    yield normalise(item)
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------

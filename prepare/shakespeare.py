@@ -35,8 +35,8 @@ def read_file(path, cfg):
     kind, packed = sources.kind_of(path)
     if kind != ".txt":
         return "\n\n".join(sources.Files([path], (), cfg.field))
-    with config.mistakes(OSError, ValueError, prefix=f"{path}: "), open(path, "rb") as raw:
-        return "".join(sources.pieces(raw, packed))
+    with sources.opened(path) as file:
+        return "".join(sources.text_of_file(file, packed))
 
 
 def read(cfg):

@@ -1,7 +1,7 @@
 """Prepare your own text: python prepare/text.py --input FILES_OR_FOLDER, then python train.py --dataset=text
 
-Reads txt, jsonl, json (each also .gz, .bz2, .xz, .zst) and parquet as a stream, so memory does not grow with the corpus;
-spreads the tokenizing over processes; goes on after an interruption where it stopped. Neither the processes nor the
+Reads txt, jsonl, json (each also .gz, .bz2, .xz, .zst) and parquet as a stream, so memory does not grow with the
+corpus; spreads the tokenizing over processes; goes on after an interruption where it stopped. Neither the processes nor the
 interruptions show in the result. Each document gets the tokenizer's BOS before it and EOS after it. Which side of
 the split a document falls on is decided by a hash of its text, so a text that comes twice is not on both sides.
 A .txt file is one document unless it contains the separator; a file alone is also cut at its blank lines. White space
@@ -177,7 +177,7 @@ def recipe(cfg, source, given=None):
 def begin(cfg, out, source):
     """(source to read from, writer, state to go on from) of a new data set, or of one that was interrupted.
 
-    state: {"documents": so many are written, "fraction": of the input, "source": position, "threshold": see `hold_out`}.
+    state: {"documents": written so far, "fraction": of the input, "source": its position, "threshold": see `hold_out`}.
     """
     reading = source()
     given = None if cfg.tokenizer in (None, "char", "byte") else tokenizer.load(cfg.tokenizer)
@@ -228,7 +228,8 @@ def prepare(cfg, name, hub=None):
     try:
         with config.mistakes(OSError):
             paths = sources.find_files(cfg.input, out)
-            meta = write(cfg, out, lambda: sources.Files(paths, cfg) if paths else sources.Hub(*hub, cfg))
+            meta = write(cfg, out, lambda: sources.Files(paths, cfg.separator, cfg.field) if paths else
+                         sources.Hub(*hub, cfg.field))
     except KeyboardInterrupt:
         raise config.Mistake("interrupted; the same command goes on from here") from None
     splits = meta["splits"]
