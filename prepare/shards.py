@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from itertools import accumulate
 from pathlib import Path
 
@@ -51,26 +52,42 @@ def unfinished(directory, recipe):
         return None
 
 
+EMPTY = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}  # a split before anything is written
+
+
 class _Tail:
-    """One split while it is written: finished shards, and the open one under a temporary name."""
+    """One split while it is written: finished shards, and the open one under a temporary name.
+
+    done: the split as the progress file has it. Raises OSError where the directory does not hold that much.
+    """
 
     def __init__(self, directory, split, dtype, shard_tokens, done):
         self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
-        self.shards, self.counts = done["shards"], {k: done[k] for k in ("tokens", "documents", "bytes")}
+        self.shards, self.counts = list(done["shards"]), {k: done[k] for k in ("tokens", "documents", "bytes")}
         self.open_tokens = self.counts["tokens"] - sum(s["tokens"] for s in self.shards)
         self.file, self.sha = None, hashlib.sha256()
+        for shard in self.shards:
+            self._demand(directory / shard["file"], shard["tokens"])
         if self.open_tokens:
             self._reopen()
 
     def _path(self):
         return self.directory / f"{self.split}_{len(self.shards):03d}.bin"
 
+    def _demand(self, path, tokens):
+        """Raise OSError for a file that is missing or has fewer tokens; return their size in bytes."""
+        size = tokens * self.dtype.itemsize
+        if path.stat().st_size < size:
+            raise OSError(f"{path} has lost its end")
+        return size
+
     def _reopen(self):
         """Cut the open shard back to what the progress file vouches for, and hash that."""
-        path, size = self._path(), self.open_tokens * self.dtype.itemsize
+        path = self._path()
         temporary = path.with_name(path.name + ".tmp")
         if path.exists() and not temporary.exists():  # it was completed after the last commit
             path.rename(temporary)
+        size = self._demand(temporary, self.open_tokens)
         self.file = open(temporary, "r+b")
         while self.file.tell() < size:
             self.sha.update(self.file.read(min(1 << 24, size - self.file.tell())))
@@ -116,31 +133,19 @@ class Writer:
 
     def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None):
         self.directory, self.tok, self.recipe = Path(directory), tok, recipe
-        self.dtype = dtype_of(tok.vocab_size)
+        self.dtype, self.shard_tokens = dtype_of(tok.vocab_size), shard_tokens
         state = unfinished(directory, recipe)
-        if state is None or not self._whole(state):
+        try:
+            self.tails, self.position = self._open(state["splits"]), state["position"]
+        except (OSError, TypeError, KeyError):  # there is nothing to go on from, or it is damaged
             with config.mistakes(OSError):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._clear(f"{DATA_FILES}|{TOKENIZER_FILES}")
                 tok.save(self.directory)
-            state = {"position": None,
-                     "splits": {s: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for s in SPLITS}}
-        self.position = state["position"]
-        self.tails = {s: _Tail(self.directory, s, DTYPES[self.dtype], shard_tokens, state["splits"][s]) for s in SPLITS}
+            self.tails, self.position = self._open(dict.fromkeys(SPLITS, EMPTY)), None
 
-    def _whole(self, state):
-        """Does the directory still hold what the progress file vouches for?"""
-        for split in SPLITS:
-            shards, size = state["splits"][split]["shards"], DTYPES[self.dtype].itemsize
-            left = state["splits"][split]["tokens"] - sum(s["tokens"] for s in shards)
-            tail = self.directory / f"{split}_{len(shards):03d}.bin"
-            at_least = [(self.directory / s["file"], s["tokens"]) for s in shards]
-            if left:
-                temporary = tail.with_name(tail.name + ".tmp")
-                at_least.append((temporary if temporary.exists() else tail, left))
-            if not all(path.is_file() and path.stat().st_size >= tokens * size for path, tokens in at_least):
-                return False
-        return True
+    def _open(self, splits):
+        return {s: _Tail(self.directory, s, DTYPES[self.dtype], self.shard_tokens, splits[s]) for s in SPLITS}
 
     def _clear(self, pattern, keep=()):
         """Remove what an earlier data set left here (meta.json before its shards), and nothing else."""
@@ -195,7 +200,7 @@ def read_meta(directory):
         if (directory / "progress.json").is_file():
             raise config.Mistake(f"{directory} is only half prepared: run the same prepare command again, it continues")
         if not (config.ROOT / script).is_file():
-            script = f"prepare/text.py --input YOUR_FILES --out {directory}"
+            script = f"prepare/text.py --input YOUR_FILES --out {shlex.quote(str(directory))}"
         raise config.Mistake(f"no data in {directory}: run `python {script}` first")
     with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} is damaged, prepare the data again: "):
         return json.loads(path.read_text(encoding="utf-8"))
