@@ -9,6 +9,7 @@ A split is one long sequence of ids cut into shards of equal length wherever the
 depend on the documents alone: not on batches, processes or interruptions.
 """
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -253,18 +254,16 @@ class Split:
         if stat.st_size != length * dtype.itemsize:
             raise config.Mistake(f"shard {path} is truncated or altered: it has {stat.st_size} bytes "
                                  f"instead of {length * dtype.itemsize}; prepare the data again")
-        found = known.get(path.name)
-        if not isinstance(found, list) or [type(x) for x in found] != [int, int, str, int] or \
-                found[:2] != [stat.st_size, stat.st_mtime_ns]:
-            found = known[path.name] = [stat.st_size, stat.st_mtime_ns, *_contents(path, dtype)]
-            try:
+        version = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {sha}"
+        if type(known.get(version)) is not int:
+            found, known[version] = _contents(path, dtype)
+            if found != sha:
+                raise config.Mistake(f"shard {path} is altered: its sha256 is not the one in meta.json; prepare again")
+            with contextlib.suppress(OSError):  # a read-only data set is hashed each time
                 write_text(self.directory / VERIFIED, json.dumps(known))
-            except OSError:
-                pass  # a read-only data set is hashed each time
-        if found[2] != sha:
-            raise config.Mistake(f"shard {path} is altered: its sha256 is not the one in meta.json; prepare again")
-        if not found[3] < self.vocab_size:
-            raise config.Mistake(f"shard {path} has ids up to {found[3]}, beyond the vocabulary of {self.vocab_size}")
+        if not known[version] < self.vocab_size:
+            raise config.Mistake(f"shard {path} has ids up to {known[version]}, beyond the vocabulary of "
+                                 f"{self.vocab_size}")
 
     def __len__(self):
         return self.tokens
@@ -286,7 +285,7 @@ class Split:
 
 
 def _verified(directory):
-    """{shard: [size, mtime_ns, sha256, largest id]} of the shards read before; empty if there is no such file."""
+    """{"shard size mtime_ns sha256": largest id} of the shards read before; empty if there is no such file."""
     try:
         known = json.loads((directory / VERIFIED).read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}

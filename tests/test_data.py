@@ -7,7 +7,7 @@ import json
 import os
 import random
 import re
-import signal
+import shlex
 import subprocess
 import sys
 import threading
@@ -607,6 +607,31 @@ def test_a_changed_setting_or_input_starts_over(tmp_path):
             assert len(documents_in(tmp_path / "out", "train")) == 2, "which changes nothing in the result"
         else:
                 assert all_documents(tmp_path / "out") == sorted(texts[:400] if "limit" in change else texts)
+
+
+def test_what_is_said_at_the_end_holds_and_can_be_pasted(tmp_path):
+    jsonl(tmp_path / "my texts/a.JSONL", ["one", "", "two", " ", "three"])
+    (tmp_path / "my texts/notes.md").write_text("x")
+    out = tmp_path / "my data; it's here"
+    with pytest.raises(config.Mistake) as missing:
+        shards.Split(out, "train")
+    command = re.search("`(.*)`", str(missing.value)).group(1)
+    assert shlex.split(command)[-2:] == ["--out", str(out)]
+    said = run("text.py", "--input", tmp_path / "my texts", "--out", out, "--tokenizer=byte").stdout.splitlines()
+    assert said[0] == "files skipped: 1 .md" and said[1] == "3 documents, 2 skipped (without text)"
+    found = {split: shards.Split(out, split) for split in shards.SPLITS}
+    assert said[2:4] == [f"{split}: {s.documents} documents, {s.tokens} tokens, {s.bytes} bytes" for split, s in found.items()]
+    command = shlex.split(said[4].removeprefix(f"{out} is ready: "))
+    assert command == ["python", "train.py", f"--dataset={out}"]
+    said = run("text.py", "--input", tmp_path / "my texts", "--out", out, "--tokenizer=byte", "--val_fraction=0").stdout
+    assert "train.py" not in said and "--val_fraction" in said
+
+
+@pytest.mark.parametrize("script", ["text", "tinystories", "fineweb_edu", "cosmopedia", "shakespeare", "hellaswag"])
+def test_help_is_true(script):
+    said = " ".join(run(f"{script}.py", "-h").stdout.split())
+    assert "no effect" not in said and "python prepare/" in said
+    assert ("none: the hub" in said) == (script not in ("text", "shakespeare"))
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
