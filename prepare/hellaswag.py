@@ -64,7 +64,8 @@ def normalise(item):
 def items(paths):
     """The items of files, normalised; without any paths those of the hub."""
     if not paths:
-        yield from map(normalise, sources.open_hub("Rowan/hellaswag", None, "validation"))
+        with config.mistakes(OSError, ValueError, prefix="Rowan/hellaswag: "):
+            yield from map(normalise, sources.open_hub("Rowan/hellaswag", None, "validation"))
     for path in paths:
         with sources.opened(path) as file:
             for place, item in sources.records(file):

@@ -28,12 +28,20 @@ from prepare import tokenizer
 
 READABLE = "txt, jsonl, json (each also .gz, .bz2, .xz, .zst) and parquet"
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lambda raw: open_zst(raw)}
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # in this order: one begins with another
 PIECE = 1 << 20  # bytes read at a time
 LONGEST = 1 << 20  # characters of a .txt document; longer ones are cut: a file without separators must fit in memory
-EDGE = 32  # what lies so near the end of a buffer may look different with more of it: \uXXXX, -Infinity, 1.5e+300
+EDGE = 32  # characters at the end of a buffer that may look wrong for want of more: \uXXXX, -Infinity, 1.5e+300
+
+
+def open_zst(file):
+    """What was packed into a file by Zstandard. pyarrow comes with `datasets`."""
+    import pyarrow
+    return pyarrow.CompressedInputStream(file, "zstd")
+
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
 
 
 # -- which files -------------------------------------------------------------------------------------------------
@@ -79,28 +87,28 @@ def find_files(patterns, out=None):
     """
     found, skipped = {}, Counter()
     for pattern in patterns:
-        paths = []
+        paths, readable = [], 0
         for path in map(Path, [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))):
             if path.is_file() and not kind_of(path):
                 raise config.Mistake(f"--input {path}: cannot read this kind of file, only {READABLE}")
             paths += walk(path, skipped) if path.is_dir() else [path]
-        paths = [path for path in paths if not out or out.resolve() not in path.resolve().parents]
-        skipped.update(filter(None, map(why_skipped, paths)))
-        readable = [path for path in paths if not why_skipped(path)]
+        for path in paths:
+            real = path.resolve()
+            if out and out.resolve() in real.parents:
+                continue
+            why = why_skipped(path)
+            readable += not why
+            if why or real in found:
+                skipped[why or "given twice"] += 1
+            else:
+                found[real] = Path(os.path.abspath(path))
+        reasons = ", ".join(f"{n:,} {why}" for why, n in sorted(skipped.items()) if n)
         if not readable:
-            raise config.Mistake(f"--input {pattern}: no such file, nor a folder with any of {READABLE}; "
-                                 f"skipped: {listed(skipped)}")
-        for path in readable:
-            skipped["given twice"] += path.resolve() in found
-            found.setdefault(path.resolve(), Path(os.path.abspath(path)))
+            raise config.Mistake(f"--input {pattern}: no such file, nor a folder with any of {READABLE}"
+                                 + f"; skipped: {reasons}" * bool(reasons))
     if skipped.total():
-        print(f"files skipped: {listed(skipped)}", flush=True)
+        print(f"files skipped: {reasons}", flush=True)
     return list(found.values())
-
-
-def listed(counts):
-    """A Counter in words: "2 empty, 1 hidden"."""
-    return ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()) if n) or "none"
 
 
 @contextlib.contextmanager
@@ -111,12 +119,6 @@ def opened(path):
 
 
 # -- what a file holds: text -------------------------------------------------------------------------------------
-
-def open_zst(file):
-    """What was packed into a file by Zstandard. pyarrow comes with `datasets`."""
-    import pyarrow
-    return pyarrow.CompressedInputStream(file, "zstd")
-
 
 def text_of_file(file, packed=""):
     """The text of a file opened in binary, piece by piece, none of them empty: UTF-8, or UTF-16 and UTF-32 that begin
@@ -136,9 +138,11 @@ def text_of_file(file, packed=""):
             line += text.count("\n")
             if text:
                 yield text
-            data = stream.read(PIECE)
+            data = stream.read1(PIECE)  # unlike `read` it loses nothing that comes before a damage
     except UnicodeDecodeError as e:
-        line += e.object[:e.start].decode(e.encoding, "ignore").count("\n")
+        text = e.object[:e.start].decode(e.encoding, "ignore")
+        yield text
+        line += text.count("\n")
         at = size - len(e.object) + e.start + 1
         raise ValueError(f"line {line}, byte {at}: not {encoding.upper()} ({e.reason}); save it as UTF-8") from None
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as e:
@@ -185,11 +189,18 @@ def txt_documents(pieces, separator):
 # -- what a file holds: records ----------------------------------------------------------------------------------
 
 def take(pieces, n):
-    """The next n characters of these pieces, or some more; fewer only at their end."""
+    """(the next n characters or some more, fewer only at the end; the pieces after them, which may raise at once)"""
+    def fail(error):
+        raise error
+        yield
+
     text = next(pieces, "")
-    while len(text) < n and (piece := next(pieces, "")):
-        text += piece
-    return text
+    try:
+        while len(text) < n and (piece := next(pieces, "")):
+            text += piece
+    except ValueError as e:  # what comes before is used first
+        pieces = fail(e)
+    return text, pieces
 
 
 def json_values(pieces):
@@ -215,8 +226,9 @@ def json_values(pieces):
             wrong, end = e.msg, e.pos
         except (ValueError, RecursionError) as e:  # a number of thousands of digits, or lists in lists in lists
             wrong, end = str(e), start
-        if not last and (len(text) - end < EDGE or wrong.startswith("Unterminated string")):
-            more = take(pieces, len(text) - at)  # twice as much each time, so that long values are not read often
+        near_edge = len(text) - end < EDGE and (wrong or isinstance(value, int | float))  # others have a last character
+        if not last and (near_edge or wrong.startswith("Unterminated string")):
+            more, pieces = take(pieces, len(text) - at)  # twice as much each time: long values are not read often
             text, at, last = text[at:] + more, 0, not more
             continue
         line += text.count("\n", at, start)
