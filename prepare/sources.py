@@ -141,7 +141,8 @@ def text_of_file(file, packed=""):
             data = stream.read1(PIECE)  # unlike `read` it loses nothing that comes before a damage
     except UnicodeDecodeError as e:
         text = e.object[:e.start].decode(e.encoding, "ignore")
-        yield text
+        if text:
+            yield text
         line += text.count("\n")
         at = size - len(e.object) + e.start + 1
         raise ValueError(f"line {line}, byte {at}: not {encoding.upper()} ({e.reason}); save it as UTF-8") from None

@@ -2,8 +2,8 @@
 
 Reads txt, jsonl, json (each also .gz, .bz2, .xz, .zst) and parquet as a stream, so memory does not grow with the
 corpus; spreads the tokenizing over processes; goes on after an interruption where it stopped. Neither the processes
-nor the interruptions show in the result. Each document gets the tokenizer's BOS before it and EOS after it. Which side of
-the split a document falls on is decided by a hash of its text, so a text that comes twice is not on both sides.
+nor the interruptions show in the result. Each document gets the tokenizer's BOS before it and EOS after it. Which
+side of the split a document falls on is decided by a hash of its text, so a text that comes twice is not on both.
 A .txt file is one document unless it contains the separator; a file alone is also cut at its blank lines. White space
 around the documents of a .txt file is dropped, and what is longer than a million characters is cut at a line break.
 The other scripts for text (tinystories, fineweb_edu, cosmopedia) are this one with other settings.

@@ -563,8 +563,8 @@ def test_killed_at_random_points_the_result_is_the_same(tmp_path, workers):
 
     def start(out, last, name="SIGKILL"):
         """Exit code, and what was printed, of a run that gets this signal at step `last`, if it has so many."""
-        done = subprocess.run([sys.executable, tmp_path / "killed.py", ROOT, str(last), name, tmp_path / "steps", "--input",
-                               tmp_path / "in", "--out", out, "--vocab_size=400", f"--workers={workers}"],
+        done = subprocess.run([sys.executable, tmp_path / "killed.py", ROOT, str(last), name, tmp_path / "steps",
+                               "--input", tmp_path / "in", "--out", out, "--vocab_size=400", f"--workers={workers}"],
                               capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return done.returncode, done.stdout + done.stderr
 
@@ -620,7 +620,8 @@ def test_what_is_said_at_the_end_holds_and_can_be_pasted(tmp_path):
     said = run("text.py", "--input", tmp_path / "my texts", "--out", out, "--tokenizer=byte").stdout.splitlines()
     assert said[0] == "files skipped: 1 .md" and said[1] == "3 documents, 2 skipped (without text)"
     found = {split: shards.Split(out, split) for split in shards.SPLITS}
-    assert said[2:4] == [f"{split}: {s.documents} documents, {s.tokens} tokens, {s.bytes} bytes" for split, s in found.items()]
+    assert said[2:4] == [f"{split}: {s.documents} documents, {s.tokens} tokens, {s.bytes} bytes"
+                         for split, s in found.items()]
     command = shlex.split(said[4].removeprefix(f"{out} is ready: "))
     assert command == ["python", "train.py", f"--dataset={out}"]
     said = run("text.py", "--input", tmp_path / "my texts", "--out", out, "--tokenizer=byte", "--val_fraction=0").stdout
