@@ -64,8 +64,9 @@ def normalise(item):
 def items(paths):
     """The items of files, normalised; without any paths those of the hub."""
     if not paths:
-        with config.mistakes(OSError, ValueError, prefix="Rowan/hellaswag: "):
-            yield from map(normalise, sources.open_hub("Rowan/hellaswag", None, "validation"))
+        for rows, _, _ in sources.hub_batches("Rowan/hellaswag", None, "validation"):
+            with config.mistakes(ValueError, prefix="Rowan/hellaswag: "):
+                yield from map(normalise, rows)
     for path in paths:
         with sources.opened(path) as file:
             for place, item in sources.records(file):

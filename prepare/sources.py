@@ -352,19 +352,34 @@ class Files(Source):
             done = 0
 
 
-def open_hub(repository, name, split):
-    """A split of a data set on the Hugging Face hub as a stream; offline, a `Mistake` at once."""
+def reach_hub(repository):
+    """Raise a `Mistake` at once where the Hugging Face hub does not answer; `datasets` takes half a minute for that."""
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:  # `datasets` itself takes half a minute to give up
+    try:
         urllib.request.urlopen(f"{address}/api/datasets/{repository}", timeout=10).close()
     except urllib.error.HTTPError:
         pass  # it answers; whether it lets us in, `datasets` says better
     except (OSError, ValueError) as e:
         raise config.Mistake(f"cannot reach {address} for {repository} ({e}): give your own files with --input, or "
                              "make data that needs no network with `python prepare/tales.py`") from None
-    import datasets
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised as well
-    return datasets.load_dataset(repository, name, split=split, streaming=True)
+
+
+def hub_batches(repository, name, split, state=None):
+    """(records, state of the stream after them, number of records in all or None) of a data set on the hub, by batches.
+
+    state: where to go on. Whatever the libraries raise, for a missing or a gated data set say, is a `Mistake`.
+    """
+    reach_hub(repository)
+    with config.mistakes(Exception, prefix=f"{repository}: "):  # nothing here but calls of `datasets`
+        import datasets
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised as well
+        data = datasets.load_dataset(repository, name, split=split, streaming=True)
+        total = data.info.splits[split].num_examples if data.info.splits else None
+        if state:
+            data.load_state_dict(state)
+        for columns in data.iter(batch_size=256):
+            records = [dict(zip(columns, row)) for row in zip(*columns.values())]
+            yield records, data.state_dict(), total
 
 
 class Hub(Source):
@@ -386,14 +401,8 @@ class Hub(Source):
 
     def read(self, state, done, total):
         """(position, place, record), from record `done` after `state` on."""
-        with config.mistakes(OSError, ValueError, prefix=f"{self.repository}: "):
-            data = open_hub(self.repository, self.name, "train")
-            self.total = data.info.splits["train"].num_examples if data.info.splits else None
-            if state:
-                data.load_state_dict(state)
-            for columns in data.iter(batch_size=256):
-                rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-                for n in range(done, len(rows)):
-                    total += 1
-                    yield [state, n + 1, total], f"{self.repository}: row {total}", rows[n]
-                state, done = data.state_dict(), 0
+        for rows, after, self.total in hub_batches(self.repository, self.name, "train", state):
+            for n in range(done, len(rows)):
+                total += 1
+                yield [state, n + 1, total], f"{self.repository}: row {total}", rows[n]
+            state, done = after, 0

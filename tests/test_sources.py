@@ -369,20 +369,25 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     (404, {"X-Error-Code": "RepoNotFound"}, "doesn't exist on the Hub or cannot be accessed"),
     (401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, "doesn't exist on the Hub or "),
     (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to dataset is restricted"}, "gated dataset"),
+    (None, {}, "disconnected"),
 ])
-def test_a_missing_or_gated_data_set_is_one_line(tmp_path, status, headers, words):
-    """`datasets` itself, against a server on this machine that answers as the hub does."""
+@pytest.mark.parametrize("script", ["tinystories", "hellaswag"])
+def test_a_missing_or_gated_data_set_is_one_line(tmp_path, script, status, headers, words):
+    """`datasets` itself, against a server on this machine that answers as the hub does, or breaks off."""
     pytest.importorskip("datasets")
     program = f"""
 import http.server, os, sys, threading
+asked = []
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response({status})
+        asked.append(self.path)
+        if {not status} and len(asked) > 1:
+            return
+        self.send_response({status or 200})
         for key, value in {headers!r}.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", "2")
+        self.send_header("Content-Length", "0")
         self.end_headers()
-        self.wfile.write(b"{{}}" if self.command == "GET" else b"")
     do_HEAD = do_POST = do_GET
     def log_message(self, *_): pass
 server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
@@ -391,11 +396,14 @@ os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{{server.server_port}}"
 os.environ["HF_HOME"] = {str(tmp_path)!r}
 sys.path.insert(0, {str(ROOT)!r})
 import config
-from prepare import tinystories
-sys.argv = ["tinystories", "--out", {str(tmp_path / 'out')!r}, "--tokenizer=byte"]
-config.run(tinystories.main)
+from prepare import {script}
+sys.argv = [{script!r}, "--out", {str(tmp_path / 'out')!r}]
+config.run({script}.main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "error: roneneldan/TinyStories: " in done.stderr and words in done.stderr, done.stderr
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, said
+    name = {"tinystories": "roneneldan/TinyStories", "hellaswag": "Rowan/hellaswag"}[script]
+    assert said[-1].startswith(f"error: {name}: ") and words in said[-1], said
+    assert len(said) == 1 or status is None, said  # the libraries tell of their attempts
     assert not (tmp_path / "out").exists()
