@@ -93,7 +93,7 @@ def find_files(patterns, out=None):
                 raise config.Mistake(f"--input {path}: cannot read this kind of file, only {READABLE}")
             paths += walk(path, skipped) if path.is_dir() else [path]
         for path in paths:
-            real = path.resolve()
+            real = Path(os.path.realpath(path))  # resolve() raises for a link to itself
             if out and out.resolve() in real.parents:
                 continue
             why = why_skipped(path)

@@ -322,10 +322,11 @@ def test_what_a_folder_holds_besides_is_said_and_counted(tmp_path, capsys):
         (tmp_path / name).write_text("x")
     (tmp_path / "e.txt").write_text("")
     (tmp_path / "nowhere.txt").symlink_to(tmp_path / "not there")
+    (tmp_path / "itself.txt").symlink_to(tmp_path / "itself.txt")
     found = sources.find_files([str(tmp_path), str(tmp_path / "A.TXT"), str(tmp_path / "deep" / "*")])
     assert found == [tmp_path / "A.TXT", tmp_path / "deep/er/h.Txt"]
     assert capsys.readouterr().out == ("files skipped: 1 .MD, 1 .gz, 1 .md, 1 .pdf, 1 empty, 2 given twice, 2 hidden, "
-                                       "1 no file, 1 without an ending\n")
+                                       "2 no file, 1 without an ending\n")
     (tmp_path / "only").mkdir()
     (tmp_path / "only/x.pdf").write_text("x")
     with pytest.raises(config.Mistake, match="no such file, nor a folder with any of txt.*; skipped: 1 .pdf$"):
