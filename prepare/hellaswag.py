@@ -1,7 +1,7 @@
 """Prepare HellaSwag (Zellers et al. 2019, Rowan/hellaswag): 10,042 beginnings with four endings each, one of them true.
 
     python prepare/hellaswag.py                         # the validation split from the hub
-    python prepare/hellaswag.py --input FILES           # jsonl, json (each also .gz) or parquet
+    python prepare/hellaswag.py --input FILES           # jsonl, json (each also packed) or parquet
     python train.py --eval_only --hellaswag=True --init_from=out/tales      # scores; the flag works in training too
 
 Writes data/hellaswag/val.jsonl: {"query", "endings", "label"}, one item a line. Items with the raw fields are cleaned
@@ -18,21 +18,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import shards, text  # noqa: E402
+from prepare import shards, sources  # noqa: E402
 
 FOLDER = config.ROOT / "data/hellaswag"  # where train.py looks
 
 
 @dataclass
-class Settings(shards.Settings):
-    """Where the items come from and go to, and what the scripts share."""
-    input: tuple[str, ...] = ()  # files, folders or globs of jsonl, json (each also .gz) and parquet; none: the hub
+class Settings:
+    """Where the items come from and go to."""
+    input: tuple[str, ...] = ()  # files, folders or globs of jsonl, json (each also packed) and parquet; none: the hub
     out: str | None = None  # folder to write; None: data/hellaswag, where train.py looks
     limit: int | None = None  # stop after this many items; None: all of them
-    tokenizer: str | None = None  # no effect, as is that of the next three: items are kept as text, all to be scored
-    vocab_size: int = 32768  # no effect
-    val_fraction: float = 0.0  # no effect
-    workers: int = 0  # no effect
+
+    def __post_init__(self):
+        if self.limit is not None and not 1 <= self.limit < 1 << 63:
+            raise ValueError("limit counts items: 1 or more, or None for all of them")
 
 
 def clean(words):
@@ -42,7 +42,10 @@ def clean(words):
 
 
 def normalise(item):
-    """{"query", "endings", "label"} of a raw item (activity_label, ctx_a, ctx_b, endings, label) or a cleaned one."""
+    """{"query", "endings", "label"} of a raw item (activity_label, ctx_a, ctx_b, endings, label) or a cleaned one.
+
+    Raises ValueError for anything else.
+    """
     try:
         if "query" in item:
             query, endings = item["query"], list(item["endings"])
@@ -54,17 +57,21 @@ def normalise(item):
                 not 0 <= label < len(endings):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise config.Mistake(f"this is no HellaSwag item with its label: {str(item)[:200]}") from None
+        raise ValueError(f"this is no HellaSwag item with its label: {str(item)[:200]}") from None
     return {"query": query, "endings": endings, "label": label}
 
 
-def items(cfg):
-    """The raw items, from files or from the hub."""
-    if not cfg.input:
-        yield from text.open_hub("Rowan/hellaswag", None, "validation")
-    for path in text.find_files(cfg.input):
-        with open(path, "rb") as raw:
-            yield from text.records(path, raw)
+def items(paths):
+    """The items of files, normalised; without any paths those of the hub."""
+    if not paths:
+        for rows, _, _ in sources.hub_batches("Rowan/hellaswag", None, "validation"):
+            with config.mistakes(ValueError, prefix="Rowan/hellaswag: "):
+                yield from map(normalise, rows)
+    for path in paths:
+        with sources.opened(path) as file:
+            for place, item in sources.records(file):
+                with config.mistakes(ValueError, prefix=f"{path}: {place}: "):
+                    yield normalise(item)
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------
@@ -176,7 +183,8 @@ def correct(items, scores):
 def main():
     cfg = config.load(Settings)
     out = Path(cfg.out) if cfg.out else FOLDER
-    lines = [json.dumps(normalise(item)) for item in itertools.islice(items(cfg), cfg.limit)]
+    found = items(sources.find_files(cfg.input))
+    lines = [json.dumps(item) for item in itertools.islice(found, cfg.limit)]
     out.mkdir(parents=True, exist_ok=True)
     shards.write_text(out / "val.jsonl", "\n".join(lines) + "\n")
     print(f"{out}/val.jsonl: {len(lines):,} items")

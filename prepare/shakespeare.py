@@ -10,35 +10,39 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import shards, text, tokenizer  # noqa: E402
+from prepare import shards, sources, text, tokenizer  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
 @dataclass
-class Settings(shards.Settings):
+class Settings:
     """What can be chosen; the defaults give nanoGPT's data."""
-    input: tuple[str, ...] = ()  # files, folders, globs of txt, jsonl, json and parquet; none: tiny Shakespeare
+    input: tuple[str, ...] = ()  # files, folders or globs of txt, jsonl, json, parquet; none: download tiny Shakespeare
     out: str | None = None  # folder to write; None: data/shakespeare
     tokenizer: str | None = "char"  # or 'byte', a tokenizer's file or folder; None: train a SentencePiece BPE
     vocab_size: int = 1024  # tokens of that BPE: a megabyte has few words
     val_fraction: float = 0.1  # share of the characters at the end that validates, nanoGPT's
     limit: int | None = None  # only the first so many characters; None: all of them
-    workers: int = 0  # no effect: one process tokenizes a megabyte at once
+    field: str = "text"  # where a record of jsonl, json or parquet has its text
+
+    def __post_init__(self):
+        text.check_sizes(self)
 
 
-def read_file(path):
+def read_file(path, cfg):
     """The text of a .txt file to the letter; of other kinds the documents, blank lines between them."""
-    if path.suffix != ".txt":
-        return "\n\n".join(text.Files([path], text.Settings()))
-    with config.mistakes(OSError, UnicodeDecodeError, prefix=f"--input {path}: "):
-        return path.read_bytes().decode("utf-8")
+    kind, packed = sources.kind_of(path)
+    if kind != ".txt":
+        return "\n\n".join(sources.Files([path], (), cfg.field))
+    with sources.opened(path) as file:
+        return "".join(sources.text_of_file(file, packed))
 
 
-def read(paths):
-    """The text of these files, one after another, or the download when there are none."""
-    if paths:
-        return "".join(map(read_file, text.find_files(paths)))
+def read(cfg):
+    """The text of the files of cfg.input, one after another, or the download when there are none."""
+    if cfg.input:
+        return "".join(read_file(path, cfg) for path in sources.find_files(cfg.input))
     try:
         with urllib.request.urlopen(URL, timeout=20) as answer:
             return answer.read().decode("utf-8")
@@ -49,7 +53,7 @@ def read(paths):
 
 def main():
     cfg = config.load(Settings)
-    whole = read(cfg.input)[:cfg.limit]
+    whole = read(cfg)[:cfg.limit]
     cut = int(len(whole) * (1 - cfg.val_fraction))
     if not 0 < cut < len(whole):
         raise config.Mistake(f"{len(whole)} characters cannot be split into training and validation "

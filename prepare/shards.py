@@ -9,11 +9,12 @@ A split is one long sequence of ids cut into shards of equal length wherever the
 depend on the documents alone: not on batches, processes or interruptions.
 """
 import bisect
+import contextlib
 import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+import shlex
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,26 +27,6 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 VERIFIED = ".verified.json"  # what the reader found in each shard, so that it hashes a shard once
 DATA_FILES = r"((train|val)_\d{3,}\.bin|(meta|progress|\.verified)\.json(\.\d+)?)(\.tmp)?"  # those of a data set here
 TOKENIZER_FILES = r"tokenizer\.(json|model)|tokenizer_config\.json"
-
-
-@dataclass
-class Settings:
-    """What the prepare scripts share."""
-    input: tuple[str, ...] = ()  # files, folders, globs of txt, jsonl, json (each also .gz) and parquet; none: the hub
-    out: str | None = None  # folder to write; None: data/<name of the script>, which train.py finds by that name
-    tokenizer: str | None = None  # a tokenizer's file or folder, 'byte' or 'char'; None: train a SentencePiece BPE
-    vocab_size: int = 32768  # tokens of that BPE: a multiple of 128, and ids fit in two bytes
-    val_fraction: float = 0.01  # share of the documents held out, picked by a hash of their text
-    limit: int | None = None  # stop after this many documents; None: all of them
-    workers: int = 0  # processes that tokenize; 0: one per core
-
-    def __post_init__(self):
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError("val_fraction is a share of the documents: 0 or more and below 1")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError("limit counts documents: 1 or more, or None for all of them")
-        if self.workers < 0:
-            raise ValueError("workers counts processes: 1 or more, or 0 for one per core")
 
 
 def dtype_of(vocab_size):
@@ -72,26 +53,42 @@ def unfinished(directory, recipe):
         return None
 
 
+EMPTY = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}  # a split before anything is written
+
+
 class _Tail:
-    """One split while it is written: finished shards, and the open one under a temporary name."""
+    """One split while it is written: finished shards, and the open one under a temporary name.
+
+    done: the split as the progress file has it. Raises OSError where the directory does not hold that much.
+    """
 
     def __init__(self, directory, split, dtype, shard_tokens, done):
         self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
-        self.shards, self.counts = done["shards"], {k: done[k] for k in ("tokens", "documents", "bytes")}
+        self.shards, self.counts = list(done["shards"]), {k: done[k] for k in ("tokens", "documents", "bytes")}
         self.open_tokens = self.counts["tokens"] - sum(s["tokens"] for s in self.shards)
         self.file, self.sha = None, hashlib.sha256()
+        for shard in self.shards:
+            self._demand(directory / shard["file"], shard["tokens"])
         if self.open_tokens:
             self._reopen()
 
     def _path(self):
         return self.directory / f"{self.split}_{len(self.shards):03d}.bin"
 
+    def _demand(self, path, tokens):
+        """Raise OSError for a file that is missing or has fewer tokens; return their size in bytes."""
+        size = tokens * self.dtype.itemsize
+        if path.stat().st_size < size:
+            raise OSError(f"{path} has lost its end")
+        return size
+
     def _reopen(self):
         """Cut the open shard back to what the progress file vouches for, and hash that."""
-        path, size = self._path(), self.open_tokens * self.dtype.itemsize
+        path = self._path()
         temporary = path.with_name(path.name + ".tmp")
         if path.exists() and not temporary.exists():  # it was completed after the last commit
             path.rename(temporary)
+        size = self._demand(temporary, self.open_tokens)
         self.file = open(temporary, "r+b")
         while self.file.tell() < size:
             self.sha.update(self.file.read(min(1 << 24, size - self.file.tell())))
@@ -137,31 +134,19 @@ class Writer:
 
     def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None):
         self.directory, self.tok, self.recipe = Path(directory), tok, recipe
-        self.dtype = dtype_of(tok.vocab_size)
+        self.dtype, self.shard_tokens = dtype_of(tok.vocab_size), shard_tokens
         state = unfinished(directory, recipe)
-        if state is None or not self._whole(state):
+        try:
+            self.tails, self.position = self._open(state["splits"]), state["position"]
+        except (OSError, TypeError, KeyError):  # there is nothing to go on from, or it is damaged
             with config.mistakes(OSError):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._clear(f"{DATA_FILES}|{TOKENIZER_FILES}")
                 tok.save(self.directory)
-            state = {"position": None,
-                     "splits": {s: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for s in SPLITS}}
-        self.position = state["position"]
-        self.tails = {s: _Tail(self.directory, s, DTYPES[self.dtype], shard_tokens, state["splits"][s]) for s in SPLITS}
+            self.tails, self.position = self._open(dict.fromkeys(SPLITS, EMPTY)), None
 
-    def _whole(self, state):
-        """Does the directory still hold what the progress file vouches for?"""
-        for split in SPLITS:
-            shards, size = state["splits"][split]["shards"], DTYPES[self.dtype].itemsize
-            left = state["splits"][split]["tokens"] - sum(s["tokens"] for s in shards)
-            tail = self.directory / f"{split}_{len(shards):03d}.bin"
-            at_least = [(self.directory / s["file"], s["tokens"]) for s in shards]
-            if left:
-                temporary = tail.with_name(tail.name + ".tmp")
-                at_least.append((temporary if temporary.exists() else tail, left))
-            if not all(path.is_file() and path.stat().st_size >= tokens * size for path, tokens in at_least):
-                return False
-        return True
+    def _open(self, splits):
+        return {s: _Tail(self.directory, s, DTYPES[self.dtype], self.shard_tokens, splits[s]) for s in SPLITS}
 
     def _clear(self, pattern, keep=()):
         """Remove what an earlier data set left here (meta.json before its shards), and nothing else."""
@@ -216,7 +201,7 @@ def read_meta(directory):
         if (directory / "progress.json").is_file():
             raise config.Mistake(f"{directory} is only half prepared: run the same prepare command again, it continues")
         if not (config.ROOT / script).is_file():
-            script = f"prepare/text.py --input YOUR_FILES --out {directory}"
+            script = f"prepare/text.py --input YOUR_FILES --out {shlex.quote(str(directory))}"
         raise config.Mistake(f"no data in {directory}: run `python {script}` first")
     with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} is damaged, prepare the data again: "):
         return json.loads(path.read_text(encoding="utf-8"))
@@ -269,18 +254,16 @@ class Split:
         if stat.st_size != length * dtype.itemsize:
             raise config.Mistake(f"shard {path} is truncated or altered: it has {stat.st_size} bytes "
                                  f"instead of {length * dtype.itemsize}; prepare the data again")
-        found = known.get(path.name)
-        if not isinstance(found, list) or [type(x) for x in found] != [int, int, str, int] or \
-                found[:2] != [stat.st_size, stat.st_mtime_ns]:
-            found = known[path.name] = [stat.st_size, stat.st_mtime_ns, *_contents(path, dtype)]
-            try:
+        version = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {sha}"
+        if type(known.get(version)) is not int:
+            found, known[version] = _contents(path, dtype)
+            if found != sha:
+                raise config.Mistake(f"shard {path} is altered: its sha256 is not the one in meta.json; prepare again")
+            with contextlib.suppress(OSError):  # a read-only data set is hashed each time
                 write_text(self.directory / VERIFIED, json.dumps(known))
-            except OSError:
-                pass  # a read-only data set is hashed each time
-        if found[2] != sha:
-            raise config.Mistake(f"shard {path} is altered: its sha256 is not the one in meta.json; prepare again")
-        if not found[3] < self.vocab_size:
-            raise config.Mistake(f"shard {path} has ids up to {found[3]}, beyond the vocabulary of {self.vocab_size}")
+        if not known[version] < self.vocab_size:
+            raise config.Mistake(f"shard {path} has ids up to {known[version]}, beyond the vocabulary of "
+                                 f"{self.vocab_size}")
 
     def __len__(self):
         return self.tokens
@@ -302,7 +285,7 @@ class Split:
 
 
 def _verified(directory):
-    """{shard: [size, mtime_ns, sha256, largest id]} of the shards read before; empty if there is no such file."""
+    """{"shard size mtime_ns sha256": largest id} of the shards read before; empty if there is no such file."""
     try:
         known = json.loads((directory / VERIFIED).read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}

@@ -17,6 +17,7 @@ from prepare import text  # noqa: E402
 @dataclass
 class Settings(text.Settings):
     """What can be chosen; the defaults suit config/scout.py."""
+    input: tuple[str, ...] = ()  # files, folders or globs of txt, jsonl, json (also packed), parquet; none: the hub
     separator: tuple[str, ...] = ("<|endoftext|>", "\n\n")  # between stories: the mark, or blank lines without it
 
 

@@ -1,4 +1,5 @@
 """Data sets: what the prepare scripts write, what the reader refuses, and that interruptions do not show."""
+import functools
 import gzip
 import hashlib
 import http.server
@@ -7,18 +8,17 @@ import json
 import os
 import random
 import re
-import signal
+import shlex
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import config
-from prepare import hellaswag, shards, text, tokenizer
+from prepare import hellaswag, shards, sources, text, tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,14 +75,18 @@ def all_documents(directory):
     return sorted(train + val)
 
 
+def files_of(paths):
+    """The source that these files are with the default settings."""
+    return sources.Files(paths, text.Settings().separator, text.Settings().field)
+
+
 def jsonl(path, texts):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)), encoding="utf-8")
     return path
 
 
-@pytest.fixture
-def small(tmp_path):
+def make_small(tmp_path):
     """A data set of 7 shards of 1,000 ids (the last one shorter) and its ids; vocabulary of 258."""
     ids = np.random.default_rng(0).integers(0, 258, 6500)
     writer = shards.Writer(tmp_path / "small", tokenizer.byte(), shard_tokens=1000)
@@ -91,6 +95,11 @@ def small(tmp_path):
     writer.add("val", [1, 2, 3], 3)
     writer.finish(floor_bpb={"train": 0.5, "val": 0.25}, source="random")
     return tmp_path / "small", ids
+
+
+@pytest.fixture
+def small(tmp_path):
+    return make_small(tmp_path)
 
 
 # -- writer and reader ------------------------------------------------------------------------------------------------
@@ -112,12 +121,13 @@ def test_the_reader_returns_what_was_written_across_shards(small):
         data[6500]
 
 
-def test_meta_is_written_last_and_nothing_else_stays(small):
-    directory, _ = small
+def test_meta_is_written_last_and_nothing_else_stays(tmp_path, monkeypatch):
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), written.append(Path(b).name)))
+    directory, _ = make_small(tmp_path)
+    assert written[-1] == "meta.json" and written.count("meta.json") == 1
     assert {p.name for p in directory.iterdir()} == {"meta.json", "tokenizer.json", "tokenizer_config.json",
                                                      "val_000.bin", *(f"train_{i:03d}.bin" for i in range(7))}
-    newest = max(directory.iterdir(), key=lambda p: p.stat().st_mtime_ns)
-    assert newest.name == "meta.json"
     for split in json.loads((directory / "meta.json").read_text())["splits"].values():
         for shard in split["shards"]:
             assert hashlib.sha256((directory / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
@@ -185,7 +195,8 @@ def test_a_shard_is_hashed_once_for_each_size_and_time(small, monkeypatch):
     os.utime(directory / "train_005.bin", ns=(1, 1))
     shards.Split(directory, "train")
     assert hashed[7:] == ["train_005.bin"]
-    for nonsense in "{", "[]", '{"train_000.bin": 3, "train_001.bin": [1, 2, "x", null]}':
+    known = json.loads((directory / shards.VERIFIED).read_text())
+    for nonsense in "{", "[]", "[" * 100_000, json.dumps(dict.fromkeys(known, "x")), json.dumps(dict.fromkeys(known)):
         (directory / shards.VERIFIED).write_text(nonsense)
         assert len(shards.Split(directory, "train")) == 6500
 
@@ -316,10 +327,9 @@ def test_every_format_gives_the_same_data(tmp_path):
     for i in range(10):
         (folder / f"{i}.txt").write_bytes("<|endoftext|>".join(texts[30 * i:30 * i + 30]).encode())
     (folder / "0.md").write_text("not for us")
-    cfg = text.Settings()
     zipped = [f"{name}.gz" for name in files]
     for given in [*files, *zipped, "a.parquet", "folder", "folder/*/*.txt", "folder/**/[0-9].txt"]:
-        assert list(text.documents(text.Files(text.find_files([str(tmp_path / given)]), cfg))) == texts, given
+        assert list(files_of(sources.find_files([str(tmp_path / given)]))) == texts, given
 
 
 def test_documents_come_back_whole_and_are_counted(tmp_path):
@@ -397,37 +407,17 @@ def test_results_among_the_input_are_not_read(tmp_path):
         assert all_documents(tmp_path / "out") == sorted(texts)
 
 
-def test_long_texts_are_read_piece_by_piece(tmp_path, monkeypatch):
-    texts = make_documents(300)
-    monkeypatch.setattr(text, "PIECE", 64)
-    (tmp_path / "a.txt").write_bytes("<|endoftext|>".join(["", *texts, "\n"]).encode())
-    whole = "".join(text.Files([tmp_path / "a.txt"], text.Settings()))
-    assert "".join(whole.split()) == "".join("".join(texts).split()), "only white space is lost where a document is cut"
-    short = [t[:40].strip() for t in texts]
-    (tmp_path / "a.txt").write_bytes("<|endoftext|>".join(short).encode())
-    assert list(text.Files([tmp_path / "a.txt"], text.Settings())) == short
-    (tmp_path / "a.json").write_bytes(json.dumps(texts).encode())
-    assert list(text.Files([tmp_path / "a.json"], text.Settings())) == texts
-    (tmp_path / "a.json").write_bytes(b'[{"text": "x"}, {"text" "y"}' + json.dumps(texts).encode() * 50)
-    with pytest.raises(config.Mistake, match="a.json"):
-        list(text.Files([tmp_path / "a.json"], text.Settings()))
-    (tmp_path / "b.txt").write_bytes("\n".join(texts).encode())
-    pieces = list(text.Files([tmp_path / "b.txt"], text.Settings()))
-    assert len(pieces) > 100 and max(map(len, pieces)) <= 128
-    assert "".join("".join(pieces).split()) == "".join("".join(texts).split())
-
-
 def test_reading_goes_on_at_any_document(tmp_path):
     texts = make_documents(60)
     for i in range(3):
         jsonl(tmp_path / f"{i}.jsonl", texts[20 * i:20 * i + 20])
-    files = text.Files(text.find_files([str(tmp_path)]), text.Settings())
+    files = files_of(sources.find_files([str(tmp_path)]))
     places = [(list(files.position), files.fraction())]
     for _ in files:
         places.append((json.loads(json.dumps(files.position)), files.fraction()))
     assert [f for _, f in places] == sorted(f for _, f in places) and places[-1][1] == 1
     for n, (position, _) in enumerate(places):
-        again = text.Files(files.paths, text.Settings())
+        again = files_of(files.paths)
         again.position = position
         assert list(again) == texts[n:]
 
@@ -438,20 +428,22 @@ def test_the_hub_goes_on_at_any_document(tmp_path, monkeypatch):
     import pyarrow
     from pyarrow import parquet
     texts = make_documents(1500)
+    texts[3] = texts[700] = texts[-1] = " "
     for i in range(3):
         table = pyarrow.table({"text": texts[500 * i:500 * i + 500]})
         parquet.write_table(table, tmp_path / f"{i}.parquet", row_group_size=90)
-    monkeypatch.setattr(text, "open_hub", lambda *name: datasets.load_dataset(
-        "parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True))
-    hub = text.Hub("someone/something", None, text.Settings())
-    places = [hub.position]
+    load = functools.partial(datasets.load_dataset, "parquet", data_files=str(tmp_path / "*.parquet"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, __, **options: load(**options))
+    monkeypatch.setattr(sources, "reach_hub", lambda _: None)
+    hub = sources.Hub("someone/something", None, "text")
+    places, wanted = [hub.position], [t for t in texts if t != " "]
     for _ in hub:
         places.append(json.loads(json.dumps(hub.position)))
-    assert len(places) == 1501
-    for n in 0, 1, 255, 256, 257, 499, 500, 700, 1023, 1024, 1499, 1500:
-        again = text.Hub("someone/something", None, text.Settings())
+    assert len(places) == 1498
+    for n in 0, 1, 255, 256, 257, 499, 500, 697, 698, 699, 700, 1023, 1024, 1496, 1497:
+        again = sources.Hub("someone/something", None, "text")
         again.position = places[n]
-        assert list(again) == texts[n:] and again.position[2] == 1500
+        assert list(again) == wanted[n:] and (again.position[2], again.skipped) == (1500, 3)
 
 
 @pytest.fixture
@@ -531,40 +523,67 @@ def test_ones_own_folder_in_the_two_commands_of_the_readme(project, tmp_path):
     assert (tmp_path / "out/mine/model.safetensors").exists() and "bits/byte" in out
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import config
+from prepare import shards, text
+if __name__ == "__main__":
+    text.BATCH, text.COMMIT_SECONDS = 2000, 0
+    shards.Writer.__init__.__defaults__ = 4999, None
+    last, name, log = int(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1)
+    steps = 0
+
+    def step():
+        global steps
+        steps += 1
+        if steps == last:
+            signal.raise_signal(getattr(signal, name))
+
+    def counted(function):
+        def inner(*arguments):
+            step()
+            result = function(*arguments)
+            step()
+            return result
+        return inner
+    for place, attribute in ((os, "replace"), (os, "fsync"), (shards._Tail, "add"), (shards.Writer, "commit")):
+        setattr(place, attribute, counted(getattr(place, attribute)))
+    try:
+        config.run(text.main)
+    finally:
+        open(log, "w").write(str(steps))
+"""  # text.py, but a signal ends it at step `last` of those that write something
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_at_random_points_the_result_is_the_same(tmp_path, monkeypatch, workers):
+def test_killed_at_random_points_the_result_is_the_same(tmp_path, workers):
+    """Before and after any write, flush, rename or commit, as often as five times; the clock has no part in it."""
     texts = make_documents(1200)
-    jsonl(tmp_path / "in/0.jsonl", texts[:400])
-    (tmp_path / "in/1.txt").write_bytes("<|endoftext|>".join(texts[400:]).encode())
-    program = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); import config; from prepare import text\n"
-               "if __name__ == '__main__':\n"
-               "    text.BATCH, text.COMMIT_SECONDS, add = 2000, 0, text.shards.Writer.add\n"
-               "    text.shards.Writer.__init__.__defaults__ = 4999, None\n"
-               "    text.shards.Writer.add = lambda *a: (add(*a), time.sleep(0.01))\n"
-               "    config.run(text.main)\n")
-    (tmp_path / "slow.py").write_text(program)
+    jsonl(tmp_path / "in/0.jsonl", texts[:200] + [""] + texts[200:400] + ["\n"])
+    (tmp_path / "in/1.txt").write_bytes("<|endoftext|>".join(texts[400:] + [" ", "end"]).encode())
+    (tmp_path / "killed.py").write_text(KILLED)
 
-    def command(out):
-        return [sys.executable, tmp_path / "slow.py", ROOT, "--input", tmp_path / "in", "--out", out,
-                "--vocab_size=400", f"--workers={workers}"]
+    def start(out, last, name="SIGKILL"):
+        """Exit code, and what was printed, of a run that gets this signal at step `last`, if it has so many."""
+        done = subprocess.run([sys.executable, tmp_path / "killed.py", ROOT, str(last), name, tmp_path / "steps",
+                               "--input", tmp_path / "in", "--out", out, "--vocab_size=400", f"--workers={workers}"],
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return done.returncode, done.stdout + done.stderr
 
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    code, said = start(tmp_path / "whole", -1)
+    assert code == 0 and "1,201 documents, 3 skipped (without text)" in said
     assert len(list((tmp_path / "whole").glob("train_*.bin"))) > 10
-    draw, resumed, kills, code = random.Random(workers), 0, 0, None
-    while code != 0:
-        started = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        progress = tmp_path / "cut/progress.json"
-        before = progress.read_bytes() if progress.exists() else None
-        while kills < 5 and started.poll() is None and (not progress.exists() or progress.read_bytes() == before):
-            time.sleep(0.01)
-        try:
-            out = started.communicate(timeout=draw.uniform(0, 0.3) if kills < 5 else None)[0]
-        except subprocess.TimeoutExpired:
-            started.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-            out, kills = started.communicate()[0], kills + 1
-        code = started.returncode
-        resumed += "going on after" in out
-    assert kills >= 3 and resumed >= 3
+    draw, steps, resumed = random.Random(workers), int((tmp_path / "steps").read_text()), 0
+    assert steps > 500
+    kills = draw.sample(["SIGKILL", "SIGTERM", "SIGINT", "SIGKILL", "SIGKILL"], 5)
+    for name in kills:
+        code, said = start(tmp_path / "cut", draw.randrange(20, steps // 8), name)
+        assert code == {"SIGKILL": -9, "SIGTERM": -15, "SIGINT": 2}[name], said
+        resumed += "going on after" in said
+    code, said = start(tmp_path / "cut", -1)
+    assert code == 0 and "going on after" in said and "1,201 documents, 3 skipped (without text)" in said
+    assert resumed == 4
     assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
 
 
@@ -574,9 +593,9 @@ def test_a_changed_setting_or_input_starts_over(tmp_path):
 
     def begin():
         """An interrupted run: nonsense that a run that continues it would keep."""
-        writer = shards.Writer(tmp_path / "out", tokenizer.byte(), recipe=text.recipe(cfg, text.Files([file], cfg)))
+        writer = shards.Writer(tmp_path / "out", tokenizer.byte(), recipe=text.recipe(cfg, files_of([file])))
         writer.add("train", [256, 1, 257], 1)
-        writer.commit({"documents": 499, "fraction": 0.9, "source": [0, 499], "threshold": 0})
+        writer.commit({"documents": 499, "fraction": 0.9, "source": [0, 499, 0], "threshold": 0})
 
     arguments = "--input", file, "--out", tmp_path / "out", "--tokenizer=byte"
     begin()
@@ -593,6 +612,32 @@ def test_a_changed_setting_or_input_starts_over(tmp_path):
                 assert all_documents(tmp_path / "out") == sorted(texts[:400] if "limit" in change else texts)
 
 
+def test_what_is_said_at_the_end_holds_and_can_be_pasted(tmp_path):
+    jsonl(tmp_path / "my texts/a.JSONL", ["one", "", "two", " ", "three"])
+    (tmp_path / "my texts/notes.md").write_text("x")
+    out = tmp_path / "my data; it's here"
+    with pytest.raises(config.Mistake) as missing:
+        shards.Split(out, "train")
+    command = re.search("`(.*)`", str(missing.value)).group(1)
+    assert shlex.split(command)[-2:] == ["--out", str(out)]
+    said = run("text.py", "--input", tmp_path / "my texts", "--out", out, "--tokenizer=byte").stdout.splitlines()
+    assert said[0] == "files skipped: 1 .md" and said[1] == "3 documents, 2 skipped (without text)"
+    found = {split: shards.Split(out, split) for split in shards.SPLITS}
+    assert said[2:4] == [f"{split}: {s.documents} documents, {s.tokens} tokens, {s.bytes} bytes"
+                         for split, s in found.items()]
+    command = shlex.split(said[4].removeprefix(f"{out} is ready: "))
+    assert command == ["python", "train.py", f"--dataset={out}"]
+    said = run("text.py", "--input", tmp_path / "my texts", "--out", out, "--tokenizer=byte", "--val_fraction=0").stdout
+    assert "train.py" not in said and "--val_fraction" in said
+
+
+@pytest.mark.parametrize("script", ["text", "tinystories", "fineweb_edu", "cosmopedia", "shakespeare", "hellaswag"])
+def test_help_is_true(script):
+    said = " ".join(run(f"{script}.py", "-h").stdout.split())
+    assert "no effect" not in said and "python prepare/" in said
+    assert ("none: the hub" in said) == (script not in ("text", "shakespeare"))
+
+
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     out = tmp_path / "out"
     jsonl(tmp_path / "body.jsonl", ["x", "y"])
@@ -607,8 +652,9 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
              (["--input", tmp_path / "*.tex"], "no such"),
              (["--input", tmp_path / "body.jsonl", "--field=body"], "it has id, text"),
              (["--input", tmp_path / "body.jsonl", "--val_fraction=1"], "val_fraction"),
+             *((["--input", tmp_path / "body.jsonl", f"--{key}={value}"], key)
+               for key in ("val_fraction", "limit", "workers", "vocab_size") for value in (-1, "nan", "inf", 2**64)),
              (["--input", tmp_path / "body.jsonl", "--limit=0"], "limit"),
-             (["--input", tmp_path / "body.jsonl", "--workers=-1"], "workers"),
              (["--input", tmp_path / "body.jsonl", "--separator="], "separator"),
              (["--input", tmp_path / "body.jsonl", "--tokenizer=nowhere"], "nowhere")]
     for arguments, words in cases:
@@ -620,11 +666,10 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
 
 @pytest.mark.parametrize("script", ["tinystories", "fineweb_edu", "cosmopedia", "hellaswag", "shakespeare"])
 def test_offline_is_one_clear_line_at_once(tmp_path, script):
-    begin = time.monotonic()
     nowhere = dict.fromkeys(("HF_ENDPOINT", "https_proxy", "http_proxy"), "http://127.0.0.1:9")
-    line = refusal(f"{script}.py", "--out", tmp_path / "out", **nowhere)
+    (tmp_path / "datasets.py").write_text("raise SystemExit('half a minute of attempts begins')")  # none is made
+    line = refusal(f"{script}.py", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path), **nowhere)
     assert "--input" in line and "python prepare/tales.py" in line and not (tmp_path / "out").exists()
-    assert time.monotonic() - begin < 10
 
 
 # -- the corpora ------------------------------------------------------------------------------------------------------
@@ -648,7 +693,7 @@ def test_shakespeare_takes_other_files_and_tokenizers(tmp_path):
     whole = (tmp_path / "in/a.txt").read_text() + "Long live\n\nthe king!"
     for more, size in (["--tokenizer=byte"], 258), (["--tokenizer=None", "--vocab_size=300"], 300), ([], None):
         run("shakespeare.py", "--input", tmp_path / "in", "--out", tmp_path / "out", "--val_fraction=0.25",
-            "--workers=2", "--limit=1000", *more)
+            "--limit=1000", *more)
         tok, train = tokenizer.load(tmp_path / "out"), shards.Split(tmp_path / "out", "train")
         assert tok.vocab_size == (size or len(set(whole[:1000]))) and train.bytes == 750
         assert tok.decode(train[:].tolist()) == whole[:750]
@@ -660,8 +705,15 @@ def test_shakespeare_takes_other_files_and_tokenizers(tmp_path):
 
 @pytest.mark.parametrize("script", ["text", "tinystories", "fineweb_edu", "cosmopedia", "shakespeare", "hellaswag"])
 def test_every_script_takes_the_shared_flags(script):
-    assert config.keys_of(f"prepare/{script}.py:Settings").keys() >= {"input", "out", "limit", "val_fraction",
-                                                                       "tokenizer", "workers"}
+    """And no script has one that does nothing."""
+    keys = config.keys_of(f"prepare/{script}.py:Settings")
+    shared = {"input", "out", "limit"}
+    if script != "hellaswag":
+        shared |= {"tokenizer", "vocab_size", "val_fraction", "field"}
+        if script != "shakespeare":
+            shared |= {"workers", "separator"}
+    assert keys.keys() == shared and not any("no effect" in key.why for key in keys.values())
+    assert ("none: the hub" in keys["input"].why) == (script not in ("text", "shakespeare"))
 
 
 def test_tinystories_from_both_kinds_of_files(tmp_path, data):
@@ -705,8 +757,12 @@ def test_hellaswag_raw_and_cleaned_items(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "out/val.jsonl").read_text().splitlines()] == wanted
     for broken in {}, [], raw | {"label": ""}, raw | {"label": 4}, {k: v for k, v in raw.items() if k != "ctx_a"}, \
             clean | {"endings": [1, 2]}, clean | {"query": None}:
-        with pytest.raises(config.Mistake, match="no HellaSwag item"):
+        with pytest.raises(ValueError, match="no HellaSwag item"):
             hellaswag.normalise(broken)
+        jsonl_lines = [json.dumps(raw), "", json.dumps(broken)]
+        (tmp_path / "bad.jsonl").write_text("\n".join(jsonl_lines))
+        with pytest.raises(config.Mistake, match=r"bad.jsonl: line 3 \(record 2\): this is no HellaSwag item"):
+            list(hellaswag.items([tmp_path / "bad.jsonl"]))
 
 
 def test_hellaswag_whole(tmp_path, data):
