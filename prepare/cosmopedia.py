@@ -16,7 +16,7 @@ from prepare import text  # noqa: E402
 class Settings(text.Settings):
     """What can be chosen; the defaults suit config/llama4_tiny.py."""
     input: tuple[str, ...] = ()  # files, folders or globs of txt, jsonl, json (also packed), parquet; none: the hub
-    vocab_size: int = 32000  # tokens of the SentencePiece BPE trained without --tokenizer: llama4-tiny's
+    vocab_size: int = 32000  # [1, 1048576] tokens of the SentencePiece BPE trained without --tokenizer: llama4-tiny's
 
 
 def main():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import shards, sources, text, tokenizer  # noqa: E402
+from prepare import shards, sources, tokenizer  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -21,13 +21,10 @@ class Settings:
     input: tuple[str, ...] = ()  # files, folders or globs of txt, jsonl, json, parquet; none: download tiny Shakespeare
     out: str | None = None  # folder to write; None: data/shakespeare
     tokenizer: str | None = "char"  # or 'byte', a tokenizer's file or folder; None: train a SentencePiece BPE
-    vocab_size: int = 1024  # tokens of that BPE: a megabyte has few words
-    val_fraction: float = 0.1  # share of the characters at the end that validates, nanoGPT's
-    limit: int | None = None  # only the first so many characters; None: all of them
+    vocab_size: int = 1024  # [1, 1048576] tokens of that BPE: a megabyte has few words
+    val_fraction: float = 0.1  # (0, 1) share of the characters at the end that validates, nanoGPT's
+    limit: int | None = None  # [1, inf) only the first so many characters; None: all of them
     field: str = "text"  # where a record of jsonl, json or parquet has its text
-
-    def __post_init__(self):
-        text.check_sizes(self)
 
 
 def read_file(path, cfg):

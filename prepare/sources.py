@@ -354,7 +354,8 @@ class Files(Source):
 
 def reach_hub(repository):
     """Raise a `Mistake` at once where the Hugging Face hub does not answer; `datasets` takes half a minute for that."""
-    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    from huggingface_hub import constants
+    address = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
     try:
         urllib.request.urlopen(f"{address}/api/datasets/{repository}", timeout=10).close()
     except urllib.error.HTTPError:

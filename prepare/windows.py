@@ -16,9 +16,6 @@ class Windows:
 
     They lie side by side wherever they fall, in training from an offset that changes with each epoch; or, with
     cfg.whole_docs, each begins with a document and holds as many whole ones as fit (longer ones are cut).
-
-    cfg: block_size, whole_docs, seed, batch_size, gradient_accumulation_steps. cut: [start, end) of the windows of
-    whole documents in the order of the split, (n, 2), else None. fill: the mean share of a window that holds targets.
     """
 
     def __init__(self, split, cfg, bos_id=None):

@@ -190,11 +190,9 @@ def hellaswag(cfg):
     import torch
 
     from model import PRESETS, Llama
-    from prepare import hellaswag, text, tokenizer
+    from prepare import hellaswag, tokenizer
     (device, _, autocast), path = precision(cfg.device), real_data("text/hellaswag_val.jsonl.gz")
-    with open(path, "rb") as raw:
-        some = islice(text.records(path, raw), 20 if cfg.device == "cpu" else 400)
-        items = [hellaswag.normalise(item) for item in some]
+    items = list(islice(hellaswag.items([path]), 20 if cfg.device == "cpu" else 400))
     tok = tokenizer.load(real_data("tokenizers/llama2_tokenizer.model"))
     model = Llama(PRESETS["smollm2-135m"]).to(device)
     rows = hellaswag.rows(items, tok, model.config.context)

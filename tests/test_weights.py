@@ -263,8 +263,7 @@ def local_task(folder, items):
 def hellaswag_items(data, n):
     """The first n items of HellaSwag."""
     path = data / "text/hellaswag_val.jsonl.gz"
-    with open(path, "rb") as raw:
-        return [hellaswag.normalise(item) for item in itertools.islice(text.records(path, raw), n)]
+    return list(itertools.islice(hellaswag.items([path]), n))
 
 
 @pytest.mark.slow
