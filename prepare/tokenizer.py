@@ -36,8 +36,8 @@ class Tokenizer:
 
     spec: what its tokenizer.json holds; settings: its tokenizer_config.json; model: the SentencePiece file it came
     from, as bytes, which `save` hands on. kind: char | byte | sentencepiece | tiktoken | json, by how it works.
-    vocab_size: the largest id + 1. special: {text: id}. bos_id, eos_id: int or None. stop_ids: the ids that end a
-    generation: those of generation_config.json, or else special tokens of the usual names; and EOS. chat_template:
+    vocab_size: the largest id + 1. special: {text: id}. bos_id, eos_id: int or None. adds_bos, adds_eos:
+    whether transformers puts them around a text unless told otherwise. stop_ids: the ids that end a generation: those of generation_config.json, or else special tokens of the usual names; and EOS. chat_template:
     jinja text, {name: text} of several, or None.
     """
     file = "tokenizer.json"
@@ -61,7 +61,15 @@ class Tokenizer:
         for key, value in (("bos_token", None), ("eos_token", None), ("clean_up_tokenization_spaces", False)):
             self.settings.setdefault(key, value)
         self._named = {key: tokenizer_files.content(t) for key, t in tokenizer_files.named_tokens(settings).items()}
+        before, after = ends_of(spec)
         self.bos_id, self.eos_id = (self.ids.get(self._named.get(key)) for key in ("bos_token", "eos_token"))
+        if self.bos_id is None and before:  # nobody names it, but every text gets it
+            self.bos_id = before[0]
+        if self.eos_id is None and after:
+            self.eos_id = after[0]
+        self.adds_bos, self.adds_eos = before == [self.bos_id], after == [self.eos_id]
+        if len(before) > self.adds_bos or len(after) > self.adds_eos:
+            raise ValueError(f"it puts the tokens {before} and {after} around a text, not BOS {self.bos_id} and EOS {self.eos_id}")
         stops = settings.get("stop_ids", [i for text, i in self.special.items() if text in STOP_NAMES])
         self.stop_ids = {*stops, self.eos_id} - {None}
         self.chat_template = settings.get("chat_template")
@@ -102,17 +110,6 @@ class Tokenizer:
         import tiktoken
         ranks = {piece: i for i, piece in self._plain.items()}
         return tiktoken.Encoding("everyllama", pat_str=self._words, mergeable_ranks=ranks, special_tokens={})
-
-    @functools.cached_property
-    def _default_ends(self):
-        """(BOS or not, EOS or not) around a text by default."""
-        around = self._library.encode("").ids
-        return self.bos_id in around[:1], self.eos_id in around[-1:] and len(around) > (self.bos_id == self.eos_id)
-
-    @property
-    def adds_bos(self):
-        """Whether transformers, and whatever builds on it, begins a text with BOS unless told otherwise."""
-        return self._default_ends[0]
 
     def _run(self, texts, special=False):
         """Ids of each text by the library. special: take the names of special tokens for those tokens."""
@@ -201,7 +198,7 @@ class Tokenizer:
         library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
         for t in self.spec.get("added_tokens") or []:
             if t["special"]:
-                names[t["content"]] = f"\ue000{secret}.{t['id']}\ue001"
+                names[t["content"]] = f"<{secret}.{t['id']}>"
                 flags = {k: t[k] for k in ("single_word", "lstrip", "rstrip", "normalized") if k in t}
                 library.add_tokens([tokenizers.AddedToken(names[t["content"]], **flags)])
                 ids[library.token_to_id(names[t["content"]])] = t["id"]
@@ -331,6 +328,22 @@ def steps_of(node):
     if node and node["type"] == "Sequence":
         return [step for inner in node.values() if isinstance(inner, list) for n in inner for step in steps_of(n)]
     return [node] if node else []
+
+
+def ends_of(spec):
+    """The ids that a tokenizer.json puts before and after a text by default."""
+    before, after = [], []
+    for step in steps_of(spec.get("post_processor")):
+        if step["type"] not in ("TemplateProcessing", "ByteLevel"):
+            raise ValueError(f"its post-processor {step['type']} is none that a Llama has")
+        text_seen = False
+        for part in step.get("single", ()):
+            if "Sequence" in part:
+                text_seen = True
+            else:
+                ids = step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+                before, after = (before, after + ids) if text_seen else (before + ids, after)
+    return before, after
 
 
 def kind_of(spec, vocab, added):

@@ -263,9 +263,11 @@ def add_tokens(spec, settings, declared, extra):
     wanted = {t["content"]: t | {"special": t.get("special", False) or t["content"] in names}
               for _, t in sorted(declared.items())}
     there = {t["content"]: t for t in spec["added_tokens"]}
+    known = there.keys() | wanted.keys()
     for token in named + extra:
-        if content(token) not in there:
-            wanted.setdefault(content(token), {"special": True} | (token if isinstance(token, dict) else {"content": token}))
+        if (text := content(token)) not in known:
+            token = token if isinstance(token, dict) else {"content": text}
+            wanted[text] = token | {"special": token.get("special", True) or text in names}
     if all(there.get(text) == there.get(text, {}) | token for text, token in wanted.items()):
         return spec
     import tokenizers
@@ -361,10 +363,12 @@ def read_folder(path, data):
     own = json.loads(data).get("added_tokens") or [] if path.name == "tokenizer.json" else []
     declared = declared_tokens(folder, settings, own)
     spec, names, unasked = read_vocabulary(path, data, family, settings, declared)
-    extra = settings.pop("extra_special_tokens", None) if "extra_special_tokens" in settings else unasked
-    older = settings.pop("additional_special_tokens", None)
-    settings = names | settings | (extra if isinstance(extra, dict) else {})
-    spec = add_tokens(spec, settings, declared, (older if extra is None else [] if isinstance(extra, dict) else extra) or [])
+    if isinstance(settings.get("extra_special_tokens"), dict):
+        settings |= settings.pop("extra_special_tokens")
+    older = settings.pop("additional_special_tokens", None) if unasked is None else unasked
+    extra = settings.pop("extra_special_tokens", older) or []
+    settings = names | settings
+    spec = add_tokens(spec, settings, declared, extra)
     ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
     settings |= {key: content(token) for key, token in named_tokens(settings).items()}
     if path.name != "tokenizer.json":
