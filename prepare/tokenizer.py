@@ -111,9 +111,26 @@ class Tokenizer:
         ranks = {piece: i for i, piece in self._plain.items()}
         return tiktoken.Encoding("everyllama", pat_str=self._words, mergeable_ranks=ranks, special_tokens={})
 
+    @functools.cached_property
+    def _never_text(self):
+        """The special tokens that are pieces of the vocabulary too, but for the unknown one: no text may become one."""
+        model = self.spec["model"]
+        unknown = {self.vocab.get(model.get("unk_token")), model.get("unk_id")}
+        return {self.vocab[t] for t in self.special if t in self.vocab} - unknown
+
+    def _plain_text(self, library, texts):
+        """Ids of each text by a library tokenizer that takes the names of special tokens for text."""
+        with config.mistakes(Exception, prefix="this tokenizer cannot encode that: "):
+            batch = [e.ids for e in library.encode_batch_fast(texts, add_special_tokens=False)]
+        if not all(self._never_text.isdisjoint(ids) for ids in batch):
+            raise config.Mistake("this tokenizer makes special tokens of a plain text that spells their names")
+        return batch
+
     def _run(self, texts, special=False):
         """Ids of each text by the library. special: take the names of special tokens for those tokens."""
         self._library.encode_special_tokens = not special or self.settings.get("split_special_tokens", False)
+        if not special:
+            return self._plain_text(self._library, texts)
         with config.mistakes(Exception, prefix="this tokenizer cannot encode that: "):
             return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -190,43 +207,52 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)")
 
     @functools.cached_property
-    def _aliases(self):
-        """(a library tokenizer in which special tokens have other names, which nobody can guess; {name: its alias};
-        {alias's id: the token's id}). Under their own names they are text there."""
+    def _secret(self):
+        return str(secrets.randbits(128))  # digits, which filters of templates leave as they are, and nobody can guess
+
+    @functools.cached_property
+    def _aliased(self):
+        """(a library tokenizer in which special tokens go by secret aliases alone, {id of an alias: the token's id})."""
         import tokenizers
-        secret, names, ids = secrets.token_hex(8), {}, {}
         library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
-        for t in self.spec.get("added_tokens") or []:
-            if t["special"]:
-                names[t["content"]] = f"<{secret}.{t['id']}>"
-                flags = {k: t[k] for k in ("single_word", "lstrip", "rstrip", "normalized") if k in t}
-                library.add_tokens([tokenizers.AddedToken(names[t["content"]], **flags)])
-                ids[library.token_to_id(names[t["content"]])] = t["id"]
-        library.encode_special_tokens = True
-        return library, names, ids
+        tokens = [t for t in self.spec.get("added_tokens") or [] if t["special"]]
+        library.add_tokens([tokenizers.AddedToken(self._alias(t["content"]), **{
+            key: t[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in t}) for t in tokens])
+        library.encode_special_tokens = True  # under their own names they are text
+        return library, {library.token_to_id(self._alias(t["content"])): t["id"] for t in tokens}
 
-    def chat(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
-        """Ids of a conversation [{"role": ..., "content": ...}, ...] in the form that the model was trained on: those of
-        AutoTokenizer's apply_chat_template, but that names of special tokens within a message stay text, so that no
-        message can end itself and speak for another.
+    def _alias(self, name):
+        return f"<{self._secret}>{self.special[name]}>"
 
-        tools: JSON schemas; documents: dicts; date: the datetime.date, or "2026-01-31", that templates print (today's).
-        The template is not trusted: it runs in jinja2's sandbox. Raises `config.Mistake` if there is none, or if it
-        refuses the conversation.
+    def render(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
+        """Text of a conversation, as apply_chat_template(tokenize=False) of transformers gives it.
+
+        messages: [{"role": ..., "content": ...}, ...]; tools: JSON schemas; documents: dicts; date: the datetime.date, or
+        "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox. Raises
+        `config.Mistake` if there is none, or if it refuses the conversation.
         """
         template = self._template("tool_use" if tools is not None else "default")
-        said = json.dumps([messages, tools, documents], ensure_ascii=False)
-        mark = next(chr(c) for c in range(0xE000, 0xF900) if chr(c) not in said)  # breaks names until they are encoded
-        marked = each_text([messages, tools, documents], lambda text: self._names.sub(lambda m: mark.join(m[0]), text))
         with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
-            text = valid(template.render(
-                messages=[complete(m) for m in marked[0]], tools=marked[1], documents=marked[2],
-                add_generation_prompt=add_generation_prompt, strftime_now=clock(date), **self._named))
-        if mark not in text:
+            return valid(template.render(
+                messages=[complete(m) for m in messages], tools=tools, documents=documents, strftime_now=clock(date),
+                add_generation_prompt=add_generation_prompt, **self._named))
+
+    def chat(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
+        """Ids of a conversation in the form that the model was trained on; arguments and errors as in `render`.
+
+        They are AutoTokenizer's, but that names of special tokens within a message stay text, so that no message can end
+        itself and speak for another.
+        """
+        hidden = {name: f"{self._secret}{i:010}" for name, i in self.special.items()}
+        given = each_text([messages, tools, documents], lambda text: self._names.sub(lambda m: hidden[m[0]], text))
+        text = self.render(given[0], add_generation_prompt, given[1], given[2], date)
+        if self._secret not in text:
             return self._run([text], special=True)[0]
-        library, names, ids = self._aliases
-        text = self._names.sub(lambda m: names[m[0]], text).replace(mark, "")
-        return [ids.get(i, i) for i in library.encode(text, add_special_tokens=False).ids]
+        text = self._names.sub(lambda m: self._alias(m[0]), text)  # the template's own
+        shown = {stand_in: name for name, stand_in in hidden.items()}
+        text = re.sub(rf"{self._secret}\d{{10}}", lambda m: shown[m[0]], text)
+        library, ids = self._aliased
+        return [ids.get(i, i) for i in self._plain_text(library, [text])[0]]
 
     def save(self, directory):
         """Write tokenizer.json, tokenizer_config.json and, if it came from SentencePiece, tokenizer.model."""
@@ -315,10 +341,12 @@ def complete(message):
 
 
 def each_text(x, change):
-    """x with `change` applied to every str in its lists and dicts."""
+    """x with `change` applied to every str in its lists and dicts, keys included."""
     if isinstance(x, dict):
-        return {k: each_text(v, change) for k, v in x.items()}
-    return [each_text(v, change) for v in x] if isinstance(x, list) else change(x) if isinstance(x, str) else x
+        return {each_text(key, change): each_text(value, change) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [each_text(value, change) for value in x]
+    return change(x) if isinstance(x, str) else x
 
 
 # -- what a tokenizer.json does ----------------------------------------------------------------------------------
@@ -452,7 +480,7 @@ def train_sentencepiece(texts, vocab_size):
     for i in range(vocab_size - len(proto.pieces)):
         proto.pieces.add(piece=f"<unused_{i}>", type=UNUSED)
     data = proto.SerializeToString()
-    return Tokenizer(*tokenizer_files.read_sentencepiece(data), data)
+    return Tokenizer(*tokenizer_files.lone_sentencepiece(data), data)
 
 
 def load(path):
@@ -468,8 +496,14 @@ def load(path):
     if not path.is_file():
         raise config.Mistake(f"{path}: there is no tokenizer (tokenizer.json, tokenizer.model, or encoder.json and "
                              "vocab.bpe)")
-    with config.mistakes(Exception, prefix=f"{path} is no tokenizer that can be used: "), \
+    in_folder = is_folder or path.name == "tokenizer.json" or path.name == "tokenizer.model" and any(
+        path.with_name(name).is_file() for name in tokenizer_files.SIDE_FILES)
+    wrong = (ValueError, TypeError, AttributeError, IndexError, RecursionError, OSError, config.Mistake)
+    with config.mistakes(*wrong, prefix=f"{path} is no tokenizer that can be used: "), \
             config.mistakes(KeyError, prefix="it lacks "):
-        tok = Tokenizer(*tokenizer_files.read(path, is_folder))
+        spec, settings = tokenizer_files.read(path, in_folder)
+        model = path.with_name("tokenizer.model") if path.name == "tokenizer.json" else path
+        is_sentencepiece = spec["model"].get("byte_fallback") and model.is_file()
+        tok = Tokenizer(spec, settings, model.read_bytes() if is_sentencepiece else None)
         tok.encode_batch([])  # an engine that cannot be built says so now
     return tok

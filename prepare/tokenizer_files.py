@@ -33,6 +33,8 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in sentencepiece_model.proto
 PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # GPT-2's two files, under both names
 AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BUILD_ONLY = ("added_tokens_decoder", "add_bos_token", "add_eos_token", "legacy", "auto_map")  # tokenizer.json says it
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}  # drops the space that encoding puts in front
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # what a rank file begins with
 CLASS_NAMES = {  # the tokenizer classes that build a tokenizer of their own, and the tokens that they name unasked
@@ -83,7 +85,13 @@ def byte_level(use_regex, add_prefix_space=False):
     return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": use_regex}
 
 
+def metaspace(space, scheme):
+    """The step of cutting that puts a space in front of a text ("first"), of each part of it ("always"), or "never"."""
+    return {"type": "Metaspace", "replacement": space, "prepend_scheme": scheme, "split": False}
+
+
 def replace(old, new):
+    """The step, of normalizing and of decoding, that replaces {"String": text} or {"Regex": pattern}."""
     return {"type": "Replace", "pattern": old, "content": new}
 
 
@@ -97,6 +105,48 @@ def merges_of(ranks, urgency):
         pairs = [[piece[:i], piece[i:]] for i in range(1, len(piece)) if piece[:i] in ranks and piece[i:] in ranks]
         merges += sorted(pairs, key=lambda pair: urgency(*pair))
     return merges
+
+
+# -- the tokenizers that AutoTokenizer builds of a vocabulary -------------------------------------------------------
+
+def llama_spec(vocab, merges, settings):
+    """What the class LlamaTokenizer makes of a vocabulary, whatever else its tokenizer.json says."""
+    prefix = settings.get("add_prefix_space") is not False
+    scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
+    undo = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP][:3 + prefix]
+    return make_spec(bpe(vocab, merges, fuse_unk=True, byte_fallback=True), {}, metaspace("▁", scheme),
+                     {"type": "Sequence", "decoders": undo})
+
+
+def gpt2_spec(vocab, merges, settings):
+    """What the class GPT2Tokenizer makes of a vocabulary, whatever else its tokenizer.json says."""
+    return make_spec(bpe(vocab, merges), {}, byte_level(True, bool(settings.get("add_prefix_space"))), byte_level(True))
+
+
+def sentencepiece_spec(proto, pieces, legacy, space):
+    """What AutoTokenizer makes of a SentencePiece model where no class is named: its ids are SentencePiece's.
+
+    pieces: the text of each id. legacy: every part of a text between special tokens, not the first alone, gets a space
+    in front. space: what stands for a space in pieces.
+    """
+    prefix, fallback = proto.normalizer_spec.add_dummy_prefix, proto.trainer_spec.byte_fallback
+    whole = [re.escape(piece) for piece, p in zip(pieces, proto.pieces) if p.type == USER_DEFINED]
+    ranks = {piece: (-p.score, i) for i, (piece, p) in enumerate(zip(pieces, proto.pieces)) if p.type == NORMAL}
+    merges = merges_of(ranks, lambda left, right: (left, right))
+    model = bpe({piece: i for i, piece in enumerate(pieces)}, merges, unk_token=proto.trainer_spec.unk_piece,
+                fuse_unk=True, byte_fallback=fallback, ignore_merges=bool(whole))
+    is_low = space != " "
+    normal, cut = [replace({"String": " "}, space)] * is_low, []
+    if prefix and legacy:
+        normal.append({"type": "Prepend", "prepend": space})
+    elif prefix:
+        cut.append(metaspace(space, "first"))
+    if whole:
+        cut.append(split("|".join(sorted(whole, key=len, reverse=True))))
+    undo = [replace({"String": space}, " ")] * is_low + [{"type": "ByteFallback"}] * fallback
+    undo += [{"type": "Fuse"}] + [STRIP] * prefix
+    return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cut} if cut else None,
+                     {"type": "Sequence", "decoders": undo}, {"type": "Sequence", "normalizers": normal} if normal else None)
 
 
 # -- SentencePiece: Llama 1 and 2, TinyLlama, Mistral, or trained here -------------------------------------------
@@ -117,35 +167,44 @@ def parse_sentencepiece(data):
     return proto
 
 
-def scores_of(proto, pieces, types):
-    """{piece: its rank in merging} of the pieces of these types: the higher the score, the lower the rank."""
-    return {piece: (-p.score, i) for i, (piece, p) in enumerate(zip(pieces, proto.pieces)) if p.type in types}
+def sentencepiece_names(proto):
+    """{"bos_token": text, ...} of the tokens that a SentencePiece model names."""
+    trainer = proto.trainer_spec
+    return {f"{end}_token": getattr(trainer, f"{end}_piece") for end in ("bos", "eos", "unk")
+            if getattr(trainer, f"{end}_id") >= 0}
 
 
-def read_sentencepiece(data):
-    """(tokenizer.json, settings) of a lone SentencePiece model.
+def lone_sentencepiece(data):
+    """(tokenizer.json, settings) of a SentencePiece model by itself.
 
     The vocabulary gets spaces where SentencePiece has U+2581. So a U+2581 in a text is spelled in bytes and comes back,
     which is the one departure from SentencePiece's ids: there it turns into a space.
     """
     proto = parse_sentencepiece(data)
     pieces = [p.piece.replace("▁", " ") if p.type in (NORMAL, USER_DEFINED) else p.piece for p in proto.pieces]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    if len(vocab) < len(pieces):
-        raise ValueError("two of its pieces are the same")
+    names = {"bos_token": None, "eos_token": None} | sentencepiece_names(proto)
     special = {t: i for i, (t, p) in enumerate(zip(pieces, proto.pieces)) if p.type in (UNKNOWN, CONTROL)}
-    bos, eos = (pieces[i] if 0 <= i < len(pieces) and proto.pieces[i].type == CONTROL else None
-                for i in (proto.trainer_spec.bos_id, proto.trainer_spec.eos_id))
-    unk, prefix = next(t for t in special if proto.pieces[vocab[t]].type == UNKNOWN), proto.normalizer_spec.add_dummy_prefix
-    ranks = scores_of(proto, pieces, (NORMAL, USER_DEFINED))
-    merges = merges_of(ranks, lambda left, right: (ranks[left], ranks[right]))
-    undo = [{"type": "ByteFallback"}, {"type": "Fuse"}, STRIP][:2 + prefix]
-    spec = make_spec(bpe(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True), special, None,
-                     {"type": "Sequence", "decoders": undo},
-                     {"type": "Prepend", "prepend": " "} if prefix else None, bos)
-    spec["added_tokens"] += [added(t, i, False, normalized=False)
-                             for i, (t, p) in enumerate(zip(pieces, proto.pieces)) if p.type == USER_DEFINED]
-    return spec, {"bos_token": bos, "eos_token": eos, "unk_token": unk, "add_prefix_space": prefix}
+    spec = sentencepiece_spec(proto, pieces, True, " ")
+    return spec | {"added_tokens": [added(t, i) for t, i in special.items()],
+                   "post_processor": around(special, names["bos_token"])}, names
+
+
+def folder_sentencepiece(data, family, settings, declared):
+    """(tokenizer.json, its names, tokens that it adds unasked) of a SentencePiece model in a folder."""
+    proto = parse_sentencepiece(data)
+    unasked = [added(p.piece, i, p.type == CONTROL, normalized=False) for i, p in enumerate(proto.pieces)
+               if p.type == CONTROL or p.type == USER_DEFINED and family]
+    if family:
+        vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
+        ranks = {p.piece: i for i, p in enumerate(proto.pieces) if p.type not in (UNKNOWN, CONTROL)}
+        return llama_spec(vocab, merges_of(ranks, lambda left, right: len(left)), settings), CLASS_NAMES[family], unasked
+    kept = {p.piece for i, p in enumerate(proto.pieces) if i not in declared}
+    pieces = [declared[i]["content"] if i in declared and declared[i]["content"] not in kept else p.piece
+              for i, p in enumerate(proto.pieces)]
+    if proto.normalizer_spec.add_dummy_prefix:
+        for token in declared.values():
+            token["normalized"] = False
+    return sentencepiece_spec(proto, pieces, settings.get("legacy", True), "▁"), sentencepiece_names(proto), unasked
 
 
 # -- Meta's rank files and GPT-2's two files ---------------------------------------------------------------------
@@ -191,20 +250,16 @@ def read_ranks(data):
     return make_spec(bpe(ranks, merges, ignore_merges=True), special, cut, byte_level(True), bos=BOS_NAMES[0])
 
 
-def read_gpt2(vocab, merges):
-    """tokenizer.json of GPT-2's encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt."""
-    vocab = json.loads(vocab)
-    merges = [line.split(" ") for line in merges.decode().split("\n") if line and not line.startswith("#version")]
-    made = {left + right for left, right in merges} | set(BYTE_TO_CHAR.values())
-    special = {text: i for text, i in vocab.items() if text not in made}
-    return make_spec(bpe(vocab, merges), special, byte_level(True), byte_level(True))
+def read_gpt2(path):
+    """(vocabulary, merges) of GPT-2's encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt."""
+    first, second = next(pair for pair in PAIRS if path.name.endswith(pair))
+    start = path.name.removesuffix(first).removesuffix(second)
+    vocab = json.loads(path.with_name(start + first).read_bytes())
+    lines = path.with_name(start + second).read_bytes().decode().split("\n")
+    return vocab, [line.split(" ") for line in lines if line and not line.startswith("#version")]
 
 
-# -- a folder, as AutoTokenizer reads it -------------------------------------------------------------------------
-
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-BUILD_ONLY = ("added_tokens_decoder", "add_bos_token", "add_eos_token", "legacy", "auto_map")  # tokenizer.json says it
-
+# -- what lies beside a vocabulary -------------------------------------------------------------------------------
 
 def read_json(path):
     return json.loads(path.read_bytes()) if path.is_file() else {}
@@ -272,139 +327,75 @@ def add_tokens(spec, settings, declared, extra):
         return spec
     import tokenizers
     flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    library.add_tokens([tokenizers.AddedToken(**{k: t[k] for k in flags if k in t}) for t in wanted.values()])
+    with config.mistakes(Exception):  # the library raises nothing more exact
+        library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        library.add_tokens([tokenizers.AddedToken(**{k: t[k] for k in flags if k in t}) for t in wanted.values()])
     for i, token in declared.items():
-        if (free := library.token_to_id(token["content"])) != i:
-            raise ValueError(f"it declares {token['content']!r} as id {i}, where the next free id is {free}")
+        if (got := library.token_to_id(token["content"])) != i:
+            raise ValueError(f"it declares {token['content']!r} as id {i}, but AutoTokenizer gives it {got}")
     return json.loads(library.to_str())
 
 
-def llama_spec(vocab, merges, settings):
-    """What the class LlamaTokenizer makes of a vocabulary, whatever else its tokenizer.json says."""
-    prefix = settings.get("add_prefix_space") is not False
-    scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
-    cut = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-    undo = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP][:3 + prefix]
-    return make_spec(bpe(vocab, merges, fuse_unk=True, byte_fallback=True), {}, cut, {"type": "Sequence", "decoders": undo})
+# -- all of it ---------------------------------------------------------------------------------------------------
+
+def class_of(path, data, settings):
+    """The tokenizer class that builds a tokenizer of its own from this vocabulary, or None: it is run as it is."""
+    name = settings.get("tokenizer_class") or read_json(path.parent / "config.json").get("tokenizer_class")
+    if name in AS_IT_IS or "LlamaTokenizer" in name and b'"ByteLevel"' in data:
+        return None
+    name = name.removesuffix("Fast")
+    reads = {"tokenizer.json": list(CLASS_NAMES), "tokenizer.model": ["LlamaTokenizer"][:not RANK_LINE.match(data)]}
+    if name not in reads.get(path.name, ["GPT2Tokenizer"]):
+        raise ValueError(f"its tokenizer_class {name} does not read {path.name}, or is no Llama's")
+    return name
 
 
-def gpt2_spec(vocab, merges, settings):
-    """What the class GPT2Tokenizer makes of a vocabulary, whatever else its tokenizer.json says."""
-    return make_spec(bpe(vocab, merges), {}, byte_level(True, bool(settings.get("add_prefix_space"))), byte_level(True))
-
-
-def sentencepiece_spec(proto, legacy, declared):
-    """What AutoTokenizer makes of a SentencePiece model where no class is named. declared: names for its pieces."""
-    kept = {p.piece for i, p in enumerate(proto.pieces) if i not in declared}
-    pieces = [declared[i]["content"] if i in declared and declared[i]["content"] not in kept else p.piece
-              for i, p in enumerate(proto.pieces)]
-    prefix, fallback = proto.normalizer_spec.add_dummy_prefix, proto.trainer_spec.byte_fallback
-    whole = [re.escape(piece) for piece, p in zip(pieces, proto.pieces) if p.type == USER_DEFINED]
-    model = bpe({piece: i for i, piece in enumerate(pieces)},
-                merges_of(scores_of(proto, pieces, (NORMAL,)), lambda left, right: (left, right)),
-                unk_token=proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=fallback, ignore_merges=bool(whole))
-    normal, cut, undo = [replace({"String": " "}, "▁")], [], [replace({"String": "▁"}, " ")]
-    if prefix:
-        cut.append({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always" if legacy else "first",
-                    "split": False})
-    if prefix and legacy:
-        normal.append(replace({"Regex": r"\A▁"}, "▁▁"))  # Metaspace would add nothing there
-    if whole:
-        cut.append(split("|".join(sorted(whole, key=len, reverse=True))))
-    undo += [{"type": "ByteFallback"}] * fallback + [{"type": "Fuse"}] * (fallback or prefix) + [STRIP] * prefix
-    return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cut}, {"type": "Sequence", "decoders": undo},
-                     {"type": "Sequence", "normalizers": normal})
-
-
-def read_vocabulary(path, data, family, settings, declared):
-    """(tokenizer.json, names of tokens that go without saying, tokens that it adds unasked) of a folder's vocabulary."""
-    if path.name == "tokenizer.json":
-        spec = json.loads(data)
-        spec["added_tokens"] = spec.get("added_tokens") or []
-        if family:
-            build, model = {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family], spec["model"]
-            if not isinstance(model["vocab"], dict):
-                raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
-            spec = build(model["vocab"], model["merges"], settings) | {"post_processor": spec.get("post_processor")}
-        return spec, CLASS_NAMES.get(family, {}), None
-    if path.name != "tokenizer.model":
-        pair = next(pair for pair in PAIRS if path.name in pair)
-        model = read_gpt2(*(path.with_name(name).read_bytes() for name in pair))["model"]
-        return gpt2_spec(model["vocab"], model["merges"], settings), CLASS_NAMES["GPT2Tokenizer"], None
+def read_vocabulary(path, data, settings, declared):
+    """(tokenizer.json, its names, tokens that it adds unasked) of a vocabulary's file in a folder."""
+    family = class_of(path, data, settings)
+    if path.name.endswith(sum(PAIRS, ())):
+        return gpt2_spec(*read_gpt2(path), settings), CLASS_NAMES["GPT2Tokenizer"], None
     if RANK_LINE.match(data):
-        return read_ranks(data) | {"post_processor": None}, {}, None
-    proto = parse_sentencepiece(data)
-    added_types = (CONTROL, USER_DEFINED) if family else (CONTROL,)
-    unasked = [added(p.piece, i, p.type == CONTROL, normalized=False)
-               for i, p in enumerate(proto.pieces) if p.type in added_types]
+        return read_ranks(data), {}, None
+    if data.lstrip()[:1] != b"{":
+        return folder_sentencepiece(data, family, settings, declared)
+    spec = json.loads(data)
+    spec["added_tokens"] = spec.get("added_tokens") or []
     if family:
-        vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
-        ranks = {p.piece: i for i, p in enumerate(proto.pieces) if p.type not in (UNKNOWN, CONTROL)}
-        return llama_spec(vocab, merges_of(ranks, lambda left, right: len(left)), settings), CLASS_NAMES[family], unasked
-    if proto.normalizer_spec.add_dummy_prefix:
-        for token in declared.values():
-            token["normalized"] = False
-    trainer = proto.trainer_spec
-    names = {f"{name}_token": getattr(trainer, f"{name}_piece") for name in ("bos", "eos", "unk")
-             if getattr(trainer, f"{name}_id") >= 0}
-    return sentencepiece_spec(proto, settings.get("legacy", True), declared), names, unasked
-
-
-def read_folder(path, data):
-    """(tokenizer.json, settings) of what AutoTokenizer makes of the folder in which the file `path` is the vocabulary."""
-    folder, settings = path.parent, read_settings(path.parent)
-    family = settings.get("tokenizer_class") or read_json(folder / "config.json").get("tokenizer_class")
-    family = None if family in AS_IT_IS or b'"ByteLevel"' in data and "Llama" in family else family.removesuffix("Fast")
-    ranks = RANK_LINE.match(data)
-    if family and (family not in CLASS_NAMES or ranks or path.name == "tokenizer.model" and family == "GPT2Tokenizer"):
-        raise ValueError(f"its tokenizer_class is {family}, which is not read here: what goes with {path.name} is "
-                         f"{'' if ranks else 'LlamaTokenizer or '}PreTrainedTokenizerFast")
-    own = json.loads(data).get("added_tokens") or [] if path.name == "tokenizer.json" else []
-    declared = declared_tokens(folder, settings, own)
-    spec, names, unasked = read_vocabulary(path, data, family, settings, declared)
-    if isinstance(settings.get("extra_special_tokens"), dict):
-        settings |= settings.pop("extra_special_tokens")
-    older = settings.pop("additional_special_tokens", None) if unasked is None else unasked
-    extra = settings.pop("extra_special_tokens", older) or []
-    settings = names | settings
-    spec = add_tokens(spec, settings, declared, extra)
-    ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
-    settings |= {key: content(token) for key, token in named_tokens(settings).items()}
-    if path.name != "tokenizer.json":
-        bos, eos = (settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos"))
-        spec["post_processor"] = around(ids, bos, eos)
-    return spec, {key: value for key, value in settings.items() if key not in BUILD_ONLY}
+        model, build = spec["model"], {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family]
+        if not isinstance(model["vocab"], dict) or "merges" not in model:
+            raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
+        spec = build(model["vocab"], model["merges"], settings) | {"post_processor": spec.get("post_processor")}
+    return spec, CLASS_NAMES.get(family, {}), None
 
 
 def usual_names(spec):
-    """BOS and EOS of a vocabulary whose settings name none, by the texts that are usual."""
-    texts = {piece if isinstance(piece, str) else piece[0] for piece in spec["model"]["vocab"]}
-    texts |= {t["content"] for t in spec.get("added_tokens") or []}
-    return {key: next((name for name in names if name in texts), None)
+    """BOS and EOS of a vocabulary beside which nothing names them: the special tokens of the usual names."""
+    special = {t["content"] for t in spec["added_tokens"] if t["special"]}
+    return {key: next((name for name in names if name in special), None)
             for key, names in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES))}
 
 
-def read(path, is_folder):
-    """(tokenizer.json, settings, SentencePiece model or None) of a vocabulary's file, with its folder or alone."""
-    data, model = path.read_bytes(), None
-    pair = next((pair for pair in PAIRS if path.name.endswith(pair)), None)
-    has_settings = any((path.parent / name).is_file() for name in SIDE_FILES)
-    if path.name == "tokenizer.json" or has_settings and path.name in ("tokenizer.model", *sum(PAIRS, ())):
-        spec, settings = read_folder(path, data)
-    elif pair:
-        start = path.name.removesuffix(pair[0]).removesuffix(pair[1])
-        spec, settings = read_gpt2(*(path.with_name(start + name).read_bytes() for name in pair)), {}
-    elif data.lstrip()[:1] == b"{":
-        spec, settings = json.loads(data), {}
-    elif RANK_LINE.match(data):
-        spec, settings = read_ranks(data), {}
-    else:
-        spec, settings = read_folder(path, data) if is_folder else read_sentencepiece(data)
-    if not has_settings:
-        settings = usual_names(spec) | settings
-    if spec["model"].get("byte_fallback") and (path.parent / "tokenizer.model").is_file():
-        path = path.parent / "tokenizer.model"
-    if path.suffix != ".json" and not RANK_LINE.match(data) and not pair:
-        model = path.read_bytes()
-    return spec, settings, model
+def read(path, in_folder):
+    """(tokenizer.json, settings) of a vocabulary's file. in_folder: with all that lies beside it."""
+    data, folder = path.read_bytes(), path.parent
+    has_settings = in_folder and any((folder / name).is_file() for name in SIDE_FILES)
+    is_ranks, is_pair = RANK_LINE.match(data), path.name.endswith(sum(PAIRS, ()))
+    is_json = not is_pair and data.lstrip()[:1] == b"{"
+    if not (in_folder or is_ranks or is_pair or is_json):
+        return lone_sentencepiece(data)
+    settings = read_settings(folder) if in_folder else {}
+    own = json.loads(data).get("added_tokens") or [] if path.name == "tokenizer.json" else []
+    declared = declared_tokens(folder, settings, own) if in_folder else {}
+    spec, names, unasked = read_vocabulary(path, data, settings, declared)
+    settings = (names if has_settings else usual_names(spec) | names) | settings
+    if isinstance(settings.get("extra_special_tokens"), dict):
+        settings |= settings.pop("extra_special_tokens")
+    older = settings.pop("additional_special_tokens", None) if unasked is None else unasked
+    spec = add_tokens(spec, settings, declared, settings.pop("extra_special_tokens", older) or [])
+    settings |= {key: content(token) for key, token in named_tokens(settings).items()}
+    if not is_json and not (is_ranks and not has_settings):
+        ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        bos, eos = (settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos"))
+        spec["post_processor"] = around(ids, bos, eos)
+    return spec, {key: value for key, value in settings.items() if key not in BUILD_ONLY}
