@@ -55,7 +55,10 @@ class Tokenizer:
         self.vocab_size = max(taken) + 1
         self.kind, self._words = kind_of(spec, self.vocab, added)
         self._bytes, self._drops_space = bytes_of_tokens(spec, self.vocab)
-        self._bytes |= {t["id"]: t["content"].encode() for t in added}
+        for t in added:
+            if normalized := t.get("normalized") and spec.get("normalizer"):  # matched, and so decoded, in that form
+                text = self._library.normalizer.normalize_str(t["content"]).replace("▁", " ")
+            self._bytes[t["id"]] = (text if normalized else t["content"]).encode()
         self._plain = {i: piece for i, piece in self._bytes.items() if i not in self.special.values()}
         self.settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}  # AutoTokenizer reads the spec alone
         for key, value in (("bos_token", None), ("eos_token", None), ("clean_up_tokenization_spaces", False)):
@@ -190,7 +193,6 @@ class Tokenizer:
 
     # -- conversations -----------------------------------------------------------------------------------------------
 
-    @functools.cache
     def _template(self, name):
         """A chat template, compiled: the one of that name among several, or the only one."""
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
@@ -199,7 +201,7 @@ class Tokenizer:
             raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat" if
                                  not self.chat_template else f"none of its chat templates {sorted(templates)} is the default")
         with config.mistakes(Exception, prefix="chat template: "):
-            return template_environment().from_string(templates[name])
+            return compiled(templates[name])
 
     @functools.cached_property
     def _names(self):
@@ -297,8 +299,9 @@ def valid(text):
 
 # -- chat templates, as transformers runs them -------------------------------------------------------------------
 
-def template_environment():
-    """jinja2's sandbox with what transformers gives its templates (utils/chat_template_utils.py)."""
+@functools.lru_cache
+def compiled(template):
+    """A chat template in jinja2's sandbox, with what transformers gives it there (utils/chat_template_utils.py)."""
     import jinja2
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -321,7 +324,7 @@ def template_environment():
                                         extensions=[Generation, "jinja2.ext.loopcontrols"])
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = refuse
-    return env
+    return env.from_string(template)
 
 
 def clock(date):

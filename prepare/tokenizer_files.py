@@ -262,7 +262,14 @@ def read_gpt2(path):
 # -- what lies beside a vocabulary -------------------------------------------------------------------------------
 
 def read_json(path):
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    """The object in a JSON file, {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    with config.mistakes(ValueError, prefix=f"{path.name}: "):
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
 
 
 def content(token):
@@ -282,7 +289,9 @@ def read_settings(folder):
             settings["extra_special_tokens"] = extra + [t for t in older["extra_special_tokens"] if t not in extra]
     stops = read_json(folder / "generation_config.json").get("eos_token_id")
     if stops is not None:
-        settings["stop_ids"] = sorted(stops) if isinstance(stops, list) else [stops]
+        settings["stop_ids"] = stops if isinstance(stops, list) else [stops]
+        if not all(type(i) is int for i in settings["stop_ids"]):
+            raise ValueError(f"generation_config.json: eos_token_id {stops!r} is no id or list of ids")
     templates = {path.stem: path.read_text(encoding="utf-8")
                  for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
@@ -300,7 +309,8 @@ def declared_tokens(folder, settings, own):
         return {int(i): token for i, token in settings["added_tokens_decoder"].items()}
     special = {content(settings[key]) for key in NAMED if settings.get(key)}
     special |= {content(token) for token in settings.get("extra_special_tokens") or []}
-    older = {i: added(text, i, text in special) for text, i in read_json(folder / "added_tokens.json").items()}
+    older = {int(i): added(text, int(i), text in special)
+             for text, i in read_json(folder / "added_tokens.json").items()}
     return older | {token["id"]: token for token in own}
 
 
@@ -391,8 +401,12 @@ def read(path, in_folder):
     settings = (names if has_settings else usual_names(spec) | names) | settings
     if isinstance(settings.get("extra_special_tokens"), dict):
         settings |= settings.pop("extra_special_tokens")
-    older = settings.pop("additional_special_tokens", None) if unasked is None else unasked
-    spec = add_tokens(spec, settings, declared, settings.pop("extra_special_tokens", older) or [])
+    older = settings.pop("additional_special_tokens", None)
+    extra = settings.pop("extra_special_tokens", older if unasked is None else unasked)
+    known = {t["content"] for t in [*spec["added_tokens"], *declared.values()]}
+    spec = add_tokens(spec, settings, declared, extra or [])
+    if is_ranks and (more := [t["content"] for t in spec["added_tokens"] if t["content"] not in known]):
+        raise ValueError(f"{more[0]!r} is none of the special tokens of Meta's rank file, and nothing declares its id")
     settings |= {key: content(token) for key, token in named_tokens(settings).items()}
     if not is_json and not (is_ranks and not has_settings):
         ids = {t["content"]: t["id"] for t in spec["added_tokens"]}

@@ -183,15 +183,201 @@ def assert_same(ours, theirs, by_usual_names, texts=TEXTS):
 
 
 def cases():
-    """(vocabulary, class, side files): each vocabulary with each class, the three chief ones with all side files."""
+    """(vocabulary, class, name of the side files): chief vocabularies with all side files, the others with few."""
     for name in vocabularies():
-        classes = [LLAMA, PLAIN, {}] + [GPT2] * (name in ("byte level", "two files"))
-        for family in classes:
-            if name == "two files" and family != GPT2:
+        chief = name in ("sentencepiece", "sentencepiece, symbols", "low lines", "byte level")
+        for family in (LLAMA, PLAIN, {}, GPT2):
+            if (family == GPT2) != (name == "two files") and not (family == GPT2 and name == "byte level"):
                 continue
-            for side in sides(SIZES.get(name, 0)) if name in SIZES or name == "sentencepiece, symbols" else ("nothing", "a class"):
-                if side == "nothing" and family:
-                    continue
-                if name == "sentencepiece, symbols" and "added" in side + "declared":
-                    continue
-                yield pytest.param(name, family, side, id=f"{name}-{family.get('tokenizer_class')}-{side}")
+            for side in sides(0) if chief else ("nothing", "a class"):
+                if not (side == "nothing" and family):
+                    yield name, family, side
+
+
+def made(folder, name, family, side):
+    """The folder, with these files written into it."""
+    size = len(json.dumps(name)) and SIZES.get(name, 500)
+    files = dict(sides(size)[side])
+    if family:
+        files["tokenizer_config.json"] = files.get("tokenizer_config.json", {}) | family
+    return write(folder, vocabularies()[name], files)
+
+
+def why_refused(folder, theirs, name, family):
+    """What the one line says of a folder that is refused, or None."""
+    if name in ("unigram", "word level") and family == LLAMA:
+        return "no BPE"
+    settings, older = ({} if not (folder / file).exists() else json.loads((folder / file).read_text())
+                       for file in ("tokenizer_config.json", "added_tokens.json"))
+    declared = {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()} or older
+    at_odds = any(theirs.convert_tokens_to_ids(text) != i for text, i in declared.items())
+    return "but AutoTokenizer gives it" if at_odds else None
+
+
+CHIEF = ("byte level", "low lines", "sentencepiece", "sentencepiece, symbols")
+
+
+@pytest.mark.parametrize("name", [*CHIEF, "the others"])
+def test_a_folder_means_what_autotokenizer_makes_of_it(name, tmp_path):
+    from transformers import AutoTokenizer
+    chosen = [case for case in cases() if case[0] == name or name == "the others" and case[0] not in CHIEF]
+    compared = 0
+    for n, case in enumerate(chosen):
+        if case == ("byte level", GPT2, "add_prefix_space None"):
+            continue  # transformers raises a TypeError
+        folder, saved = made(tmp_path / str(n), *case), tmp_path / f"{n} saved"
+        theirs = AutoTokenizer.from_pretrained(folder)
+        if why := why_refused(folder, theirs, *case[:2]):
+            with pytest.raises(config.Mistake, match=why) as e:
+                tokenizer.load(folder)
+            assert "\n" not in str(e.value)
+            continue
+        ours, compared = tokenizer.load(folder), compared + 1
+        ours.save(saved)
+        try:
+            assert_same(ours, theirs, by_usual_names=case[2] == "nothing")
+            assert_same(ours, AutoTokenizer.from_pretrained(saved), by_usual_names=True)
+        except AssertionError as e:
+            raise AssertionError(f"{case}: {e}") from None
+        again = tokenizer.load(saved)
+        assert (again.spec, again.settings, again.model) == (ours.spec, ours.settings, ours.model)
+        assert again.fingerprint == ours.fingerprint
+    assert compared > 30
+
+
+# ---- the files as published, with what others put beside them ---------------------------------------------------
+
+
+def real(folder, names, *sides):
+    """A folder with files of data/tokenizers, {name in the folder: name there}, and side files."""
+    for there in names.values():
+        if not (REAL_DATA / "tokenizers" / there).exists():
+            pytest.skip(f"needs {REAL_DATA / 'tokenizers' / there}, which is not part of the project")
+    return write(folder, {name: (REAL_DATA / "tokenizers" / there).read_bytes() for name, there in names.items()}, *sides)
+
+
+LLAMA2, LLAMA3, MISTRAL = ({"tokenizer.model": f"{name}.model"}
+                           for name in ("llama2_tokenizer", "llama3_tokenizer", "mistral_v3_32768"))
+GPT2_FILES = {"vocab.json": "gpt2_encoder.json", "merges.txt": "gpt2_vocab.bpe"}
+CHAT_TOKENS = {"<|im_start|>": 32000, "<|im_end|>": 32001}
+
+
+def llama3_settings():
+    names = enumerate(tokenizer_files.llama3_special(), 128_000)
+    return {"added_tokens_decoder": {str(i): token(name) for i, name in names}, "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|eot_id|>", "add_bos_token": True}
+
+
+@pytest.mark.parametrize("names, settings, added", [
+    (LLAMA2, None, None), (LLAMA2, LLAMA | {"eos_token": "<|im_end|>", "add_bos_token": True}, CHAT_TOKENS),
+    (LLAMA2, PLAIN | {"eos_token": "<|im_end|>"}, CHAT_TOKENS), (MISTRAL, None, None),
+    (MISTRAL, LLAMA | {"add_bos_token": True}, None), (LLAMA3, llama3_settings(), None),
+    (GPT2_FILES, GPT2 | {"add_bos_token": True, "pad_token": "<pad>"}, None)])
+def test_published_files_mean_what_autotokenizer_makes_of_them(names, settings, added, tmp_path):
+    from transformers import AutoTokenizer
+    sides = {"tokenizer_config.json": settings, "added_tokens.json": added}
+    folder = real(tmp_path / "a", names, {name: value for name, value in sides.items() if value is not None})
+    ours = tokenizer.load(folder)
+    assert_same(ours, AutoTokenizer.from_pretrained(folder), by_usual_names=False)
+    if added:
+        assert ours.eos_id in ours.stop_ids and ours.eos_id == 32001 and ours.vocab_size == 32002
+
+
+def test_a_rank_file_knows_its_special_tokens_and_no_others(tmp_path):
+    bare = tokenizer.load(real(tmp_path / "a", LLAMA3))
+    assert (bare.bos_id, bare.adds_bos, bare.vocab_size) == (128_000, True, 128_256)  # as Meta's own code
+    for settings, why in (PLAIN | {"pad_token": "<pad>"}, "'<pad>' is none of"), (LLAMA, "LlamaTokenizer does not read"):
+        folder = real(tmp_path / "b", LLAMA3, {"tokenizer_config.json": settings})
+        with pytest.raises(config.Mistake, match=why):
+            tokenizer.load(folder)
+
+
+PRINTS = {"llama2_tokenizer.model": "aaa6990346410390", "llama3_tokenizer.model": "89ea85f82c5ec678",
+          "llama4_tokenizer.model": "9c2294b36c42818c", "gpt2_encoder.json": "bb59218a485b72b8",
+          "mistral_v3_32768.model": "4dba1440c7b37db2"}
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_fingerprints_stay_so_that_old_data_opens(name, tmp_path):
+    real(tmp_path / "a", {name: name})
+    assert tokenizer.load(REAL_DATA / "tokenizers" / name).fingerprint.startswith(PRINTS[name])
+
+
+def test_fingerprints_of_characters_and_bytes_stay():
+    assert tokenizer.byte().fingerprint.startswith("ddfe1053810d43e5")
+    assert tokenizer.char("hello\n", ["<s>", "</s>"]).fingerprint.startswith("c7868358188befd0")
+
+
+# ---- stop tokens, and one line where something cannot be ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("stops, expected", [(None, {0, 2}), (1, {1, 2}), ([0, 1], {0, 1, 2}), ([], {2})])
+def test_stop_tokens_are_those_of_generation_config(stops, expected, tmp_path):
+    """Without it: EOS and the special tokens of the usual names. They go where the tokenizer goes."""
+    settings = PLAIN | {"eos_token": "<|im_end|>"}
+    folder = write(tmp_path / "a", vocabularies()["byte level"], {"tokenizer_config.json": settings},
+                   {"generation_config.json": {"eos_token_id": stops}})
+    found = tokenizer.load(folder)
+    found.save(tmp_path / "saved")
+    for t in found, tokenizer.load(tmp_path / "saved"), tokenizer.Tokenizer(found.spec, found.settings):
+        assert t.stop_ids == expected
+
+
+@pytest.mark.parametrize("file, content, why", [
+    ("tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"}, "Qwen2Tokenizer"),
+    ("config.json", {"tokenizer_class": "CodeLlamaTokenizer"}, "CodeLlamaTokenizer"),
+    ("tokenizer_config.json", "{", "delimiter|property name"), ("tokenizer_config.json", "[]", "list"),
+    ("added_tokens.json", {"<x>": 7000}, "'<x>' as id 7000, but AutoTokenizer gives it 600"),
+    ("added_tokens.json", {"<x>": "a"}, "'a'"), ("special_tokens_map.json", {"bos_token": {"text": "<s>"}}, "content"),
+    ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id"),
+    ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id")])
+def test_side_files_that_cannot_be_followed_are_one_line(file, content, why, tmp_path):
+    folder = write(tmp_path / "a", vocabularies()["byte level"], {file: content})
+    with pytest.raises(config.Mistake, match=why) as e:
+        tokenizer.load(folder)
+    assert "\n" not in str(e.value) and str(folder) in str(e.value)
+
+
+@pytest.mark.parametrize("part, value, why", [
+    ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}, "its decoder"),
+    ("post_processor", {"type": "RobertaProcessing", "sep": ["a", 1], "cls": ["b", 2]}, "its post-processor"),
+    ("post_processor", tokenizer_files.around({"<|im_end|>": 2, "<|im_start|>": 1}, "<|im_start|>"), None)])
+def test_what_a_tokenizer_json_does_is_known_or_one_line(part, value, why, tmp_path):
+    folder = write(tmp_path / "a", {"tokenizer.json": byte_level_json() | {part: value}})
+    if why:
+        with pytest.raises(config.Mistake, match=why):
+            tokenizer.load(folder)
+        return
+    write(folder, {"tokenizer_config.json": PLAIN})  # nobody calls it BOS, but each text gets it
+    assert (tokenizer.load(folder).bos_id, tokenizer.load(folder).adds_bos) == (1, True)
+    write(folder, {"tokenizer_config.json": PLAIN | {"bos_token": "<|im_end|>"}})
+    with pytest.raises(config.Mistake, match="around a text"):
+        tokenizer.load(folder)
+
+
+def test_no_text_becomes_a_special_token_unless_asked(tmp_path):
+    """A vocabulary with symbols of its own takes a whole text that is a piece for it, special or not."""
+    found = tokenizer.load(write(tmp_path / "a", vocabularies()["sentencepiece, no prefix"]))
+    assert found.encode("<s>", special=True) == [1] and 1 not in found.encode("a<s>")
+    with pytest.raises(config.Mistake, match="spells their names"):
+        found.encode("<s>")
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [
+    " ".join(SOURCE.split()) * 30, "\u2585 ".join(SOURCE.split("\n")), "\0".join(SOURCE.split("\n")),
+    SOURCE.replace("\n", "\n\ud800")], ids=["one long line", "U+2585", "NUL", "surrogates"])
+def test_training_sees_all_of_a_text(text):
+    """SentencePiece drops lines that are too long or hold characters that it keeps for itself, without a word."""
+    words = ["self", "return", "def"]
+    pieces = {piece.strip() for piece in tokenizer.train_sentencepiece([text], 600).vocab}
+    assert pieces >= set(words) and len(text) > 50_000
+
+
+def test_long_lines_are_cut_at_spaces_and_nothing_is_lost():
+    text = "word " * 200_000 + "x" * 600_000 + "\nshort"
+    lines = list(tokenizer.sentences([text]))
+    assert "".join(lines) == text.replace("\n", "") and max(map(len, lines)) <= tokenizer.LINE_LIMIT
+    assert all(line.startswith((" word", "word", " x", "x", "short")) for line in lines)
