@@ -14,20 +14,16 @@ import os
 import re
 import secrets
 import struct
-from datetime import datetime
 from pathlib import Path
 
 import config
-from prepare import tokenizer_files
-from prepare.tokenizer_files import (BYTE_TO_CHAR, EOS_NAMES, LLAMA3_WORDS, LLAMA4_WORDS, PAIRS, UNUSED, bpe, byte_level,
-                                     make_spec, split)
+from prepare import chat_template, tokenizer_files
+from prepare.tokenizer_spec import (CHAR_TO_BYTE, CHARACTERS, bpe, byte_level, bytes_of_tokens, ends_of, kind_of,
+                                    make_spec, split)
 
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CHARACTERS = r"[\s\S]"
 PROBE = "It's 12345.67  HELLO'S größer e\u0301 你好🙂\n\n\tx+=y; /* a */\r\n    end "  # shows how words are cut
 TIKTOKEN_LIMIT = 400_000  # characters in a text: on longer runs of spaces its regex overflows its stack
-STOP_NAMES = {*EOS_NAMES, "<|eot|>", "<|eot_id|>", "<|eom|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
+STOP_NAMES = {*tokenizer_files.EOS_NAMES, "<|eot|>", "<|eot_id|>", "<|eom|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
 LINE_LIMIT = 250_000  # characters, at most 1,000,000 bytes: SentencePiece drops longer lines without a word
 
 
@@ -36,46 +32,56 @@ class Tokenizer:
 
     spec: what its tokenizer.json holds; settings: its tokenizer_config.json; model: the SentencePiece file it came
     from, as bytes, which `save` hands on. kind: char | byte | sentencepiece | tiktoken | json, by how it works.
-    vocab_size: the largest id + 1. special: {text: id}. bos_id, eos_id: int or None. adds_bos, adds_eos:
-    whether transformers puts them around a text unless told otherwise. stop_ids: the ids that end a generation: those of generation_config.json, or else special tokens of the usual names; and EOS. chat_template:
-    jinja text, {name: text} of several, or None.
+    vocab_size: the largest id + 1. added, special: {text: id} of the tokens that are found in a text before it is cut,
+    and of those among them that mean more than their text. bos_id, eos_id: int or None. adds_bos, adds_eos: whether
+    transformers puts them around a text unless told otherwise. stop_ids: the ids that end a generation: EOS, and those
+    of generation_config.json, or else the special tokens of the usual names. chat_template: jinja text, {name: text} of
+    several, or None.
     """
     file = "tokenizer.json"
 
     def __init__(self, spec, settings=None, model=None):
-        self.spec, self.model, settings = spec | {"truncation": None, "padding": None}, model, settings or {}
-        vocab, added = spec["model"]["vocab"], spec.get("added_tokens") or []
+        self.spec, self.model = spec | {"truncation": None, "padding": None}, model
+        self.settings = {"bos_token": None, "eos_token": None, "clean_up_tokenization_spaces": False} | (settings or {})
+        self.settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # with which AutoTokenizer reads the spec alone
+        vocab, tokens = spec["model"]["vocab"], spec.get("added_tokens") or []
         self.vocab = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-        self.added = {t["content"]: t["id"] for t in added}
-        self.special = {t["content"]: t["id"] for t in added if t["special"]}
+        self.added = {t["content"]: t["id"] for t in tokens}
+        self.special = {t["content"]: t["id"] for t in tokens if t["special"]}
         self.ids = self.vocab | self.added
         taken = set(self.ids.values())
         if len(taken) < len(self.ids) or not all(type(i) is int and 0 <= i < 1 << 31 for i in taken):
             raise ValueError("its ids are not different whole numbers from 0 up")
         self.vocab_size = max(taken) + 1
-        self.kind, self._words = kind_of(spec, self.vocab, added)
+        self.kind, self._words = kind_of(spec, self.vocab, tokens)
         self._bytes, self._drops_space = bytes_of_tokens(spec, self.vocab)
-        for t in added:
-            if normalized := t.get("normalized") and spec.get("normalizer"):  # matched, and so decoded, in that form
-                text = self._library.normalizer.normalize_str(t["content"]).replace("▁", " ")
-            self._bytes[t["id"]] = (text if normalized else t["content"]).encode()
+        self._bytes |= {t["id"]: self._text_of(t).encode() for t in tokens}
         self._plain = {i: piece for i, piece in self._bytes.items() if i not in self.special.values()}
-        self.settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}  # AutoTokenizer reads the spec alone
-        for key, value in (("bos_token", None), ("eos_token", None), ("clean_up_tokenization_spaces", False)):
-            self.settings.setdefault(key, value)
-        self._named = {key: tokenizer_files.content(t) for key, t in tokenizer_files.named_tokens(settings).items()}
-        before, after = ends_of(spec)
+        self._read_settings()
+
+    def _text_of(self, token):
+        """What an added token decodes to: its text, normalized where it is found in normalized text."""
+        if not (token.get("normalized") and self.spec.get("normalizer")):
+            return token["content"]
+        return self._library.normalizer.normalize_str(token["content"]).replace("▁", " ")
+
+    def _read_settings(self):
+        """BOS, EOS, stop tokens and chat templates."""
+        named = tokenizer_files.named_tokens(self.settings).items()
+        self._named = {key: tokenizer_files.content(token) for key, token in named}
         self.bos_id, self.eos_id = (self.ids.get(self._named.get(key)) for key in ("bos_token", "eos_token"))
+        before, after = ends_of(self.spec)
         if self.bos_id is None and before:  # nobody names it, but every text gets it
             self.bos_id = before[0]
         if self.eos_id is None and after:
             self.eos_id = after[0]
         self.adds_bos, self.adds_eos = before == [self.bos_id], after == [self.eos_id]
         if len(before) > self.adds_bos or len(after) > self.adds_eos:
-            raise ValueError(f"it puts the tokens {before} and {after} around a text, not BOS {self.bos_id} and EOS {self.eos_id}")
-        stops = settings.get("stop_ids", [i for text, i in self.special.items() if text in STOP_NAMES])
-        self.stop_ids = {*stops, self.eos_id} - {None}
-        self.chat_template = settings.get("chat_template")
+            raise ValueError(f"it puts the tokens {before} and {after} around a text, where BOS is {self.bos_id} and "
+                             f"EOS {self.eos_id}")
+        usual = [i for text, i in self.special.items() if text in STOP_NAMES]
+        self.stop_ids = {*self.settings.get("stop_ids", usual), self.eos_id} - {None}
+        self.chat_template = self.settings.get("chat_template")
         if isinstance(self.chat_template, list):
             self.chat_template = {t["name"]: t["template"] for t in self.chat_template}
 
@@ -121,21 +127,15 @@ class Tokenizer:
         unknown = {self.vocab.get(model.get("unk_token")), model.get("unk_id")}
         return {self.vocab[t] for t in self.special if t in self.vocab} - unknown
 
-    def _plain_text(self, library, texts):
-        """Ids of each text by a library tokenizer that takes the names of special tokens for text."""
+    def _run(self, texts, special=False, library=None):
+        """Ids of each text by the library. special: take the names of special tokens for those tokens."""
+        library = library or self._library
+        library.encode_special_tokens = not special or self.settings.get("split_special_tokens", False)
         with config.mistakes(Exception, prefix="this tokenizer cannot encode that: "):
             batch = [e.ids for e in library.encode_batch_fast(texts, add_special_tokens=False)]
-        if not all(self._never_text.isdisjoint(ids) for ids in batch):
+        if not special and not all(self._never_text.isdisjoint(ids) for ids in batch):
             raise config.Mistake("this tokenizer makes special tokens of a plain text that spells their names")
         return batch
-
-    def _run(self, texts, special=False):
-        """Ids of each text by the library. special: take the names of special tokens for those tokens."""
-        self._library.encode_special_tokens = not special or self.settings.get("split_special_tokens", False)
-        if not special:
-            return self._plain_text(self._library, texts)
-        with config.mistakes(Exception, prefix="this tokenizer cannot encode that: "):
-            return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode(self, texts):
         """Ids of each text, with nothing around them. The libraries use all cores, or one where the environment says
@@ -193,15 +193,22 @@ class Tokenizer:
 
     # -- conversations -----------------------------------------------------------------------------------------------
 
-    def _template(self, name):
-        """A chat template, compiled: the one of that name among several, or the only one."""
+    def render(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
+        """Text of a conversation, as apply_chat_template(tokenize=False) of transformers gives it.
+
+        messages: [{"role": ..., "content": ...}, ...]; tools: JSON schemas; documents: dicts; date: the datetime.date,
+        or "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox.
+        Raises `config.Mistake` if there is none, or if it refuses the conversation.
+        """
+        if not self.chat_template:
+            raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat")
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        name = name if name in templates else "default"
-        if not templates.get(name):
-            raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat" if
-                                 not self.chat_template else f"none of its chat templates {sorted(templates)} is the default")
-        with config.mistakes(Exception, prefix="chat template: "):
-            return compiled(templates[name])
+        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
+        if name not in templates:
+            raise config.Mistake(f"none of its chat templates {sorted(templates)} is the default")
+        values = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
+            return valid(chat_template.render(templates[name], messages, date, self._named | values))
 
     @functools.cached_property
     def _names(self):
@@ -210,51 +217,38 @@ class Tokenizer:
 
     @functools.cached_property
     def _secret(self):
-        return str(secrets.randbits(128))  # digits, which filters of templates leave as they are, and nobody can guess
+        return str(secrets.randbits(128))  # nobody can guess these digits, and no filter of a template changes them
 
     @functools.cached_property
     def _aliased(self):
-        """(a library tokenizer in which special tokens go by secret aliases alone, {id of an alias: the token's id})."""
+        """(a library tokenizer in which special tokens go by secret aliases alone, {name: alias}, {id of an alias: the
+        token's id})."""
         import tokenizers
         library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
         tokens = [t for t in self.spec.get("added_tokens") or [] if t["special"]]
-        library.add_tokens([tokenizers.AddedToken(self._alias(t["content"]), **{
-            key: t[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in t}) for t in tokens])
-        library.encode_special_tokens = True  # under their own names they are text
-        return library, {library.token_to_id(self._alias(t["content"])): t["id"] for t in tokens}
-
-    def _alias(self, name):
-        return f"<{self._secret}>{self.special[name]}>"
-
-    def render(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
-        """Text of a conversation, as apply_chat_template(tokenize=False) of transformers gives it.
-
-        messages: [{"role": ..., "content": ...}, ...]; tools: JSON schemas; documents: dicts; date: the datetime.date, or
-        "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox. Raises
-        `config.Mistake` if there is none, or if it refuses the conversation.
-        """
-        template = self._template("tool_use" if tools is not None else "default")
-        with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
-            return valid(template.render(
-                messages=[complete(m) for m in messages], tools=tools, documents=documents, strftime_now=clock(date),
-                add_generation_prompt=add_generation_prompt, **self._named))
+        aliases = {t["content"]: f"<{self._secret}>{t['id']}>" for t in tokens}
+        flags = [{key: t.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized")} for t in tokens]
+        library.add_tokens([tokenizers.AddedToken(aliases[t["content"]], **f) for t, f in zip(tokens, flags)])
+        return library, aliases, {library.token_to_id(aliases[name]): i for name, i in self.special.items()}
 
     def chat(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
         """Ids of a conversation in the form that the model was trained on; arguments and errors as in `render`.
 
-        They are AutoTokenizer's, but that names of special tokens within a message stay text, so that no message can end
-        itself and speak for another.
+        They are those of AutoTokenizer, but that a special token's name within a message stays text, so that no message
+        can end itself and speak for another: names are hidden from the template, and once they are text again, the
+        template's own special tokens go by their aliases.
         """
         hidden = {name: f"{self._secret}{i:010}" for name, i in self.special.items()}
-        given = each_text([messages, tools, documents], lambda text: self._names.sub(lambda m: hidden[m[0]], text))
+        given = chat_template.each_text([messages, tools, documents],
+                                        lambda text: self._names.sub(lambda name: hidden[name[0]], text))
         text = self.render(given[0], add_generation_prompt, given[1], given[2], date)
         if self._secret not in text:
             return self._run([text], special=True)[0]
-        text = self._names.sub(lambda m: self._alias(m[0]), text)  # the template's own
-        shown = {stand_in: name for name, stand_in in hidden.items()}
-        text = re.sub(rf"{self._secret}\d{{10}}", lambda m: shown[m[0]], text)
-        library, ids = self._aliased
-        return [ids.get(i, i) for i in self._plain_text(library, [text])[0]]
+        library, aliases, ids = self._aliased
+        text = self._names.sub(lambda name: aliases[name[0]], text)
+        shown = {digits: name for name, digits in hidden.items()}
+        text = re.sub(rf"{self._secret}\d{{10}}", lambda digits: shown[digits[0]], text)
+        return [ids.get(i, i) for i in self._run([text], library=library)[0]]
 
     def save(self, directory):
         """Write tokenizer.json, tokenizer_config.json and, if it came from SentencePiece, tokenizer.model."""
@@ -297,135 +291,6 @@ def valid(text):
     return text
 
 
-# -- chat templates, as transformers runs them -------------------------------------------------------------------
-
-@functools.lru_cache
-def compiled(template):
-    """A chat template in jinja2's sandbox, with what transformers gives it there (utils/chat_template_utils.py)."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}: what the assistant says. It renders as its body."""
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=[Generation, "jinja2.ext.loopcontrols"])
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = refuse
-    return env.from_string(template)
-
-
-def clock(date):
-    """What templates call strftime_now: it formats this date, by default the present one."""
-    if isinstance(date, str):
-        date = datetime.fromisoformat(date)
-    return lambda form: (date or datetime.now()).strftime(form)
-
-
-def complete(message):
-    """A message as templates get it: without keys that are None, its reasoning under the two names in use."""
-    message = {key: value for key, value in message.items() if value is not None}
-    for key in ("reasoning_content", "thinking", "reasoning"):
-        if key in message:
-            return {"thinking": message[key]} | message | {"reasoning_content": message[key]}
-    return message
-
-
-def each_text(x, change):
-    """x with `change` applied to every str in its lists and dicts, keys included."""
-    if isinstance(x, dict):
-        return {each_text(key, change): each_text(value, change) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [each_text(value, change) for value in x]
-    return change(x) if isinstance(x, str) else x
-
-
-# -- what a tokenizer.json does ----------------------------------------------------------------------------------
-
-def steps_of(node):
-    """The steps of a normalizer, pre-tokenizer or decoder of a tokenizer.json, its sequences laid flat."""
-    if node and node["type"] == "Sequence":
-        return [step for inner in node.values() if isinstance(inner, list) for n in inner for step in steps_of(n)]
-    return [node] if node else []
-
-
-def ends_of(spec):
-    """The ids that a tokenizer.json puts before and after a text by default."""
-    before, after = [], []
-    for step in steps_of(spec.get("post_processor")):
-        if step["type"] not in ("TemplateProcessing", "ByteLevel"):
-            raise ValueError(f"its post-processor {step['type']} is none that a Llama has")
-        text_seen = False
-        for part in step.get("single", ()):
-            if "Sequence" in part:
-                text_seen = True
-            else:
-                ids = step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
-                before, after = (before, after + ids) if text_seen else (before + ids, after)
-    return before, after
-
-
-def kind_of(spec, vocab, added):
-    """(kind, pattern that cuts words or None) of a tokenizer.json.
-
-    It is "tiktoken" if merging by rank gives the same ids: its merges come in the order of the ids that they make and
-    make every token, so that the lowest id that two neighbours form is also the first merge that applies to them.
-    """
-    model, cut = spec["model"], steps_of(spec.get("pre_tokenizer"))
-    undo, special = [step["type"] for step in steps_of(spec.get("decoder"))], {t["id"] for t in added}
-    plain = {t: i for t, i in vocab.items() if i not in special}
-    as_it_comes = not spec.get("normalizer") and all(t["special"] for t in added)  # the text, before it is cut
-    kind = model.get("type", "BPE" if "merges" in model else None)  # old files leave it out
-    if kind == "WordLevel" and as_it_comes and cut == [split(CHARACTERS)] and undo == ["Fuse"]:
-        return "char" if {len(t) for t in plain} <= {1} else "json", None
-    if kind != "BPE":
-        return "json", None
-    if model.get("byte_fallback"):
-        return "sentencepiece", None
-    *before, last = cut or [{"type": None}]
-    if undo != ["ByteLevel"] or last["type"] != "ByteLevel" or last["add_prefix_space"] or not as_it_comes:
-        return "json", None
-    if not before and plain == CHAR_TO_BYTE:
-        return "byte", None
-    merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-    made = [vocab[a + b] for a, b in merges]
-    if made == sorted(made) and set(plain.values()) == {vocab.get(c) for c in CHAR_TO_BYTE}.union(made):
-        if not before and last.get("use_regex", True):
-            return "tiktoken", GPT2_WORDS
-        for words in (LLAMA3_WORDS, LLAMA4_WORDS):
-            if before == [split(words)] and not last.get("use_regex", True):
-                return "tiktoken", words
-    return "json", None
-
-
-def bytes_of_tokens(spec, vocab):
-    """({id: the bytes that it stands for}, whether decoding drops the space that encoding puts in front of a text)."""
-    steps = {step["type"]: step for step in steps_of(spec.get("decoder"))}
-    if "ByteLevel" in steps:
-        return {i: bytes(CHAR_TO_BYTE[c] for c in piece) if CHAR_TO_BYTE.keys() >= set(piece) else piece.encode()
-                for piece, i in vocab.items()}, False
-    if not steps.keys() & {"ByteFallback", "Metaspace", "Fuse"}:
-        raise ValueError(f"its decoder {sorted(steps)} is none of ByteLevel, ByteFallback, Metaspace and Fuse")
-    space = "▁" if steps.keys() & {"Replace", "Metaspace"} else " "
-    table = {i: piece.replace(space, " ").encode() for piece, i in vocab.items()}
-    if "ByteFallback" in steps:
-        table |= {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256) if f"<0x{b:02X}>" in vocab}
-    prefix = steps["Metaspace"].get("prepend_scheme", "always") if "Metaspace" in steps else "never"
-    return table, prefix != "never" or steps.get("Strip", {}).get("start", 0) > 0
-
-
 # -- making one --------------------------------------------------------------------------------------------------
 
 def char(text, special=()):
@@ -449,10 +314,10 @@ def byte():
 
 
 def sentences(texts):
-    """The lines of texts, cut where SentencePiece would drop one without a word: where it is too long, and at the two
-    characters, NUL and U+2585, that it keeps for itself."""
+    """The lines of texts, cut where SentencePiece would drop one without a word: where it is too long, and at U+2585,
+    which it keeps for itself."""
     for text in texts:
-        for line in re.split(r"[\n\0\u2585]", valid(text)):
+        for line in re.split(r"[\n\u2585]", valid(text)):
             while len(line) > LINE_LIMIT:
                 end = line.rfind(" ", 1, LINE_LIMIT)
                 end = LINE_LIMIT if end < 0 else end
@@ -481,7 +346,7 @@ def train_sentencepiece(texts, vocab_size):
         raise config.Mistake(f"cannot train a vocabulary of {vocab_size} tokens: {reason}") from e
     proto = tokenizer_files.parse_sentencepiece(trained.getvalue())
     for i in range(vocab_size - len(proto.pieces)):
-        proto.pieces.add(piece=f"<unused_{i}>", type=UNUSED)
+        proto.pieces.add(piece=f"<unused_{i}>", type=tokenizer_files.UNUSED)
     data = proto.SerializeToString()
     return Tokenizer(*tokenizer_files.lone_sentencepiece(data), data)
 
@@ -494,7 +359,7 @@ def load(path):
     """
     path, is_folder = Path(path), Path(path).is_dir()
     if is_folder:
-        names = ("tokenizer.json", "tokenizer.model", *(first for first, _ in PAIRS))
+        names = ("tokenizer.json", "tokenizer.model", *(first for first, _ in tokenizer_files.PAIRS))
         path = next((path / n for n in names if (path / n).is_file()), path)
     if not path.is_file():
         raise config.Mistake(f"{path}: there is no tokenizer (tokenizer.json, tokenizer.model, or encoder.json and "

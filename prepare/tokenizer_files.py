@@ -9,23 +9,10 @@ BOS begins a text, and decoding gives back every character.
 import base64
 import json
 import re
-from pathlib import Path
 
 import config
-
-# Byte-level vocabularies are written with one printable character for each byte (GPT-2's table).
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {
-    b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
-
-# How a text is cut into words before merging, as published with Llama 3 and Llama 4.
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA4_WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-                r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-                r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+from prepare.tokenizer_spec import (BYTE_TO_CHAR, LLAMA3_WORDS, LLAMA4_WORDS, STRIP, added, around, bpe, byte_level,
+                                    make_spec, merges_of, metaspace, replace, split)
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # the first that exists, where no settings name one
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>")
@@ -35,76 +22,10 @@ PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # GPT-2's
 AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BUILD_ONLY = ("added_tokens_decoder", "add_bos_token", "add_eos_token", "legacy", "auto_map")  # tokenizer.json says it
-STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}  # drops the space that encoding puts in front
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # what a rank file begins with
 CLASS_NAMES = {  # the tokenizer classes that build a tokenizer of their own, and the tokens that they name unasked
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")}
-
-
-# -- the parts of a tokenizer.json -------------------------------------------------------------------------------
-
-def make_spec(model, special, cut, undo, normalizer=None, bos=None):
-    """A tokenizer.json. special: {text: id}; bos: the special token that AutoTokenizer puts in front of a text."""
-    return {"version": "1.0", "added_tokens": [added(text, id) for text, id in special.items()],
-            "normalizer": normalizer, "pre_tokenizer": cut, "post_processor": around(special, bos), "decoder": undo,
-            "model": model}
-
-
-def added(content, id, special=True, **flags):
-    """One of the tokens that are found in a text before it is cut and merged."""
-    return {"id": id, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": not special, "special": special} | flags
-
-
-def around(ids, before=None, after=None):
-    """The post-processor that puts the tokens `before` and `after` around a text; ids: {text: id}."""
-    def one(name, number):
-        tokens = ({"SpecialToken": {"id": t, "type_id": number}} if t else None for t in (before, after))
-        first, last = tokens
-        return [part for part in (first, {"Sequence": {"id": name, "type_id": number}}, last) if part]
-    used = {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in (before, after) if t}
-    return {"type": "TemplateProcessing", "single": one("A", 0), "pair": one("A", 0) + one("B", 1),
-            "special_tokens": used} if used else None
-
-
-def bpe(vocab, merges, **more):
-    """The model of a tokenizer.json. vocab: {piece: id}; merges: [left, right] each, the first the most urgent."""
-    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": vocab, "merges": merges, **more}
-
-
-def split(pattern):
-    """The step of cutting that isolates what a regular expression matches."""
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def byte_level(use_regex, add_prefix_space=False):
-    """The step, of cutting and of decoding, that writes bytes as characters; use_regex: it cuts words as GPT-2 does."""
-    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": use_regex}
-
-
-def metaspace(space, scheme):
-    """The step of cutting that puts a space in front of a text ("first"), of each part of it ("always"), or "never"."""
-    return {"type": "Metaspace", "replacement": space, "prepend_scheme": scheme, "split": False}
-
-
-def replace(old, new):
-    """The step, of normalizing and of decoding, that replaces {"String": text} or {"Regex": pattern}."""
-    return {"type": "Replace", "pattern": old, "content": new}
-
-
-def merges_of(ranks, urgency):
-    """Every way to make a piece of two others, the lowest rank first. ranks: {piece: rank}; urgency(left, right): which
-    of the ways to make the same piece comes first."""
-    merges = []
-    for piece in sorted(ranks, key=ranks.get):
-        if len(piece) > 1000:
-            raise ValueError(f"it has a piece of {len(piece)} characters")
-        pairs = [[piece[:i], piece[i:]] for i in range(1, len(piece)) if piece[:i] in ranks and piece[i:] in ranks]
-        merges += sorted(pairs, key=lambda pair: urgency(*pair))
-    return merges
 
 
 # -- the tokenizers that AutoTokenizer builds of a vocabulary -------------------------------------------------------
@@ -351,9 +272,11 @@ def add_tokens(spec, settings, declared, extra):
 def class_of(path, data, settings):
     """The tokenizer class that builds a tokenizer of its own from this vocabulary, or None: it is run as it is."""
     name = settings.get("tokenizer_class") or read_json(path.parent / "config.json").get("tokenizer_class")
-    if name in AS_IT_IS or "LlamaTokenizer" in name and b'"ByteLevel"' in data:
+    if name in AS_IT_IS:
         return None
     name = name.removesuffix("Fast")
+    if name == "LlamaTokenizer" and b'"ByteLevel"' in data:  # Llama 3's, under the name of Llama 2's
+        return None
     reads = {"tokenizer.json": list(CLASS_NAMES), "tokenizer.model": ["LlamaTokenizer"][:not RANK_LINE.match(data)]}
     if name not in reads.get(path.name, ["GPT2Tokenizer"]):
         raise ValueError(f"its tokenizer_class {name} does not read {path.name}, or is no Llama's")
