@@ -67,7 +67,8 @@ def sentencepiece_spec(proto, pieces, legacy, space):
     undo = [replace({"String": space}, " ")] * is_low + [{"type": "ByteFallback"}] * fallback
     undo += [{"type": "Fuse"}] + [STRIP] * prefix
     return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cut} if cut else None,
-                     {"type": "Sequence", "decoders": undo}, {"type": "Sequence", "normalizers": normal} if normal else None)
+                     {"type": "Sequence", "decoders": undo},
+                     {"type": "Sequence", "normalizers": normal} if normal else None)
 
 
 # -- SentencePiece: Llama 1 and 2, TinyLlama, Mistral, or trained here -------------------------------------------
@@ -118,7 +119,8 @@ def folder_sentencepiece(data, family, settings, declared):
     if family:
         vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
         ranks = {p.piece: i for i, p in enumerate(proto.pieces) if p.type not in (UNKNOWN, CONTROL)}
-        return llama_spec(vocab, merges_of(ranks, lambda left, right: len(left)), settings), CLASS_NAMES[family], unasked
+        merges = merges_of(ranks, lambda left, right: len(left))
+        return llama_spec(vocab, merges, settings), CLASS_NAMES[family], unasked
     kept = {p.piece for i, p in enumerate(proto.pieces) if i not in declared}
     pieces = [declared[i]["content"] if i in declared and declared[i]["content"] not in kept else p.piece
               for i, p in enumerate(proto.pieces)]
@@ -269,37 +271,38 @@ def add_tokens(spec, settings, declared, extra):
 
 # -- all of it ---------------------------------------------------------------------------------------------------
 
-def class_of(path, data, settings):
+def form_of(path, data):
+    """How a file holds a vocabulary: "gpt2", "ranks", "json" or "sentencepiece"."""
+    if path.name.endswith(sum(PAIRS, ())):
+        return "gpt2"
+    if RANK_LINE.match(data):
+        return "ranks"
+    return "json" if data.lstrip()[:1] == b"{" or path.suffix == ".json" else "sentencepiece"
+
+
+def class_of(path, form, data, settings):
     """The tokenizer class that builds a tokenizer of its own from this vocabulary, or None: it is run as it is."""
     name = settings.get("tokenizer_class") or read_json(path.parent / "config.json").get("tokenizer_class")
     if name in AS_IT_IS:
         return None
     name = name.removesuffix("Fast")
-    if name == "LlamaTokenizer" and b'"ByteLevel"' in data:  # Llama 3's, under the name of Llama 2's
-        return None
-    reads = {"tokenizer.json": list(CLASS_NAMES), "tokenizer.model": ["LlamaTokenizer"][:not RANK_LINE.match(data)]}
-    if name not in reads.get(path.name, ["GPT2Tokenizer"]):
+    if name == "LlamaTokenizer" and form == "json" and b'"ByteLevel"' in data:
+        return None  # Llama 3's, under the name of Llama 2's
+    if form not in {"LlamaTokenizer": ("json", "sentencepiece"), "GPT2Tokenizer": ("json", "gpt2")}.get(name, ()):
         raise ValueError(f"its tokenizer_class {name} does not read {path.name}, or is no Llama's")
     return name
 
 
-def read_vocabulary(path, data, settings, declared):
-    """(tokenizer.json, its names, tokens that it adds unasked) of a vocabulary's file in a folder."""
-    family = class_of(path, data, settings)
-    if path.name.endswith(sum(PAIRS, ())):
-        return gpt2_spec(*read_gpt2(path), settings), CLASS_NAMES["GPT2Tokenizer"], None
-    if RANK_LINE.match(data):
-        return read_ranks(data), {}, None
-    if data.lstrip()[:1] != b"{":
-        return folder_sentencepiece(data, family, settings, declared)
+def json_spec(data, family, settings):
+    """tokenizer.json as it is, or what the class `family` builds anew from its vocabulary."""
     spec = json.loads(data)
     spec["added_tokens"] = spec.get("added_tokens") or []
-    if family:
-        model, build = spec["model"], {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family]
-        if not isinstance(model["vocab"], dict) or "merges" not in model:
-            raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
-        spec = build(model["vocab"], model["merges"], settings) | {"post_processor": spec.get("post_processor")}
-    return spec, CLASS_NAMES.get(family, {}), None
+    if family is None:
+        return spec
+    model, build = spec["model"], {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family]
+    if not isinstance(model["vocab"], dict) or "merges" not in model:
+        raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
+    return build(model["vocab"], model["merges"], settings) | {"post_processor": spec.get("post_processor")}
 
 
 def usual_names(spec):
@@ -309,30 +312,48 @@ def usual_names(spec):
             for key, names in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES))}
 
 
-def read(path, in_folder):
-    """(tokenizer.json, settings) of a vocabulary's file. in_folder: with all that lies beside it."""
-    data, folder = path.read_bytes(), path.parent
-    has_settings = in_folder and any((folder / name).is_file() for name in SIDE_FILES)
-    is_ranks, is_pair = RANK_LINE.match(data), path.name.endswith(sum(PAIRS, ()))
-    is_json = not is_pair and data.lstrip()[:1] == b"{"
-    if not (in_folder or is_ranks or is_pair or is_json):
-        return lone_sentencepiece(data)
-    settings = read_settings(folder) if in_folder else {}
-    own = json.loads(data).get("added_tokens") or [] if path.name == "tokenizer.json" else []
-    declared = declared_tokens(folder, settings, own) if in_folder else {}
-    spec, names, unasked = read_vocabulary(path, data, settings, declared)
-    settings = (names if has_settings else usual_names(spec) | names) | settings
+def complete(spec, settings, declared, unasked):
+    """(spec with all tokens that settings and side files add, settings with the texts of the tokens they name)."""
     if isinstance(settings.get("extra_special_tokens"), dict):
         settings |= settings.pop("extra_special_tokens")
     older = settings.pop("additional_special_tokens", None)
     extra = settings.pop("extra_special_tokens", older if unasked is None else unasked)
-    known = {t["content"] for t in [*spec["added_tokens"], *declared.values()]}
     spec = add_tokens(spec, settings, declared, extra or [])
-    if is_ranks and (more := [t["content"] for t in spec["added_tokens"] if t["content"] not in known]):
-        raise ValueError(f"{more[0]!r} is none of the special tokens of Meta's rank file, and nothing declares its id")
-    settings |= {key: content(token) for key, token in named_tokens(settings).items()}
-    if not is_json and not (is_ranks and not has_settings):
-        ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
-        bos, eos = (settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos"))
-        spec["post_processor"] = around(ids, bos, eos)
+    return spec, settings | {key: content(token) for key, token in named_tokens(settings).items()}
+
+
+def asked_ends(spec, settings):
+    """The post-processor that add_bos_token and add_eos_token ask for, which a tokenizer.json does not heed."""
+    ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
+    return around(ids, *(settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None
+                         for end in ("bos", "eos")))
+
+
+def read(path, in_folder):
+    """(tokenizer.json, settings) of a vocabulary's file. in_folder: with all that lies beside it."""
+    data, settings, family, unasked, declared = path.read_bytes(), {}, None, None, {}
+    form = form_of(path, data)
+    if form == "sentencepiece" and not in_folder:
+        return lone_sentencepiece(data)
+    if in_folder:
+        settings = read_settings(path.parent)
+        family = class_of(path, form, data, settings)
+        own = json.loads(data).get("added_tokens") or [] if form == "json" else []
+        declared = declared_tokens(path.parent, settings, own)
+    if form == "sentencepiece":
+        spec, names, unasked = folder_sentencepiece(data, family, settings, declared)
+    elif form == "gpt2":
+        spec, names = gpt2_spec(*read_gpt2(path), settings), CLASS_NAMES["GPT2Tokenizer"]
+    elif form == "ranks":
+        spec, names = read_ranks(data), {}
+    else:
+        spec, names = json_spec(data, family, settings), CLASS_NAMES.get(family, {})
+    has_settings = in_folder and any(path.with_name(name).is_file() for name in SIDE_FILES)
+    settings = (names if has_settings else usual_names(spec) | names) | settings
+    known = {t["content"] for t in [*spec["added_tokens"], *declared.values()]}
+    spec, settings = complete(spec, settings, declared, unasked)
+    if form == "ranks" and (unknown := {t["content"] for t in spec["added_tokens"]} - known):
+        raise ValueError(f"{min(unknown)!r} is no special token of Meta's rank file, and nothing declares its id")
+    if form != "json" and (form != "ranks" or has_settings):
+        spec["post_processor"] = asked_ends(spec, settings)
     return spec, {key: value for key, value in settings.items() if key not in BUILD_ONLY}

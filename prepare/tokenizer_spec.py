@@ -37,13 +37,18 @@ def added(content, id, special=True, **flags):
 
 def around(ids, before=None, after=None):
     """The post-processor that puts the tokens `before` and `after` around a text; ids: {text: id}."""
-    def one(name, number):
-        tokens = ({"SpecialToken": {"id": t, "type_id": number}} if t else None for t in (before, after))
-        first, last = tokens
-        return [part for part in (first, {"Sequence": {"id": name, "type_id": number}}, last) if part]
-    used = {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in (before, after) if t}
-    return {"type": "TemplateProcessing", "single": one("A", 0), "pair": one("A", 0) + one("B", 1),
-            "special_tokens": used} if used else None
+    def with_ends(name, number):
+        parts = [{"Sequence": {"id": name, "type_id": number}}]
+        if before:
+            parts.insert(0, {"SpecialToken": {"id": before, "type_id": number}})
+        if after:
+            parts.append({"SpecialToken": {"id": after, "type_id": number}})
+        return parts
+    if not before and not after:
+        return None
+    used = {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (before, after) if token}
+    single, second = with_ends("A", 0), with_ends("B", 1)
+    return {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": used}
 
 
 def bpe(vocab, merges, **more):
