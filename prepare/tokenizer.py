@@ -18,8 +18,8 @@ from pathlib import Path
 
 import config
 from prepare import chat_template, tokenizer_files
-from prepare.tokenizer_spec import (CHAR_TO_BYTE, CHARACTERS, bpe, byte_level, bytes_of_tokens, ends_of, kind_of,
-                                    make_spec, split)
+from prepare.tokenizer_spec import (CHAR_TO_BYTE, CHARACTERS, around, bpe, byte_level, bytes_of_tokens, ends_of,
+                                    kind_of, make_spec, split)
 
 PROBE = "It's 12345.67  HELLO'S größer e\u0301 你好🙂\n\n\tx+=y; /* a */\r\n    end "  # shows how words are cut
 TIKTOKEN_LIMIT = 400_000  # characters in a text: on longer runs of spaces its regex overflows its stack
@@ -249,6 +249,13 @@ class Tokenizer:
         shown = {digits: name for name, digits in hidden.items()}
         text = re.sub(rf"{self._secret}\d{{10}}", lambda digits: shown[digits[0]], text)
         return [ids.get(i, i) for i in self._run([text], library=library)[0]]
+
+    def adding_bos(self):
+        """This tokenizer with its BOS, if any, in front of a text by default: beside a model, it then does what was done
+        to the model's training data."""
+        texts = {i: text for text, i in self.ids.items()}
+        ends = around(self.ids, texts.get(self.bos_id), texts[self.eos_id] if self.adds_eos else None)
+        return Tokenizer(self.spec | {"post_processor": ends}, self.settings, self.model)
 
     def save(self, directory):
         """Write tokenizer.json, tokenizer_config.json and, if it came from SentencePiece, tokenizer.model."""
