@@ -251,8 +251,8 @@ class Tokenizer:
         return [ids.get(i, i) for i in self._run([text], library=library)[0]]
 
     def adding_bos(self):
-        """This tokenizer with its BOS, if any, in front of a text by default: beside a model, it then does what was done
-        to the model's training data."""
+        """This tokenizer with its BOS, if any, in front of a text by default: beside a model, it then does what its
+        training data had done to them."""
         texts = {i: text for text, i in self.ids.items()}
         ends = around(self.ids, texts.get(self.bos_id), texts[self.eos_id] if self.adds_eos else None)
         return Tokenizer(self.spec | {"post_processor": ends}, self.settings, self.model)

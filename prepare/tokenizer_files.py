@@ -20,6 +20,8 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in sentencepiece_model.proto
 PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # GPT-2's two files, under both names
 AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
+MODEL_CLASSES = {"gpt2": "GPT2Tokenizer"}  # the class that a model_type implies
+RUN_AS_IT_IS = ("mistral", "mixtral", "llava", "llava_next")  # model types for which AutoTokenizer heeds no class
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BUILD_ONLY = ("added_tokens_decoder", "add_bos_token", "add_eos_token", "legacy", "auto_map")  # tokenizer.json says it
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # what a rank file begins with
@@ -282,8 +284,9 @@ def form_of(path, data):
 
 def class_of(path, form, data, settings):
     """The tokenizer class that builds a tokenizer of its own from this vocabulary, or None: it is run as it is."""
-    name = settings.get("tokenizer_class") or read_json(path.parent / "config.json").get("tokenizer_class")
-    if name in AS_IT_IS:
+    model = read_json(path.parent / "config.json")
+    name = settings.get("tokenizer_class") or model.get("tokenizer_class") or MODEL_CLASSES.get(model.get("model_type"))
+    if name in AS_IT_IS or model.get("model_type") in RUN_AS_IT_IS:
         return None
     name = name.removesuffix("Fast")
     if name == "LlamaTokenizer" and form == "json" and b'"ByteLevel"' in data:
