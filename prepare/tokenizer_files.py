@@ -1,10 +1,13 @@
 """The files that hold a tokenizer, each read as a tokenizer.json: what prepare/tokenizer.py runs.
 
-A folder means what AutoTokenizer of transformers (5.24) makes of it, side files included: special_tokens_map.json,
-added_tokens.json, tokenizer_config.json, generation_config.json and chat templates. Two departures: the rank files
-of Llama 3 and 4 get Meta's special tokens, and its cut of words, of which AutoTokenizer knows nothing; and a folder
-without any settings gets BOS and EOS by their usual names. A lone tokenizer.model means what Meta's code makes of it:
-BOS begins a text, and decoding gives back every character.
+A folder means what AutoTokenizer of transformers (5.24) makes of it, with what lies beside the vocabulary:
+tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json and chat templates. Where
+other ids would come out, one line says why. Two departures: the rank files of Llama 3 and 4 get Meta's special tokens
+and its cut of words, of which AutoTokenizer knows nothing; and a folder without any settings gets BOS and EOS by their
+usual names. A lone tokenizer.model means what Meta's code makes of it: BOS begins a text, and decoding gives back every
+character.
+
+Sources: transformers, tokenization_utils_tokenizers.py, tokenization_utils_base.py, convert_slow_tokenizer.py.
 """
 import base64
 import json
@@ -14,23 +17,25 @@ import config
 from prepare.tokenizer_spec import (BYTE_TO_CHAR, LLAMA3_WORDS, LLAMA4_WORDS, STRIP, added, around, bpe, byte_level,
                                     make_spec, merges_of, metaspace, replace, split)
 
+PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # GPT-2's two files, under both names
+RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # what a rank file begins with
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in sentencepiece_model.proto
+
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # the first that exists, where no settings name one
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in sentencepiece_model.proto
-PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # GPT-2's two files, under both names
-AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
-MODEL_CLASSES = {"gpt2": "GPT2Tokenizer"}  # the class that a model_type implies
-RUN_AS_IT_IS = ("mistral", "mixtral", "llava", "llava_next")  # model types for which AutoTokenizer heeds no class
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BUILD_ONLY = ("added_tokens_decoder", "add_bos_token", "add_eos_token", "legacy", "auto_map")  # tokenizer.json says it
-RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # what a rank file begins with
+
 CLASS_NAMES = {  # the tokenizer classes that build a tokenizer of their own, and the tokens that they name unasked
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")}
+AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # those that build none
+MODEL_CLASSES = {"gpt2": "GPT2Tokenizer"}  # the class that a model_type implies
+RUN_AS_IT_IS = ("mistral", "mixtral", "llava", "llava_next")  # model types for which AutoTokenizer heeds no class
 
 
-# -- the tokenizers that AutoTokenizer builds of a vocabulary -------------------------------------------------------
+# -- the tokenizers that AutoTokenizer builds of a vocabulary ----------------------------------------------------
 
 def llama_spec(vocab, merges, settings):
     """What the class LlamaTokenizer makes of a vocabulary, whatever else its tokenizer.json says."""

@@ -106,7 +106,8 @@ def vocabularies():
     bare_added, ends = low_line_json(), {"<s>": 1, "</s>": 2}
     bare_added["added_tokens"] = []
     specs = {
-        "byte level": byte_level, "low lines": low, "merges as text": as_text, "holes": holes, "no added tokens": bare_added,
+        "byte level": byte_level, "low lines": low, "merges as text": as_text, "holes": holes,
+        "no added tokens": bare_added,
         "metaspace first": low_line_json(normalizer=None, pre_tokenizer=metaspace("first", False)),
         "metaspace always": low_line_json(normalizer=None, pre_tokenizer=metaspace("always", True)),
         "no prefix": no_prefix, "BOS by template": low | {"post_processor": tokenizer_spec.around(ends, "<s>")},
@@ -121,6 +122,7 @@ def vocabularies():
             user_defined_symbols=["<tool>", "    "], control_symbols=["[INST]", "[/INST]"])},
         "sentencepiece, no prefix": {"tokenizer.model": sentencepiece_model(
             add_dummy_prefix=False, user_defined_symbols=["<tool>"])},
+        "sentencepiece, no bytes": {"tokenizer.model": sentencepiece_model(byte_fallback=False)},
         "two files": {"vocab.json": pairs["vocab"], "merges.txt": merges}}
 
 
