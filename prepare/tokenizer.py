@@ -1,47 +1,30 @@
 """Text to token ids and back: characters, bytes, SentencePiece, tiktoken rank files, GPT-2, any tokenizer.json.
 
-A tokenizer here *is* its tokenizer.json, the Hugging Face format: every other kind of file is turned into that
-dictionary when it is read. So AutoTokenizer gives the ids that training used, and one class serves all kinds.
-Only what runs it differs: plain Python for characters and bytes, tiktoken where it gives the same ids (five
-times faster), the `tokenizers` library for the rest.
+A tokenizer here *is* its tokenizer.json, the Hugging Face format: prepare/tokenizer_files.py turns every other kind
+of file into that dictionary. So AutoTokenizer gives the ids that training used, and one class serves all kinds. The
+`tokenizers` library runs it; but plain Python is enough for characters and bytes, and tiktoken, where it gives the
+same ids, is four to five times as fast.
 """
-import base64
 import codecs
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
+import secrets
 import struct
-from datetime import datetime
 from pathlib import Path
 
 import config
+from prepare import chat_template, tokenizer_files
+from prepare.tokenizer_spec import (CHAR_TO_BYTE, CHARACTERS, around, bpe, byte_level, bytes_of_tokens, ends_of,
+                                    kind_of, make_spec, split)
 
-# Byte-level vocabularies are written with one printable character for each byte (GPT-2's table).
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {
-    b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
-
-# How a text is cut before merging: into words, as published with GPT-2, Llama 3 and Llama 4, or into characters.
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA4_WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-                r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-                r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-CHARACTERS = r"[\s\S]"
 PROBE = "It's 12345.67  HELLO'S größer e\u0301 你好🙂\n\n\tx+=y; /* a */\r\n    end "  # shows how words are cut
 TIKTOKEN_LIMIT = 400_000  # characters in a text: on longer runs of spaces its regex overflows its stack
-
-BOS_NAMES = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # the first that exists, where no settings name one
-EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>")
-STOP_NAMES = {*EOS_NAMES, "<|eot|>", "<|eot_id|>", "<|eom|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
+STOP_NAMES = {*tokenizer_files.EOS_NAMES, "<|eot|>", "<|eot_id|>", "<|eom|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
+LINE_LIMIT = 250_000  # characters, at most 1,000,000 bytes: SentencePiece drops longer lines without a word
 
 
 class Tokenizer:
@@ -49,39 +32,58 @@ class Tokenizer:
 
     spec: what its tokenizer.json holds; settings: its tokenizer_config.json; model: the SentencePiece file it came
     from, as bytes, which `save` hands on. kind: char | byte | sentencepiece | tiktoken | json, by how it works.
-    vocab_size: the largest id + 1. special: {text: id}. bos_id, eos_id: int or None. stop_ids: the ids that end a
-    generation. chat_template: jinja text or None.
+    vocab_size: the largest id + 1. added, special: {text: id} of the tokens that are found in a text before it is cut,
+    and of those among them that mean more than their text. bos_id, eos_id: int or None. adds_bos, adds_eos: whether
+    transformers puts them around a text unless told otherwise. stop_ids: the ids that end a generation: EOS, and those
+    of generation_config.json, or else the special tokens of the usual names. chat_template: jinja text, {name: text} of
+    several, or None.
     """
     file = "tokenizer.json"
 
     def __init__(self, spec, settings=None, model=None):
-        self.spec, self.model, settings = spec | {"truncation": None, "padding": None}, model, settings or {}
-        vocab, added = spec["model"]["vocab"], spec.get("added_tokens") or []
+        self.spec, self.model = spec | {"truncation": None, "padding": None}, model
+        self.settings = {"bos_token": None, "eos_token": None, "clean_up_tokenization_spaces": False} | (settings or {})
+        self.settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # with which AutoTokenizer reads the spec alone
+        vocab, tokens = spec["model"]["vocab"], spec.get("added_tokens") or []
         self.vocab = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-        self.special = {t["content"]: t["id"] for t in added if t["special"]}
-        self.ids = self.vocab | {t["content"]: t["id"] for t in added}
+        self.added = {t["content"]: t["id"] for t in tokens}
+        self.special = {t["content"]: t["id"] for t in tokens if t["special"]}
+        self.ids = self.vocab | self.added
         taken = set(self.ids.values())
         if len(taken) < len(self.ids) or not all(type(i) is int and 0 <= i < 1 << 31 for i in taken):
             raise ValueError("its ids are not different whole numbers from 0 up")
         self.vocab_size = max(taken) + 1
-        self.kind, self._words = _kind(spec, self.vocab, added)
-        self._bytes, self._drops_space = _decoder(spec, self.vocab)
-        self._bytes |= {t["id"]: t["content"].encode() for t in added}
-        self._plain = dict(self._bytes)  # without the special tokens
-        for i in self.special.values():
-            del self._plain[i]
-        self.settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}  # AutoTokenizer reads the spec alone
-        for key, names in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES)):
-            self.settings.setdefault(key, next((n for n in names if n in self.ids), None))
-        self.settings.setdefault("clean_up_tokenization_spaces", False)
-        self.bos_id, self.eos_id = self.ids.get(self._name("bos_token")), self.ids.get(self._name("eos_token"))
-        self.stop_ids = {i for t, i in self.special.items() if t in STOP_NAMES} | {self.eos_id} - {None}
-        self.chat_template = settings.get("chat_template")
+        self.kind, self._words = kind_of(spec, self.vocab, tokens)
+        self._bytes, self._drops_space = bytes_of_tokens(spec, self.vocab)
+        self._bytes |= {t["id"]: self._text_of(t).encode() for t in tokens}
+        self._plain = {i: piece for i, piece in self._bytes.items() if i not in self.special.values()}
+        self._read_settings()
 
-    def _name(self, key):
-        """The text of the token that the settings call `key`, or None."""
-        token = self.settings.get(key)
-        return token["content"] if isinstance(token, dict) else token
+    def _text_of(self, token):
+        """What an added token decodes to: its text, normalized where it is found in normalized text."""
+        if not (token.get("normalized") and self.spec.get("normalizer")):
+            return token["content"]
+        return self._library.normalizer.normalize_str(token["content"]).replace("▁", " ")
+
+    def _read_settings(self):
+        """BOS, EOS, stop tokens and chat templates."""
+        named = tokenizer_files.named_tokens(self.settings).items()
+        self._named = {key: tokenizer_files.content(token) for key, token in named}
+        self.bos_id, self.eos_id = (self.ids.get(self._named.get(key)) for key in ("bos_token", "eos_token"))
+        before, after = ends_of(self.spec)
+        if self.bos_id is None and before:  # nobody names it, but every text gets it
+            self.bos_id = before[0]
+        if self.eos_id is None and after:
+            self.eos_id = after[0]
+        self.adds_bos, self.adds_eos = before == [self.bos_id], after == [self.eos_id]
+        if len(before) > self.adds_bos or len(after) > self.adds_eos:
+            raise ValueError(f"it puts the tokens {before} and {after} around a text, where BOS is {self.bos_id} and "
+                             f"EOS {self.eos_id}")
+        usual = [i for text, i in self.special.items() if text in STOP_NAMES]
+        self.stop_ids = {*self.settings.get("stop_ids", usual), self.eos_id} - {None}
+        self.chat_template = self.settings.get("chat_template")
+        if isinstance(self.chat_template, list):
+            self.chat_template = {t["name"]: t["template"] for t in self.chat_template}
 
     @functools.cached_property
     def fingerprint(self):
@@ -94,29 +96,46 @@ class Tokenizer:
             digest.update(repr(self.encode(PROBE)).encode())
         return digest.hexdigest()
 
+    # -- encoding ----------------------------------------------------------------------------------------------------
+
     @functools.cached_property
     def _library(self):
-        """The `tokenizers` engine, set to take the names of special tokens in a text for text."""
+        """The tokenizer that the `tokenizers` library makes of the spec."""
         import tokenizers
         try:
-            engine = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
+            library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
         except BaseException as e:  # the library raises plain Exceptions, and panics, which are not even those
             if isinstance(e, (KeyboardInterrupt, SystemExit)):
                 raise
             raise config.Mistake(" ".join(str(e).split())) from e
-        engine.encode_special_tokens = True
-        return engine
-
-    @functools.cached_property
-    def adds_bos(self):
-        """Whether transformers, and whatever builds on it, begins a text with BOS unless told otherwise."""
-        return self.bos_id is not None and self.bos_id in self._library.encode("").ids
+        for text, i in self.added.items():
+            if library.token_to_id(text) != i:
+                raise config.Mistake(f"its token {text!r} should have the id {i}, but the ids before it have holes: "
+                                     f"AutoTokenizer gives it {library.token_to_id(text)}")
+        return library
 
     @functools.cached_property
     def _tiktoken(self):
         import tiktoken
         ranks = {piece: i for i, piece in self._plain.items()}
         return tiktoken.Encoding("everyllama", pat_str=self._words, mergeable_ranks=ranks, special_tokens={})
+
+    @functools.cached_property
+    def _never_text(self):
+        """The special tokens that are pieces of the vocabulary too, but for the unknown one: no text may become one."""
+        model = self.spec["model"]
+        unknown = {self.vocab.get(model.get("unk_token")), model.get("unk_id")}
+        return {self.vocab[t] for t in self.special if t in self.vocab} - unknown
+
+    def _run(self, texts, special=False, library=None):
+        """Ids of each text by the library. special: take the names of special tokens for those tokens."""
+        library = library or self._library
+        library.encode_special_tokens = not special or self.settings.get("split_special_tokens", False)
+        with config.mistakes(Exception, prefix="this tokenizer cannot encode that: "):
+            batch = [e.ids for e in library.encode_batch_fast(texts, add_special_tokens=False)]
+        if not special and not all(self._never_text.isdisjoint(ids) for ids in batch):
+            raise config.Mistake("this tokenizer makes special tokens of a plain text that spells their names")
+        return batch
 
     def _encode(self, texts):
         """Ids of each text, with nothing around them. The libraries use all cores, or one where the environment says
@@ -129,15 +148,10 @@ class Tokenizer:
             except KeyError as e:
                 raise config.Mistake(f"the character {e.args[0]!r} is not among the {len(self._plain)} of this "
                                      "vocabulary") from None
-        if self.kind == "tiktoken":
+        if self.kind == "tiktoken" and max(map(len, texts), default=0) <= TIKTOKEN_LIMIT:
             threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count()
-            short = [t if len(t) <= TIKTOKEN_LIMIT else "" for t in texts]
-            batch = self._tiktoken.encode_ordinary_batch(short, num_threads=threads)
-            return [self._library.encode(t, add_special_tokens=False).ids if len(t) > TIKTOKEN_LIMIT else ids
-                    for t, ids in zip(texts, batch)]
-        engine = self._library
-        with config.mistakes(Exception, prefix="this tokenizer cannot encode that: "):
-            return [e.ids for e in engine.encode_batch_fast(texts, add_special_tokens=False)]
+            return self._tiktoken.encode_ordinary_batch(texts, num_threads=threads)
+        return self._run(texts)
 
     def encode_batch(self, texts, bos=False, eos=False):
         """Ids of many texts at once: list[str] -> list[list[int]].
@@ -151,30 +165,17 @@ class Tokenizer:
         return [first + ids + last for ids in batch] if first or last else batch
 
     def encode(self, text, bos=False, eos=False, special=False):
-        """Ids of one text, as in `encode_batch`. special=True takes the names of special tokens for those tokens."""
+        """Ids of one text, as in `encode_batch`. special=True takes the names of special tokens for those tokens, as
+        AutoTokenizer does."""
         if not special:
             return self.encode_batch([text], bos, eos)[0]
         first, last = self._around(bos, eos)
-        return first + self._join(self._names.split(text)) + last
+        return first + self._run([valid(text)], special=True)[0] + last
 
     def _around(self, bos, eos):
         return [self.bos_id] * (bos and self.bos_id is not None), [self.eos_id] * (eos and self.eos_id is not None)
 
-    @functools.cached_property
-    def _names(self):
-        """Matches the special tokens, the longest first, with the white space that they swallow."""
-        tokens = sorted((t for t in self.spec.get("added_tokens") or [] if t["special"]),
-                        key=lambda t: -len(t["content"]))
-        patterns = ((r"\s*" if t.get("lstrip") else "") + re.escape(t["content"]) + (r"\s*" if t.get("rstrip") else "")
-                    for t in tokens)
-        return re.compile(f"({'|'.join(patterns) or '(?!)'})")
-
-    def _join(self, parts):
-        """Ids of [text, name, text, ..., name, text], as `_names.split` gives them."""
-        batch = self.encode_batch(parts[::2])
-        for name, ids in zip(parts[1::2], batch[1:]):
-            ids.insert(0, self.special[name if name in self.special else name.strip()])
-        return list(itertools.chain(*batch))
+    # -- decoding ----------------------------------------------------------------------------------------------------
 
     def decode(self, ids, special=False):
         """Text of ids (any iterable of integers). Special tokens are left out unless special=True; bytes that are not
@@ -190,37 +191,71 @@ class Tokenizer:
             stream.feed(i)
         return stream
 
-    @functools.cached_property
-    def _template(self):
-        """The chat template, compiled."""
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    # -- conversations -----------------------------------------------------------------------------------------------
 
-        def refuse(message):
-            raise jinja2.TemplateError(message)
+    def render(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
+        """Text of a conversation, as apply_chat_template(tokenize=False) of transformers gives it.
 
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-        env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        return env.from_string(self.chat_template)
-
-    def chat(self, messages, add_generation_prompt=True):
-        """Ids of a conversation [{"role": ..., "content": ...}, ...] in the form that the model was trained on.
-
-        Names of special tokens within a message stay text. The template is not trusted: it runs in jinja2's
-        sandbox. Raises `config.Mistake` if there is none, or if it refuses the conversation.
+        messages: [{"role": ..., "content": ...}, ...]; tools: JSON schemas; documents: dicts; date: the datetime.date,
+        or "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox.
+        Raises `config.Mistake` if there is none, or if it refuses the conversation.
         """
         if not self.chat_template:
             raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat")
-        said = json.dumps(messages, ensure_ascii=False)
-        mark = next(chr(c) for c in range(0xE000, 0xF900) if chr(c) not in said)  # breaks names until they are encoded
-        messages = _each_text(messages, lambda text: self._names.sub(lambda name: mark.join(name[0]), text))
-        names = {key: self._name(key) for key in self.settings if key.endswith("_token")}
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
+        if name not in templates:
+            raise config.Mistake(f"none of its chat templates {sorted(templates)} is the default")
+        values = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
         with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
-            text = self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **names)
-        return self._join([part.replace(mark, "") for part in self._names.split(text)])
+            return valid(chat_template.render(templates[name], messages, date, self._named | values))
+
+    @functools.cached_property
+    def _names(self):
+        """Matches the names of special tokens, the longest first."""
+        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)")
+
+    @functools.cached_property
+    def _secret(self):
+        return str(secrets.randbits(128))  # nobody can guess these digits, and no filter of a template changes them
+
+    @functools.cached_property
+    def _aliased(self):
+        """(a library tokenizer in which special tokens go by secret aliases alone, {name: alias}, {id of an alias: the
+        token's id})."""
+        import tokenizers
+        library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
+        tokens = [t for t in self.spec.get("added_tokens") or [] if t["special"]]
+        aliases = {t["content"]: f"<{self._secret}>{t['id']}>" for t in tokens}
+        flags = [{key: t.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized")} for t in tokens]
+        library.add_tokens([tokenizers.AddedToken(aliases[t["content"]], **f) for t, f in zip(tokens, flags)])
+        return library, aliases, {library.token_to_id(aliases[name]): i for name, i in self.special.items()}
+
+    def chat(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
+        """Ids of a conversation in the form that the model was trained on; arguments and errors as in `render`.
+
+        They are those of AutoTokenizer, but that a special token's name within a message stays text, so that no message
+        can end itself and speak for another: names are hidden from the template, and once they are text again, the
+        template's own special tokens go by their aliases.
+        """
+        hidden = {name: f"{self._secret}{i:010}" for name, i in self.special.items()}
+        given = chat_template.each_text([messages, tools, documents],
+                                        lambda text: self._names.sub(lambda name: hidden[name[0]], text))
+        text = self.render(given[0], add_generation_prompt, given[1], given[2], date)
+        if self._secret not in text:
+            return self._run([text], special=True)[0]
+        library, aliases, ids = self._aliased
+        text = self._names.sub(lambda name: aliases[name[0]], text)
+        shown = {digits: name for name, digits in hidden.items()}
+        text = re.sub(rf"{self._secret}\d{{10}}", lambda digits: shown[digits[0]], text)
+        return [ids.get(i, i) for i in self._run([text], library=library)[0]]
+
+    def adding_bos(self):
+        """This tokenizer with its BOS, if any, in front of a text by default: beside a model, it then does what its
+        training data had done to them."""
+        texts = {i: text for text, i in self.ids.items()}
+        ends = around(self.ids, texts.get(self.bos_id), texts[self.eos_id] if self.adds_eos else None)
+        return Tokenizer(self.spec | {"post_processor": ends}, self.settings, self.model)
 
     def save(self, directory):
         """Write tokenizer.json, tokenizer_config.json and, if it came from SentencePiece, tokenizer.model."""
@@ -263,110 +298,7 @@ def valid(text):
     return text
 
 
-def _each_text(x, change):
-    """x with `change` applied to every str in its lists and dicts."""
-    if isinstance(x, dict):
-        return {k: _each_text(v, change) for k, v in x.items()}
-    return [_each_text(v, change) for v in x] if isinstance(x, list) else change(x) if isinstance(x, str) else x
-
-
-def _steps(node):
-    """The steps of a normalizer, pre-tokenizer or decoder of a tokenizer.json, its sequences laid flat."""
-    if node and node["type"] == "Sequence":
-        return [step for inner in node.values() if isinstance(inner, list) for n in inner for step in _steps(n)]
-    return [node] if node else []
-
-
-def _kind(spec, vocab, added):
-    """(kind, pattern that cuts words or None) of a tokenizer.json.
-
-    It is "tiktoken" if merging by rank gives the same ids: its merges come in the order of the ids that they make and
-    make every token, so that the lowest id that two neighbours form is also the first merge that applies to them.
-    """
-    model, cut, undo = spec["model"], _steps(spec.get("pre_tokenizer")), _steps(spec.get("decoder"))
-    undo, special = [step["type"] for step in undo], {t["id"] for t in added}
-    plain = {t: i for t, i in vocab.items() if i not in special}
-    as_it_comes = not spec.get("normalizer") and all(t["special"] for t in added)  # the text, before it is cut
-    kind = model.get("type", "BPE" if "merges" in model else None)  # old files leave it out
-    if kind == "WordLevel" and as_it_comes and cut == [_split(CHARACTERS)] and undo == ["Fuse"]:
-        return "char" if {len(t) for t in plain} <= {1} else "json", None
-    if kind != "BPE":
-        return "json", None
-    if model.get("byte_fallback"):
-        return "sentencepiece", None
-    *before, last = cut or [{"type": None}]
-    if undo != ["ByteLevel"] or last["type"] != "ByteLevel" or last["add_prefix_space"] or not as_it_comes:
-        return "json", None
-    if not before and plain == CHAR_TO_BYTE:
-        return "byte", None
-    merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-    made = [vocab[a + b] for a, b in merges]
-    if made == sorted(made) and set(plain.values()) == {vocab.get(c) for c in CHAR_TO_BYTE}.union(made):
-        if not before and last.get("use_regex", True):
-            return "tiktoken", GPT2_WORDS
-        for words in (LLAMA3_WORDS, LLAMA4_WORDS):
-            if before == [_split(words)] and not last.get("use_regex", True):
-                return "tiktoken", words
-    return "json", None
-
-
-def _decoder(spec, vocab):
-    """({id: the bytes that it stands for}, whether decoding drops the space that encoding puts in front of a text)."""
-    steps = {step["type"]: step for step in _steps(spec.get("decoder"))}
-    if "ByteLevel" in steps:
-        return {i: bytes(CHAR_TO_BYTE[c] for c in piece) if CHAR_TO_BYTE.keys() >= set(piece) else piece.encode()
-                for piece, i in vocab.items()}, False
-    if not steps.keys() & {"ByteFallback", "Metaspace", "Fuse"}:
-        raise ValueError(f"its decoder {sorted(steps)} is none of ByteLevel, ByteFallback, Metaspace and Fuse")
-    space = "▁" if steps.keys() & {"Replace", "Metaspace"} else " "
-    table = {i: piece.replace(space, " ").encode() for piece, i in vocab.items()}
-    if "ByteFallback" in steps:
-        table |= {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256) if f"<0x{b:02X}>" in vocab}
-    prefix = steps["Metaspace"].get("prepend_scheme", "always") if "Metaspace" in steps else "never"
-    return table, prefix != "never" or steps.get("Strip", {}).get("start", 0) > 0
-
-
-def make_spec(model, special, cut, undo, normalizer=None, bos=None):
-    """A tokenizer.json. special: {text: id}; bos: the special token that AutoTokenizer puts in front of a text."""
-    front = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
-    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    post = {"type": "TemplateProcessing", "single": front + [first], "pair": front + [first] + front + [second],
-            "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}}} if bos else None
-    return {"version": "1.0", "added_tokens": [_added(t, i) for t, i in special.items()], "normalizer": normalizer,
-            "pre_tokenizer": cut, "post_processor": post, "decoder": undo, "model": model}
-
-
-def _added(text, id, special=True):
-    return {"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": special}
-
-
-def bpe(vocab, merges, **more):
-    """The model of a tokenizer.json. vocab: {piece: id}; merges: [left, right] each, the first the most urgent."""
-    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": vocab, "merges": merges, **more}
-
-
-def _split(pattern):
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def byte_level(use_regex):
-    """The step, of cutting and of decoding, that writes bytes as characters; use_regex: it cuts words as GPT-2 does."""
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _merges(ranks):
-    """Every way to make a piece of a vocabulary of two others, in the order of the pieces' ranks: {piece: rank}."""
-    merges = []
-    for piece in sorted(ranks, key=ranks.get):
-        if len(piece) > 1000:
-            raise ValueError(f"it has a piece of {len(piece)} characters")
-        pairs = [[piece[:i], piece[i:]] for i in range(1, len(piece)) if piece[:i] in ranks and piece[i:] in ranks]
-        merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    return merges
-
+# -- making one --------------------------------------------------------------------------------------------------
 
 def char(text, special=()):
     """One token for each character that text has, then the special tokens, of which the first (say "<s>") begins a
@@ -377,14 +309,29 @@ def char(text, special=()):
     special = {t: len(vocab) + i for i, t in enumerate(special)}
     bos, eos = [*special, None][0], [None, *special][-1]
     model = {"type": "WordLevel", "vocab": vocab | special, "unk_token": "<unk>"}
-    spec = make_spec(model, special, _split(CHARACTERS), {"type": "Fuse"}, bos=bos)
+    spec = make_spec(model, special, split(CHARACTERS), {"type": "Fuse"}, bos=bos)
     return Tokenizer(spec, {"bos_token": bos, "eos_token": eos})
 
 
 def byte():
     """The 256 bytes, each its own id, then BOS <s> and EOS </s>."""
-    special, step = {"<s>": 256, "</s>": 257}, byte_level(False)
-    return Tokenizer(make_spec(bpe(CHAR_TO_BYTE, []), special, step, step, bos="<s>"))
+    step = byte_level(False)
+    spec = make_spec(bpe(CHAR_TO_BYTE, []), {"<s>": 256, "</s>": 257}, step, step, bos="<s>")
+    return Tokenizer(spec, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def sentences(texts):
+    """The lines of texts, cut where SentencePiece would drop one without a word: where it is too long, and at U+2585,
+    which it keeps for itself."""
+    for text in texts:
+        for line in re.split(r"[\n\u2585]", valid(text)):
+            while len(line) > LINE_LIMIT:
+                end = line.rfind(" ", 1, LINE_LIMIT)
+                end = LINE_LIMIT if end < 0 else end
+                yield line[:end]
+                line = line[end:]
+            if line:
+                yield line
 
 
 def train_sentencepiece(texts, vocab_size):
@@ -394,182 +341,44 @@ def train_sentencepiece(texts, vocab_size):
     front of a text. Where the texts have too few words for so many tokens, the last ones are never used.
     """
     import sentencepiece
-    out = io.BytesIO()
+    trained = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=out,
-            model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True, split_digits=True,
-            allow_whitespace_only_pieces=True, normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
+            sentence_iterator=sentences(texts), model_writer=trained, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+            max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
     except RuntimeError as e:
         reason = str(e).rpartition("] ")[2].strip() or "there is no text to train on"
         raise config.Mistake(f"cannot train a vocabulary of {vocab_size} tokens: {reason}") from e
-    trained = sum(number == 1 for number, _ in _fields(out.getvalue()))
-    for i in range(vocab_size - trained):
-        name = f"<unused_{i}>".encode()  # a protobuf message grows by appending to it
-        piece = b"\n" + bytes([len(name)]) + name + b"\x18" + bytes([UNUSED])
-        out.write(b"\n" + bytes([len(piece)]) + piece)
-    return Tokenizer(*_read_sentencepiece(out.getvalue()), out.getvalue())
-
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in sentencepiece_model.proto
-
-
-def _fields(data):
-    """(field number, value) of each field of a protobuf message; a value is an int, or bytes for all else."""
-    at = 0
-
-    def varint():
-        nonlocal at
-        value = 0
-        for shift in range(0, 70, 7):
-            at += 1
-            value |= (data[at - 1] & 127) << shift
-            if data[at - 1] < 128:
-                return value
-        raise ValueError("a number without end")
-
-    while at < len(data):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-        else:
-            size = varint() if wire == 2 else {1: 8, 5: 4}.get(wire)
-            if size is None or at + size > len(data):
-                raise ValueError("a field without end")
-            yield number, data[at:at + size]
-            at += size
-
-
-def _read_sentencepiece(data):
-    """(tokenizer.json, settings) of a SentencePiece BPE model: Llama 1 and 2, TinyLlama, Mistral, or trained here.
-
-    The vocabulary gets spaces where SentencePiece has U+2581. So a U+2581 in a text is spelled in bytes and comes back,
-    which is the one departure from SentencePiece's ids: there it turns into a space.
-    """
-    fields = list(_fields(data))
-    trainer, normalizer = ({k: v for n, m in fields if n == number for k, v in _fields(m)} for number in (2, 3))
-    pieces = [{1: b"", 2: bytes(4), 3: NORMAL} | dict(_fields(m)) for n, m in fields if n == 1]
-    types = [p[3] for p in pieces]
-    if trainer.get(3) != 2 or UNKNOWN not in types:
-        raise ValueError("it is not a SentencePiece BPE model")
-    if normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1) or trainer.get(24):
-        raise ValueError("it changes texts before it encodes them, so they could not be decoded exactly")
-    texts = [p[1].decode().replace("▁", " ") if t in (NORMAL, USER_DEFINED) else p[1].decode()
-             for p, t in zip(pieces, types)]
-    vocab = {text: i for i, text in enumerate(texts)}
-    if len(vocab) < len(texts):
-        raise ValueError("two of its pieces are the same")
-    ranks = {text: (-struct.unpack("<f", p[2])[0], vocab[text]) for text, p, t in zip(texts, pieces, types)
-             if t in (NORMAL, USER_DEFINED)}
-    special = {text: vocab[text] for text, t in zip(texts, types) if t in (UNKNOWN, CONTROL)}
-    bos, eos = (texts[i] if i < len(texts) and types[i] == CONTROL else None
-                for i in (trainer.get(41, 1), trainer.get(42, 2)))
-    unk, prefix = texts[types.index(UNKNOWN)], bool(normalizer.get(3, 1))
-    undo = [{"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    spec = make_spec(bpe(vocab, _merges(ranks), unk_token=unk, fuse_unk=True, byte_fallback=True), special, None,
-                 {"type": "Sequence", "decoders": undo[:2 + prefix]},
-                 {"type": "Prepend", "prepend": " "} if prefix else None, bos)
-    spec["added_tokens"] += [_added(text, vocab[text], False) for text, t in zip(texts, types) if t == USER_DEFINED]
-    return spec, {"bos_token": bos, "eos_token": eos, "unk_token": unk, "add_prefix_space": prefix}
-
-
-def _llama3_special():
-    """Llama 3's 256 special tokens in the order of their ids (meta-llama/llama-models, models/llama3/tokenizer.py)."""
-    named = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-             "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
-             "python_tag", "image"]
-    return [f"<|{n}|>" for n in named + [f"reserved_special_token_{i}" for i in range(2, 246)]]
-
-
-def _llama4_special():
-    """Llama 4's 2,048 special tokens in the order of their ids (llama-models, models/llama4/tokenizer.py)."""
-    def reserved(kind, *span):
-        return [f"{kind}_reserved_special_token_{i}" for i in range(*span)]
-    named = ["begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix",
-             "header_start", "header_end", "eom", "eot", "step", *reserved("text_post_train", 6),
-             "python_start", "python_end", "finetune_right_pad", *reserved("text_post_train", 8, 69),
-             "image_start", "image_end", *reserved("vision", 2), "tile_x_separator", "tile_y_separator",
-             *reserved("vision", 2, 6), "image", *reserved("vision", 6, 7), "patch", *reserved("vision", 7, 1048),
-             *reserved("reasoning", 8), "reasoning_thinking_start", "reasoning_thinking_end"]
-    return [f"<|{n}|>" for n in named + [f"reserved_special_token_{i}" for i in range(2048 - len(named))]]
-
-
-RANK_FILES = {128_000: (LLAMA3_WORDS, _llama3_special), 200_000: (LLAMA4_WORDS, _llama4_special)}
-
-
-def _read_ranks(data):
-    """tokenizer.json of Llama 3's or Llama 4's tokenizer.model: lines of a token in base64 and its rank."""
-    ranks = {}
-    for line in data.splitlines():
-        token, rank = line.split()
-        ranks["".join(BYTE_TO_CHAR[b] for b in base64.b64decode(token, validate=True))] = int(rank)
-    if len(ranks) not in RANK_FILES:
-        raise ValueError(f"it has {len(ranks)} ranks; Llama 3 has 128000, Llama 4 200000")
-    if set(ranks.values()) != set(range(len(ranks))) or not ranks.keys() >= CHAR_TO_BYTE.keys():
-        raise ValueError("ranks or bytes are missing")
-    words, names = RANK_FILES[len(ranks)]
-    special = {name: len(ranks) + i for i, name in enumerate(names())}
-    cut = {"type": "Sequence", "pretokenizers": [_split(words), byte_level(False)]}
-    return make_spec(bpe(ranks, _merges(ranks), ignore_merges=True), special, cut, byte_level(True), bos=BOS_NAMES[0])
-
-
-def _read_gpt2(vocab, merges):
-    """tokenizer.json of GPT-2's encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt."""
-    vocab = json.loads(vocab)
-    merges = [line.split(" ") for line in merges.decode().split("\n") if line and not line.startswith("#version")]
-    made = {a + b for a, b in merges} | CHAR_TO_BYTE.keys()
-    special = {text: i for text, i in vocab.items() if text not in made}
-    return make_spec(bpe(vocab, merges), special, byte_level(True), byte_level(True))
-
-
-PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # GPT-2's two files, under both names
-
-
-def _read_settings(folder):
-    """A folder's tokenizer_config.json, with its chat template, wherever that is kept, as one text."""
-    path, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    settings = json.loads(path.read_bytes()) if path.is_file() else {}
-    settings.pop("auto_map", None)  # names code to run, which is never wanted
-    if jinja.is_file():
-        settings["chat_template"] = jinja.read_text(encoding="utf-8")
-    elif isinstance(settings.get("chat_template"), list):
-        settings["chat_template"] = {t["name"]: t["template"] for t in settings["chat_template"]}.get("default")
-    return settings
+    proto = tokenizer_files.parse_sentencepiece(trained.getvalue())
+    for i in range(vocab_size - len(proto.pieces)):
+        proto.pieces.add(piece=f"<unused_{i}>", type=tokenizer_files.UNUSED)
+    data = proto.SerializeToString()
+    return Tokenizer(*tokenizer_files.lone_sentencepiece(data), data)
 
 
 def load(path):
     """Tokenizer from a file or folder: tokenizer.json, a SentencePiece or Llama tokenizer.model, or GPT-2's two files.
 
-    A tokenizer_config.json beside the first two names BOS and EOS and holds the chat template. Anything that cannot
-    be read raises `config.Mistake`.
+    A folder means what AutoTokenizer makes of it (see prepare/tokenizer_files.py). Anything that cannot be read, or
+    that would get other ids here, raises `config.Mistake`.
     """
-    path = Path(path)
-    if path.is_dir():
-        names = ("tokenizer.json", "tokenizer.model", *(a for a, _ in PAIRS))
+    path, is_folder = Path(path), Path(path).is_dir()
+    if is_folder:
+        names = ("tokenizer.json", "tokenizer.model", *(first for first, _ in tokenizer_files.PAIRS))
         path = next((path / n for n in names if (path / n).is_file()), path)
     if not path.is_file():
         raise config.Mistake(f"{path}: there is no tokenizer (tokenizer.json, tokenizer.model, or encoder.json and "
                              "vocab.bpe)")
-    wrong = (ValueError, TypeError, AttributeError, IndexError, RecursionError, struct.error, OSError, config.Mistake)
+    in_folder = is_folder or path.name == "tokenizer.json" or path.name == "tokenizer.model" and any(
+        path.with_name(name).is_file() for name in tokenizer_files.SIDE_FILES)
+    wrong = (ValueError, TypeError, AttributeError, IndexError, RecursionError, OSError, config.Mistake)
     with config.mistakes(*wrong, prefix=f"{path} is no tokenizer that can be used: "), \
             config.mistakes(KeyError, prefix="it lacks "):
-        data, settings, model = path.read_bytes(), {}, None
-        pair = next((p for p in PAIRS if path.name.endswith(p)), None)
-        if pair:
-            start = path.name.removesuffix(pair[0]).removesuffix(pair[1])
-            spec = _read_gpt2(*(path.with_name(start + name).read_bytes() for name in pair))
-        elif data.lstrip()[:1] == b"{":
-            spec = json.loads(data)
-            if spec["model"].get("byte_fallback") and path.with_name("tokenizer.model").is_file():
-                model = path.with_name("tokenizer.model").read_bytes()
-        elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
-            spec = _read_ranks(data)
-        else:
-            with config.mistakes(*wrong, prefix="read as a SentencePiece model: "):
-                (spec, settings), model = _read_sentencepiece(data), data
-        if path.name in ("tokenizer.json", "tokenizer.model"):
-            settings = settings | _read_settings(path.parent)
-        tok = Tokenizer(spec, settings, model)
+        spec, settings = tokenizer_files.read(path, in_folder)
+        model = path.with_name("tokenizer.model") if path.name == "tokenizer.json" else path
+        is_sentencepiece = spec["model"].get("byte_fallback") and model.is_file()
+        tok = Tokenizer(spec, settings, model.read_bytes() if is_sentencepiece else None)
         tok.encode_batch([])  # an engine that cannot be built says so now
     return tok

@@ -281,6 +281,13 @@ def test_fingerprint_tells_vocabularies_apart():
     assert tok("gpt2").fingerprint == tokenizer.load(DATA / "tokenizers/gpt2_vocab.bpe").fingerprint
 
 
+@pytest.mark.parametrize("name, print", [
+    ("llama2", "aaa6990346410390"), ("llama3", "89ea85f82c5ec678"), ("llama4", "9c2294b36c42818c"),
+    ("gpt2", "bb59218a485b72b8"), ("mistral", "4dba1440c7b37db2")])
+def test_fingerprints_stay_so_that_old_data_opens(name, print):
+    assert tok(name).fingerprint.startswith(print)
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
