@@ -87,7 +87,7 @@ def main():
     cfg = config.load(Settings)
     with tempfile.TemporaryDirectory() as folder:
         path = cfg.input or download(WEIGHTS, "input", Path(folder))
-        tok = tokenizer.load(cfg.tokenizer or download(TOKENIZER, "tokenizer", Path(folder)))
+        tok = tokenizer.load(cfg.tokenizer or download(TOKENIZER, "tokenizer", Path(folder))).adding_bos()
         shape, state = read(path)
     shape.bos_id = tok.bos_id
     shape.eos_ids = tuple(sorted({tok.bos_id, *tok.stop_ids}))  # in training a story ended where the next one began

@@ -167,7 +167,7 @@ def begin(cfg, out, source):
     state: {"documents": written so far, "fraction": of the input, "source": its position, "threshold": see `hold_out`}.
     """
     reading = source()
-    given = None if cfg.tokenizer in (None, "char", "byte") else tokenizer.load(cfg.tokenizer)
+    given = None if cfg.tokenizer in (None, "char", "byte") else tokenizer.load(cfg.tokenizer).adding_bos()
     key = recipe(cfg, reading, given)
     if done := shards.unfinished(out, key):
         threshold = done["position"]["threshold"]

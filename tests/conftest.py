@@ -14,7 +14,6 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared" / "data"))  # no part of the project
-DATA = REAL_DATA  # its old name, until no test uses it
 PATIENCE = 600  # seconds for a child process: what hangs ends; no test measures by it
 
 try:

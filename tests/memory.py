@@ -5,7 +5,6 @@
 The calculation is held against torch's own tracker in tests/test_memory.py.
 """
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch

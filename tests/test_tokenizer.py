@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import DATA, ROOT
+from conftest import ROOT, real_data
 
 import config
 from prepare import tokenizer
@@ -37,10 +37,7 @@ def tok(name):
         return tokenizer.train_sentencepiece([SOURCE], 1000)
     if name == "json":
         return tokenizer.Tokenizer(digits_and_bytes(), {"chat_template": CHATML, "eos_token": "<|im_end|>"})
-    path = DATA / "tokenizers" / REAL[name]
-    if not path.exists():
-        pytest.skip(f"needs {path}, which is not part of the project")
-    return tokenizer.load(path)
+    return tokenizer.load(real_data(f"tokenizers/{REAL[name]}"))
 
 
 def digits_and_bytes():
@@ -59,11 +56,9 @@ def digits_and_bytes():
 @functools.cache
 def documents():
     """1,000 documents: the beginnings of 500 web pages, and 500 stories."""
-    if not DATA.is_dir():
-        pytest.skip("needs ../shared/data, which is not part of the project")
-    with gzip.open(DATA / "text/fineweb_sample.jsonl.gz", "rt", encoding="utf-8") as f:
+    with gzip.open(real_data("text/fineweb_sample.jsonl.gz"), "rt", encoding="utf-8") as f:
         pages = [json.loads(next(f))["text"][:1000] for _ in range(500)]
-    stories = (DATA / "text/tinystories_train.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    stories = real_data("text/tinystories_train.txt").read_text(encoding="utf-8").split("<|endoftext|>")
     return pages + [s.strip() for s in stories[:500]]
 
 
@@ -188,7 +183,7 @@ def test_same_ids_as_transformers_from_the_original_files(tmp_path):
     pytest.importorskip("google.protobuf", reason="transformers needs protobuf to read a SentencePiece model")
     from transformers import GPT2Tokenizer, LlamaTokenizer
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    docs, source = documents(), DATA / "tokenizers"
+    docs, source = documents(), real_data("tokenizers")
     for name, file in (("llama2/tokenizer.model", "llama2_tokenizer.model"), ("gpt2/vocab.json", "gpt2_encoder.json"),
                        ("gpt2/merges.txt", "gpt2_vocab.bpe")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -278,7 +273,7 @@ def test_fingerprint_tells_vocabularies_apart():
     prints = {name: tok(name).fingerprint for name in (*OWN, *REAL)}
     assert len(set(prints.values())) == len(prints)
     assert tokenizer.char("ab").fingerprint != tokenizer.char("ac").fingerprint
-    assert tok("gpt2").fingerprint == tokenizer.load(DATA / "tokenizers/gpt2_vocab.bpe").fingerprint
+    assert tok("gpt2").fingerprint == tokenizer.load(real_data("tokenizers/gpt2_vocab.bpe")).fingerprint
 
 
 @pytest.mark.parametrize("name, print", [

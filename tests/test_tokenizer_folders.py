@@ -2,16 +2,13 @@
 import functools
 import io
 import json
-import os
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, real_data
 
 import config
 from prepare import tokenizer, tokenizer_files, tokenizer_spec
 
-REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared/data"))
 SOURCE = (ROOT / "model.py").read_text(encoding="utf-8")[:60_000]
 TEXTS = [
     "", " ", "a", "  two  spaces", " trail ", "\n\n \n", "\ttab\r\n", "x" + " " * 40 + "y", "naïve café e\u0301",
@@ -267,10 +264,7 @@ def test_a_folder_means_what_autotokenizer_makes_of_it(name, tmp_path):
 
 def real(folder, names, *sides):
     """A folder with files of data/tokenizers, {name in the folder: name there}, and side files."""
-    paths = {name: REAL_DATA / "tokenizers" / there for name, there in names.items()}
-    for path in paths.values():
-        if not path.exists():
-            pytest.skip(f"needs {path}, which is not part of the project")
+    paths = {name: real_data(f"tokenizers/{there}") for name, there in names.items()}
     return write(folder, {name: path.read_bytes() for name, path in paths.items()}, *sides)
 
 

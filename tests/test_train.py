@@ -18,7 +18,7 @@ import torch
 import config
 import train
 from conftest import PATIENCE, ROOT
-from model import PRESETS, Llama, LlamaConfig
+from model import PRESETS, Llama
 from prepare import shards, tokenizer
 
 CPU = torch.device("cpu")

