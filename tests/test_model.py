@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import PRESETS, KVCache, Llama, LlamaConfig, Panels, pick, rope_angles, rope_frequencies
+from model import PRESETS, Decoder, Head, KVCache, Llama, LlamaConfig, pick, rope_angles, rope_frequencies
+from sample import PackedLinear, to_decode
 
 VOCAB = 29
 
@@ -42,8 +43,8 @@ def tokens(*shape, seed=0):
 
 def build(cfg, seed=0):
     """A model in eval mode whose logits have unit scale: those of the default draw are so small that errors hide."""
+    model = Llama(cfg, seed).eval()
     torch.manual_seed(seed)
-    model = Llama(cfg).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:
@@ -83,8 +84,7 @@ def test_chunks_hide_earlier_chunks_exactly():
 
 def fit(cfg, target, steps, seed=0):
     """Loss on fresh data after training on iid random tokens; target(idx (B, T + 1)) makes inputs and targets."""
-    torch.manual_seed(seed)
-    model = Llama(cfg)
+    model = Llama(cfg, seed)
     opt = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(steps):
         x, y = target(tokens(16, 33, seed=1 + step))
@@ -145,32 +145,33 @@ def test_a_compiled_step_is_one_graph_that_writes_only_where_a_cuda_graph_may(na
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: compiler(f, backend=backend, dynamic=dynamic))
     cfg = tiny(name, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16, context=128)  # grouped_mm wants rows of 16 bytes
-    model = build(cfg).bfloat16().to_decode()  # torch's compiler knows grouped_mm in bfloat16 only
+    model = to_decode(build(cfg).bfloat16())  # torch's compiler knows grouped_mm in bfloat16 only
     prompts = [(tokens(2, 5), 80), (tokens(2, 3), 20), (tokens(2, 17), 30)]
     want = [model.generate(idx, new, temperature=0) for idx, new in prompts]
-    model.to_decode(compile=True)
+    to_decode(model, compile=True)
     got = [model.generate(idx, new, temperature=0) for idx, new in prompts]
     assert all(torch.equal(a, b) for a, b in zip(got, want))
-    assert written == [set()] and len(model.spare) == 1  # one graph, one cache that was used three times
+    assert written == [set()] and len(model.cache_pool.free) == 1  # one graph, one cache that was used three times
 
 
 # -- nothing dead ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", distinct())
-def test_panels_multiply_as_the_matrices_they_hold(name):
+def test_packed_matrices_multiply_as_they_did(name):
     """What decodes fast must not read a panel's columns in another order, nor look a tied embedding up in the wrong row."""
     cfg = tiny(name, vocab_size=48, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16)
     model, idx = build(cfg), tokens(3, 40)  # 120 rows are one product, 3 rows of the cached steps a product of each panel
     want, greedy = model(idx)[0], model.generate(idx, 8, temperature=0)
     counts = model.counts()
-    model.to_decode()
+    to_decode(model)
     assert model.counts() == counts
-    assert isinstance(model.lm_head, Panels) and isinstance(model.model.layers[0].self_attn.q_proj, Panels)
+    assert isinstance(model.lm_head, PackedLinear)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
     torch.testing.assert_close(model(idx)[0], want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(idx[:1, :5])[0], want[:1, :5], rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(idx, 8, temperature=0), greedy)
-    assert Llama(replace(cfg, vocab_size=VOCAB)).to_decode().lm_head.out_features == VOCAB  # what cannot be cut stays as it is
+    assert to_decode(Llama(replace(cfg, vocab_size=VOCAB))).lm_head.out_features == VOCAB  # what cannot be cut stays as it is
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "scout-128m"])
@@ -191,29 +192,28 @@ def test_compiling_changes_nothing(name):
 @pytest.mark.parametrize("name", distinct())
 def test_every_parameter_gets_a_gradient_and_every_expert_is_used(name):
     cfg = tiny(name)
-    torch.manual_seed(0)
     model = Llama(cfg).train()
     model(*honest(tokens(16, 61)))[1].backward()
     for name, p in model.named_parameters():
         rows = p.grad.flatten(1).abs().sum(1) if p.dim() > 1 else p.grad.abs()  # each expert, neuron, token
         assert rows.min() > 0, name
     assert len(model.moe_layers()) == sum(cfg.is_moe(i) for i in range(cfg.n_layer))
-    for m in model.moe_layers():
-        assert m.load.min() > 0 and m.load.sum() == 16 * 60 * cfg.top_k
+    load = model.pop_expert_load()
+    assert load.shape == (len(model.moe_layers()), cfg.n_experts)
+    assert (load > 0).all() and (load.sum(1) == 16 * 60 * cfg.top_k).all()
+    assert not model.pop_expert_load().any()
 
 
 @torch.no_grad()
 def test_eval_is_deterministic_and_training_helps_leave_no_trace_in_it():
     plain = tiny("llama4-tiny")
-    helped = replace(plain, router_noise=1.0, router_aux=0.5, router_bias=0.1, dropout=0.3)
+    helped = replace(plain, router_noise=1.0, router_aux=0.5, dropout=0.3)
     model, other, idx = Llama(plain).eval(), Llama(helped).eval(), tokens(4, 20)
     other.load_state_dict(model.state_dict())
-    for m in other.moe_layers():
-        m.bias.normal_(std=9)
-    want = model(*honest(idx))
+    x, y = honest(idx)
     for _ in range(2):
-        got = other(*honest(idx))
-        assert torch.equal(want[0], got[0]) and want[1] == got[1]
+        assert torch.equal(model(x)[0], other(x)[0]) and model(x, y)[1] == other(x, y)[1]
+    assert not other.pop_expert_load().any()  # counted in training only
     other.train()
     assert not torch.equal(other(idx)[0], other(idx)[0])
 
@@ -221,8 +221,7 @@ def test_eval_is_deterministic_and_training_helps_leave_no_trace_in_it():
 # -- the router's help in training -------------------------------------------------------------------------------
 
 def router_model(**changes):
-    torch.manual_seed(0)
-    return Llama(tiny("scout-128m", **changes)).train()
+    return Llama(tiny("scout-128m", **changes), seed=0).train()
 
 
 @torch.no_grad()
@@ -234,31 +233,10 @@ def test_router_noise_only_selects():
     assert not torch.allclose(model(idx)[0], model(idx)[0])
 
 
-@torch.no_grad()
-def test_router_bias_only_selects_and_balances():
-    model, idx = router_model(router_bias=0.05), tokens(64, 40)
-    for m in model.moe_layers():
-        m.router.weight[0] *= 3  # unbalanced from the start
-    model(idx)
-    first = model.balance()
-    assert first.shape == (4, 8) and (first.sum(1) == 64 * 40).all()
-    assert all(m.load.sum() == 0 for m in model.moe_layers())
-    for m, row in zip(model.moe_layers(), first):
-        torch.testing.assert_close(m.bias, 0.05 * (row.mean() - row).sign())
-    for _ in range(60):
-        model(idx)
-        last = model.balance()
-    assert last.std(1).max() < 0.3 * first.std(1).min()
-    for m in model.moe_layers():
-        m.bias.fill_(-100)  # the same for all: the selection and the scores stay
-    torch.testing.assert_close(model(idx)[0], model.eval()(idx)[0])
-
-
-def test_router_aux_adds_the_balancing_loss_to_the_gradient_and_not_to_the_value():
+def test_router_aux_adds_the_balancing_loss():
     idx, weight = tokens(8, 33), 0.7
     plain, helped = router_model(), router_model(router_aux=weight)
     losses = [m(*honest(idx))[1] for m in (plain, helped)]
-    assert losses[0].item() == losses[1].item()
     routers = [[m.router.weight for m in model.moe_layers()] for model in (plain, helped)]
     grads = [torch.autograd.grad(loss, weights) for loss, weights in zip(losses, routers)]
     got = [h - p for p, h in zip(*grads)]
@@ -272,6 +250,8 @@ def test_router_aux_adds_the_balancing_loss_to_the_gradient_and_not_to_the_value
     for logits in seen:
         share = F.one_hot(logits.argmax(-1), 8).float().mean(0)
         switch = switch + 8 * (share * logits.softmax(-1).mean(0)).sum()
+    assert (losses[1] - losses[0]).item() == pytest.approx(weight * switch.item(), abs=1e-5)
+    assert helped.eval()(*honest(idx))[1] == plain.eval()(*honest(idx))[1]  # not in evaluation
     want = torch.autograd.grad(weight * switch, routers[0])
     assert all(w.norm() > 1e-3 for w in want)
     for g, w in zip(got, want):
@@ -389,10 +369,11 @@ def test_the_loss_counts_only_real_targets():
     model, (x, y) = build(tiny("llama-3.2-1b")), honest(tokens(3, 21))
     hole = y.clone()
     hole[0], hole[1, 4:9], hole[2, -1] = -100, -100, -100
-    logits, loss = model(x, hole)
+    (logits, nothing), (none, loss) = model(x), model(x, hole)
+    assert nothing is None and none is None
     logp = logits.log_softmax(-1).gather(2, y[..., None])[..., 0]
     torch.testing.assert_close(loss, -logp[hole != -100].mean())
-    assert model(x)[1] is None and logits.shape == (3, 20, VOCAB)
+    assert logits.shape == (3, 20, VOCAB)
 
 
 @torch.no_grad()
@@ -408,20 +389,18 @@ def test_documents_in_a_row_do_not_see_each_other(name):
 
 @pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny"))
 def test_checkpointing_changes_memory_and_nothing_else(name):
-    helps = dict(router_noise=0.5, router_aux=0.1, router_bias=0.1) if name == "llama4-tiny" else {}
+    helps = dict(router_noise=0.5, router_aux=0.1) if name == "llama4-tiny" else {}
     cfg, found = tiny(name, dropout=0.2, **helps), []
     for checkpointing in (False, True):
-        torch.manual_seed(0)
         model = Llama(cfg).train()
         model.model.checkpointing = checkpointing
         torch.manual_seed(1)  # the same dropout and noise
         loss = model(*honest(tokens(4, 33)))[1]
         loss.backward()
-        found.append((loss.item(), [p.grad for p in model.parameters()], [m.load.clone() for m in model.moe_layers()]))
-    (loss, grads, loads), (loss2, grads2, loads2) = found
-    assert loss == loss2
+        found.append((loss.item(), [p.grad for p in model.parameters()], model.pop_expert_load()))
+    (loss, grads, load), (loss2, grads2, load2) = found
+    assert loss == loss2 and torch.equal(load, load2)
     assert all(torch.equal(a, b) for a, b in zip(grads, grads2))
-    assert all(torch.equal(a, b) for a, b in zip(loads, loads2))
 
 
 @torch.no_grad()
@@ -464,10 +443,10 @@ def test_rope_scaling_per_frequency(name):
 def test_sampling_draws_from_the_cut_distribution():
     p = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1])
     logits = p.log()[None].repeat(40000, 1)
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def share(**how):
-        return pick(logits, generator=dice, **how).bincount(minlength=5) / 40000
+        return pick(logits, generator=generator, **how).bincount(minlength=5) / 40000
     cases = [({}, p), (dict(top_k=2), p * (p > 0.2001)), (dict(top_k=99), p), (dict(top_p=0.6), p * (p > 0.2001)),
              (dict(top_p=0.66), p * (p > 0.1001)), (dict(top_p=1.0), p), (dict(top_p=1e-9), p * (p > 0.3)),
              (dict(min_p=0.26), p * (p > 0.0999) * (p != 0.1)), (dict(temperature=0.5), p * p),
