@@ -797,17 +797,17 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=
     those with at least min_p times the probability of the most likely (arXiv:2407.01082)."""
     if temperature < 1e-9:  # float32 cannot tell such a distribution from the most likely token
         return logits.argmax(-1)
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # 0 for the most likely: no overflow
+    logits = logits - logits.max(-1, keepdim=True).values  # 0 for the most likely, so that nothing overflows
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    p = logits.softmax(-1)
+    p = (logits / temperature).softmax(-1)
     if top_p is not None and top_p < 1:
-        value, index = p.sort(-1, descending=True)
-        likelier = value.cumsum(-1) - value  # probability of all tokens before each
-        cut = likelier >= top_p
+        order = logits.argsort(-1, descending=True)
+        falling = p.gather(1, order)
+        cut = falling.cumsum(-1) - falling >= top_p  # the likelier tokens are enough already
         cut[:, 0] = False
-        p = torch.zeros_like(p).scatter(1, index, value.masked_fill(cut, 0))
+        p = torch.zeros_like(p).scatter(1, order, falling.masked_fill(cut, 0))
     if min_p:
         p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0)
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # a race that p wins with chance p

@@ -3,7 +3,7 @@
 Each test names the mistake that it would catch; parity with transformers is in test_parity.py.
 """
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -277,6 +277,35 @@ def test_init_by_role(name):
             assert p.std().item() == pytest.approx(want[role], rel=0.05) and abs(p.mean()) < 0.05 * want[role], name
 
 
+def test_weights_depend_on_seed_and_name_alone():
+    cfg = tiny("llama4-tiny")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one = Llama(cfg, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)  # and torch's own generator is not touched
+    torch.manual_seed(6)
+    again, other = Llama(cfg, seed=3).state_dict(), Llama(cfg, seed=4).state_dict()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    drawn = [name for name in one if "norm" not in name]
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+    assert len({one[name].flatten()[:8].numpy().tobytes() for name in drawn}) == len(drawn)  # no stream is used twice
+    deeper = Llama(replace(cfg, n_layer=8), seed=3).state_dict()  # more modules, and other ones before the same name
+    same = [name for name in drawn if "o_proj" not in name and "down_proj" not in name]  # which scale with depth
+    assert all(torch.equal(one[name], deeper[name]) for name in same)
+
+
+def test_weights_are_drawn_in_float32_and_in_place():
+    """As a model that was built on "meta" is drawn later, also in half precision."""
+    cfg = tiny("llama4-tiny")
+    with torch.device("meta"):
+        empty = Llama(cfg)
+    assert empty.lm_head.weight.is_meta and not empty.model.expert_load.is_meta
+    late = empty.to_empty(device="cpu").to(torch.bfloat16)
+    late.init_weights(7)
+    want = Llama(cfg, seed=7).state_dict()
+    assert all(torch.equal(t, want[name].bfloat16()) for name, t in late.state_dict().items())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("depth", (2, 32))
 def test_first_loss_is_ln_v_and_the_stream_does_not_grow_with_depth(depth):
@@ -350,10 +379,32 @@ def test_flops_of_chunks_count_the_keys_that_are_visible(length):
     (dict(n_experts=4), "n_experts"), (dict(chunk=8), "chunk"), (dict(qk_norm=True), "qk_norm"),
     (dict(nope_every=4), "nope_every"), (dict(arch="llama4", attn_scale=0.1), "attn_scale"),
     (dict(arch="llama4", n_experts=2, top_k=3), "top_k"), (dict(arch="llama4", n_experts=2, moe_every=0), "moe_every"),
+    (dict(rope_scaling=(8.0, 1.0, 4.0, float("nan"))), "rope_scaling"), (dict(rope_scaling=(8, 4, 1, 64)), "rope_scaling"),
+    (dict(rope_scaling=(8.0, 0.0, 4.0, 64.0)), "rope_scaling"), (dict(bos_id=-1), "bos_id"), (dict(eos_ids=(2.0,)), "eos_ids"),
+    (dict(n_layer=5000), "n_layer"), (dict(tie_embeddings=1), "tie_embeddings"),
 ])
 def test_a_shape_that_cannot_be_built_is_an_error_that_names_the_field(wrong, names):
     with pytest.raises(ValueError, match=names):
         LlamaConfig(**({"n_head": 4, "dim": 64} | wrong))
+
+
+NUMBERS = [f.name for f in fields(LlamaConfig) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_range(name):
+    """What is no such number is refused in a line that names it; 0 where it makes no sense."""
+    good = dict(arch="llama4", n_head=4, dim=64, nope_every=2, n_experts=4)
+    for wrong in (-1, -0.5, float("nan"), float("inf"), -float("inf"), 2**64, "1", None, True, [1]):
+        with pytest.raises(ValueError, match=name):
+            LlamaConfig(**good | {name: wrong})
+    may_be_zero = {"n_kv_head", "head_dim", "nope_every", "chunk", "attn_scale", "n_experts", "expert_dim", "dropout",
+                   "router_noise", "router_aux"}
+    if name in may_be_zero:
+        LlamaConfig(**good | {name: 0})
+    else:
+        with pytest.raises(ValueError, match=name):
+            LlamaConfig(**good | {name: 0})
 
 
 def test_a_config_fills_in_what_follows_from_the_rest():
@@ -376,6 +427,31 @@ def test_the_loss_counts_only_real_targets():
     assert logits.shape == (3, 20, VOCAB)
 
 
+@pytest.mark.parametrize("name", ("llama-3.2-1b", "scout-128m"))
+def test_a_batch_without_targets_has_no_loss_and_no_gradient(name):
+    model, idx = build(tiny(name)).train(), tokens(2, 9)
+    _, loss = model(idx, torch.full_like(idx, -100))
+    loss.backward()
+    assert loss.item() == 0.0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", (0, 1, 255, 256, 257, 600))
+def test_losses_at_some_places_are_those_of_the_whole_with_one_call_of_the_head(count, monkeypatch):
+    """One call for any number of places: over several processes each call gathers the head."""
+    model, idx, calls = build(tiny("llama-3-8b")), tokens(12, 60), []
+    positions = torch.arange(60).expand(12, -1)
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randint(12 * 60, (count,), generator=generator)
+    target = torch.randint(VOCAB, (count,), generator=generator)
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    got = model.losses(idx, positions, source, target)
+    assert len(calls) == 1 and got.dtype == torch.float32 and got.shape == (count,)
+    want = F.cross_entropy(model(idx)[0].flatten(0, 1)[source], target, reduction="none")
+    torch.testing.assert_close(got, want)
+    assert isinstance(model.lm_head, Head) and "lm_head.weight" in model.state_dict()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny", "scout-128m"))
 def test_documents_in_a_row_do_not_see_each_other(name):
@@ -385,6 +461,45 @@ def test_documents_in_a_row_do_not_see_each_other(name):
     for b, row in enumerate(cuts):
         for part, alone in zip(together[b].split(row), idx[b].split(row)):
             torch.testing.assert_close(part, model(alone[None])[0][0], atol=1e-5, rtol=1e-5)
+
+
+def branches(T, generator):
+    """Random positions (T,) of documents and continuations that jump back anywhere, also within continuations."""
+    positions = [0]
+    while len(positions) < T:
+        jump = torch.rand((), generator=generator) < 0.4
+        positions.append(int(torch.randint(positions[-1] + 1, (), generator=generator)) if jump else positions[-1] + 1)
+    return positions
+
+
+def test_a_continuation_sees_the_branch_that_it_continues_and_no_other():
+    generator = torch.Generator().manual_seed(0)
+    cfg = tiny("llama4-tiny", chunk=4)
+    rows = [branches(24, generator) for _ in range(200)]
+    rows[0][:9] = 0, 1, 2, 3, 4, 5, 3, 4, 4  # the last one sees token 6, which took the place of token 3
+    full, chunked = Decoder(cfg).masks(torch.tensor(rows))
+    for positions, seen, seen_in_chunk in zip(rows, full[:, 0], chunked[:, 0]):
+        branch = []  # the tokens in place: number p of them is the one at position p
+        for i, p in enumerate(positions):
+            branch = [*branch[:p], i]
+            assert seen[i].nonzero().flatten().tolist() == sorted(branch)
+            assert seen_in_chunk[i].nonzero().flatten().tolist() == branch[p // 4 * 4:]
+    assert full[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 6, 8]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny", "scout-128m"))
+def test_branches_in_a_row_are_each_as_if_alone(name):
+    model, generator = build(tiny(name)), torch.Generator().manual_seed(1)
+    rows = [branches(30, generator) for _ in range(3)]
+    idx = tokens(3, 30)
+    together, _ = model(idx, positions=torch.tensor(rows))
+    for b, positions in enumerate(rows):
+        branch = []
+        for i, p in enumerate(positions):
+            branch = [*branch[:p], i]
+            alone, _ = model(idx[b, branch][None])
+            torch.testing.assert_close(together[b, i], alone[0, -1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny"))
@@ -457,6 +572,37 @@ def test_sampling_draws_from_the_cut_distribution():
         assert ((got - want).abs() < 0.012).all() and not got[want == 0].any(), how
 
 
+TEMPERATURES = 0.0, 1e-320, 1e-40, 1e-9, 1e-3, 1.0, 1e4, 1e38
+LOGITS = {"unit": 1.0, "large": 1e6, "huge": 1e38, "small": 1e-3}
+
+
+@pytest.mark.parametrize("scale", LOGITS)
+@pytest.mark.parametrize("hidden", (False, True), ids=("all", "some at -inf"))
+def test_no_setting_within_its_range_draws_nonsense(scale, hidden):
+    """Only tokens that every cut keeps are drawn, whatever the other settings are; a low temperature is greedy."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 11, generator=generator).clamp(-3, 3) * LOGITS[scale]
+    if hidden:
+        logits[:, ::2] = -torch.inf
+    best = logits.argmax(-1)
+    for temperature in TEMPERATURES:
+        exact = ((logits.double() - logits.double().max(-1, keepdim=True).values) / max(temperature, 1e-12)).softmax(-1)
+        for top_k in (None, 0, 1, 3, 11, 12, 2**30):
+            for top_p in (None, 0.0, 1e-9, 0.5, 1.0):
+                for min_p in (None, 0.0, 0.5, 1.0):
+                    token = pick(logits, temperature, top_k, top_p, min_p, generator)
+                    how = temperature, top_k, top_p, min_p
+                    assert torch.isfinite(logits.gather(1, token[:, None])).all(), how
+                    if temperature <= 1e-9 or top_k == 1 or top_p in (0.0, 1e-9) or min_p == 1.0 and temperature < 1e3:
+                        assert torch.equal(token, best), how
+                    rank = (logits > logits.gather(1, token[:, None])).sum(-1)  # tokens that are likelier
+                    assert (rank < (top_k or 11)).all(), how
+                    p = exact.gather(1, token[:, None])[:, 0]
+                    likelier = torch.where(exact > p[:, None], exact, 0).sum(-1)
+                    assert (likelier < max(1 if top_p is None else top_p, 1e-12) + 1e-5).all(), how
+                    assert (p >= (min_p or 0) * exact.max(-1).values * (1 - 1e-5)).all(), how
+
+
 @pytest.mark.parametrize("name", distinct())
 def test_generation_under_autocast(name):
     """As a training run on a GPU does at each evaluation: weights in float32, keys and values in bfloat16."""
@@ -490,6 +636,81 @@ def test_what_was_generated_can_be_trained_on(new):
     ids = model.generate(tokens(2, 6), new)
     model(ids[:, :-1], ids[:, 1:])[1].backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+CHUNKED = ("llama-3.2-1b", {}), ("llama-4-scout", {}), ("llama4-tiny", dict(chunk=7)), ("scout-128m", dict(chunk=4)), (
+    "llama-4-scout", dict(nope_every=0, attn_scale=0.0, n_layer=2)), ("llama-4-scout", dict(n_experts=0, chunk=100))
+
+
+def random_pieces(total, generator):
+    """Random positive numbers that sum to total."""
+    sizes = []
+    while sum(sizes) < total:
+        sizes.append(int(torch.randint(1, total - sum(sizes) + 1, (), generator=generator)))
+    return sizes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, changes", CHUNKED)
+def test_a_cache_takes_a_text_in_any_pieces(name, changes):
+    """At once, token by token or in random pieces, alone or after prompts of different lengths: as the full forward."""
+    cfg, generator = tiny(name, **changes), torch.Generator().manual_seed(0)
+    model, idx = build(cfg), tokens(3, 40)
+    want = model(idx)[0]
+    divisions = [[40], [1] * 40, [1, 39], [8, 8, 24], *(random_pieces(40, generator) for _ in range(12))]
+    for sizes in divisions:
+        cache = KVCache(cfg, 3, 40)
+        got = [model(part, cache=cache)[0] for part in idx.split(sizes, 1)]
+        torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-5, rtol=1e-5, msg=f"pieces {sizes}")
+    for lengths in ([1, 8, 17], [16, 3, 7], [5, 6, 20], [20, 20, 20]):
+        cache, width = KVCache(cfg, 3, 40), max(lengths)
+        prompt = idx[:, :width].clone()
+        for row, length in enumerate(lengths):
+            prompt[row, length:] = 0  # padding
+        got = model(prompt, cache=cache, lengths=torch.tensor(lengths))[0]
+        for row, length in enumerate(lengths):
+            torch.testing.assert_close(got[row, :length], want[row, :length], atol=1e-5, rtol=1e-5)
+        seen = list(lengths)
+        for size in random_pieces(20, generator):
+            piece = torch.stack([idx[row, n:n + size] for row, n in enumerate(seen)])
+            got = model(piece, cache=cache)[0]
+            for row, n in enumerate(seen):
+                torch.testing.assert_close(got[row], want[row, n:n + size], atol=1e-5, rtol=1e-5, msg=f"{lengths}")
+            seen = [n + size for n in seen]
+        assert cache.lengths.tolist() == seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, changes", CHUNKED)
+def test_a_cache_that_was_rewound_goes_on_from_there(name, changes):
+    cfg, generator = tiny(name, **changes), torch.Generator().manual_seed(0)
+    model, texts = build(cfg), [tokens(2, 40, seed=s) for s in range(30)]
+    cache, held = KVCache(cfg, 2, 6), texts[0][:, :0]
+    for i, text in enumerate(texts):
+        back = held.shape[1] if i % 10 == 9 else 3  # mostly a few tokens, so that it grows
+        wanted = held.shape[1] + 2 - int(torch.randint(back + 3, (), generator=generator))
+        wanted = max(wanted, 0)
+        length = cache.rewind(wanted)
+        chunk = cfg.chunk if cfg.chunk < cache.size else 0
+        least = wanted // chunk * chunk if chunk else wanted  # back to the beginning of a chunk at most
+        assert min(least, held.shape[1]) <= length <= min(wanted, held.shape[1])
+        assert chunk or length == min(wanted, held.shape[1])
+        more = int(torch.randint(1, 9, (), generator=generator))
+        if length + more > cache.size:
+            cache.grow(length + more)
+        held = torch.cat((held[:, :length], text[:, :more]), 1)
+        got = model(text[:, :more], cache=cache)[0]
+        torch.testing.assert_close(got, model(held)[0][:, length:], atol=1e-5, rtol=1e-5)
+    assert cache.size > 20
+
+
+@torch.no_grad()
+def test_only_an_empty_cache_takes_lengths():
+    cfg = tiny("llama-3.2-1b")
+    model, cache = build(cfg), KVCache(cfg, 2, 20)
+    model(tokens(2, 5), cache=cache, lengths=torch.tensor([5, 3]))
+    with pytest.raises(ValueError, match="empty cache"):
+        model(tokens(2, 5), cache=cache, lengths=torch.tensor([5, 3]))
 
 
 @torch.no_grad()
