@@ -385,7 +385,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
-        self.cfg, self.is_moe = cfg, cfg.is_moe(layer)
+        self.is_moe = cfg.is_moe(layer)
         self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.self_attn = Attention(cfg, layer)
         self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -399,13 +399,13 @@ class Block(nn.Module):
         return getattr(self, self.ffn_name)
 
     def forward(self, x, rope, positions, mask=None, cache=None):
-        """x (B, T, D) -> x (B, T, D), balancing loss and tokens per expert (E,), zeros of a dense layer."""
+        """x (B, T, D) -> x (B, T, D), balancing loss, tokens per expert (E,); the last two 0 of a dense layer."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, positions, mask, cache))
         h = self.post_attention_layernorm(x)
         if self.is_moe:
             y, balance, load = self.ffn(h)
         else:
-            y, balance, load = self.ffn(h), h.new_zeros(()), h.new_zeros(self.cfg.n_experts)
+            y, balance, load = self.ffn(h), 0.0, 0.0
         return x + self.dropout(y), balance, load
 
 
@@ -452,8 +452,8 @@ class Decoder(nn.Module):
         """
         T = positions.shape[1]
         place = torch.arange(T, device=positions.device)
-        replaces = (positions[:, None] <= positions[:, :, None]) & (place > place[:, None])  # (B, T, T): [j, i] i does j
-        end = F.pad(replaces, (0, 1), value=True).byte().argmax(2)  # (B, T) the first that replaces j, or T
+        replaced = (positions[:, None] <= positions[:, :, None]) & (place > place[:, None])  # (B, T, T): [j, i] j by i
+        end = F.pad(replaced, (0, 1), value=True).byte().argmax(2)  # (B, T) the first token in the place of j, or T
         full = (place <= place[:, None]) & (place[:, None] < end[:, None])  # (B, T, T): [i, j] i sees j
         chunk = positions // (self.cfg.chunk or self.cfg.context)
         same = chunk[:, :, None] == chunk[:, None]
@@ -487,19 +487,17 @@ class Decoder(nn.Module):
         """
         full, chunked = masks
         rope = rope_angles(self.cfg, positions)
-        x = self.dropout(x)
-        balances, loads = [], []
-        for block in self.layers:
+        x, total = self.dropout(x), 0.0
+        for i, block in enumerate(self.layers):
             context = rope, positions, chunked if block.self_attn.chunk else full, cache
             if self.checkpointing and self.training:
                 x, balance, load = checkpoint(block, x, *context, use_reentrant=False)
             else:
                 x, balance, load = block(x, *context)
-            balances.append(balance)
-            loads.append(load)
-        if self.training:  # counted here and not in the block, which checkpointing runs twice
-            self.expert_load += torch.stack(loads)
-        return self.norm(x), torch.stack(balances).sum()
+            total = total + balance
+            if self.training and block.is_moe:  # counted here and not in the block, which checkpointing runs twice
+                self.expert_load[i] += load
+        return self.norm(x), total
 
 
 class Llama(nn.Module):
@@ -519,11 +517,15 @@ class Llama(nn.Module):
     def init_weights(self, seed):
         """Draw every tensor by its role.
 
-        norms: 1. Embedding: normal, std 1, or dim^-0.5 where it is the head too: a token must stand out from what blocks
-        add to it, or copying is learned late. Head: std 0.02, so that the first loss is close to ln V. Matrices that read
-        the residual stream: normal, std 1/sqrt(inputs), so that activations start at unit scale at any width.
-        Matrices that write to it (o_proj, every down_proj): the same over sqrt(2 * n_layer), so that the stream's
-        variance does not grow with depth (GPT-2). Router: std 1/sqrt(dim), logits of unit scale.
+        norms        1
+        embedding    normal, std 1, or dim^-0.5 where it is the head too: a token must stand out from what blocks add
+                     to it, or copying is learned late
+        head         std 0.02, so that the first loss is close to ln V
+        reads the residual stream    std 1/sqrt(inputs): activations start at unit scale at any width
+        writes to it (o_proj, every down_proj)    the same over sqrt(2 * n_layer), so that the stream's variance does
+                     not grow with depth (GPT-2)
+        router       std 1/sqrt(dim), logits of unit scale
+        The numbers depend on seed and the tensor's name alone, not on what else was drawn.
         """
         for name, p in self.named_parameters():
             role = name.removesuffix(".weight").rsplit(".", 1)[-1]
@@ -761,13 +763,15 @@ class KVCache:
         """Store k, v (B, K, T, d) of a layer; returns the keys and values to attend to, (B, K, S, d)."""
         keys, values = self.keys[layer], self.values[layer]  # (B, S, K, d)
         S, T = keys.shape[1], k.shape[2]
-        new_k, new_v = k.transpose(1, 2).to(keys.dtype), v.transpose(1, 2).to(values.dtype)  # (B, T, K, d)
-        prompt, where = positions.dim() == 1, positions
-        if T > S:  # only the last S tokens of each row stay
-            where = (self.lengths[:, None] - S + torch.arange(S, device=k.device)).clamp(min=0)  # (B, S)
-            new_k, new_v = new_k[self.rows, where], new_v[self.rows, where]
-        keys[self.rows, where % S], values[self.rows, where % S] = new_k, new_v
-        if prompt:
+        new_k, new_v = k.transpose(1, 2).to(keys.dtype), v.transpose(1, 2).to(keys.dtype)  # (B, T, K, d)
+        stored = positions
+        if T > S:  # of a prompt only the last S tokens of each row stay
+            stored = (self.lengths[:, None] - S + torch.arange(S, device=k.device)).clamp(min=0)  # (B, S)
+            new_k, new_v = new_k[self.rows, stored], new_v[self.rows, stored]  # (B, S, K, d)
+        slot = stored % S
+        keys[self.rows, slot] = new_k
+        values[self.rows, slot] = new_v
+        if positions.dim() == 1:
             return k, v
         return keys[:, :self.in_use].transpose(1, 2), values[:, :self.in_use].transpose(1, 2)
 
