@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight):
         super().__init__()
         panels = weight.detach().unflatten(0, (-1, self.WIDTH)).mT.contiguous()  # (n, in, 16)
-        self.weight = nn.Parameter(panels, requires_grad=False)
+        self.weight = nn.Parameter(panels)  # with a gradient, or autocast would cast it anew at each call
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
