@@ -262,7 +262,7 @@ def attend(q, k, v, mask=None, chunk=0):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
     if T == 1:  # one position: the queries of a group see the same keys, as if they were positions
         q = q.reshape(B, -1, groups, q.shape[3])  # (B, K, H/K, d)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, -1)  # (B, H, 1, d)
     if groups > 1:  # not enable_gqa, with which a GPU's fast kernels take no mask
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, d)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

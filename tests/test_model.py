@@ -131,7 +131,7 @@ def test_cached_greedy_decoding_equals_the_full_forward(name):
 
 @pytest.mark.parametrize("name", ("llama-3.2-1b", "llama-4-scout"))
 def test_a_compiled_step_is_one_graph_that_writes_only_where_a_cuda_graph_may(name, monkeypatch):
-    """One graph for prompts and lengths of any kind, and all that it changes lies at addresses it was promised to stay."""
+    """One graph for prompts and lengths of any kind; all that it changes lies at addresses it was promised to stay."""
     from functorch.compile import make_boxed_func
     from torch._functorch.aot_autograd import aot_module_simplified
     written = []
@@ -144,7 +144,8 @@ def test_a_compiled_step_is_one_graph_that_writes_only_where_a_cuda_graph_may(na
         return aot_module_simplified(graph, inputs, fw_compiler=look, inference_compiler=look)
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: compiler(f, backend=backend, dynamic=dynamic))
-    cfg = tiny(name, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16, context=128)  # grouped_mm wants rows of 16 bytes
+    # grouped_mm wants rows of 16 bytes
+    cfg = tiny(name, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16, context=128)
     model = to_decode(build(cfg).bfloat16())  # torch's compiler knows grouped_mm in bfloat16 only
     prompts = [(tokens(2, 5), 80), (tokens(2, 3), 20), (tokens(2, 17), 30)]
     want = [model.generate(idx, new, temperature=0) for idx, new in prompts]
@@ -159,9 +160,10 @@ def test_a_compiled_step_is_one_graph_that_writes_only_where_a_cuda_graph_may(na
 @torch.no_grad()
 @pytest.mark.parametrize("name", distinct())
 def test_packed_matrices_multiply_as_they_did(name):
-    """What decodes fast must not read a panel's columns in another order, nor look a tied embedding up in the wrong row."""
+    """Panels are read in their order, and a tied embedding is looked up in the right row."""
     cfg = tiny(name, vocab_size=48, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16)
-    model, idx = build(cfg), tokens(3, 40)  # 120 rows are one product, 3 rows of the cached steps a product of each panel
+    # 120 rows are one product, 3 rows of the cached steps a product of each panel
+    model, idx = build(cfg), tokens(3, 40)
     want, greedy = model(idx)[0], model.generate(idx, 8, temperature=0)
     counts = model.counts()
     to_decode(model)
@@ -171,12 +173,13 @@ def test_packed_matrices_multiply_as_they_did(name):
     torch.testing.assert_close(model(idx)[0], want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(idx[:1, :5])[0], want[:1, :5], rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(idx, 8, temperature=0), greedy)
-    assert to_decode(Llama(replace(cfg, vocab_size=VOCAB))).lm_head.out_features == VOCAB  # what cannot be cut stays as it is
+    odd = to_decode(Llama(replace(cfg, vocab_size=VOCAB)))
+    assert odd.lm_head.out_features == VOCAB  # what cannot be cut stays as it is
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "scout-128m"])
 def test_compiling_changes_nothing(name):
-    """In float32, where torch's compiler refuses grouped_mm (the MoE stays outside), and without a break in bfloat16."""
+    """In float32, where torch's compiler refuses grouped_mm (the MoE stays outside); without a break in bfloat16."""
     model, idx = build(tiny(name, expert_dim=16, ffn_dim=16)).train(), tokens(2, 20)
     want = model(idx, idx)[1]
     compiled = torch.compile(model, backend="aot_eager")(idx, idx)[1]
@@ -262,13 +265,15 @@ def test_router_aux_adds_the_balancing_loss():
 
 @pytest.mark.parametrize("name", ("llama-2-7b", "smollm2-135m", "llama4-tiny"))
 def test_init_by_role(name):
-    cfg = tiny(name, vocab_size=512, n_layer=8, dim=160, n_head=8, n_kv_head=4, head_dim=24, ffn_dim=320, expert_dim=200)
+    cfg = tiny(name, vocab_size=512, n_layer=8, dim=160, n_head=8, n_kv_head=4, head_dim=24, ffn_dim=320,
+               expert_dim=200)
     torch.manual_seed(0)
     model, reads, writes = Llama(cfg), cfg.dim ** -0.5, 16 ** -0.5  # 16 writes to the stream in 8 layers
     for name, p in model.named_parameters():
         width = cfg.expert_dim if "expert" in name else cfg.ffn_dim
         want = {"embed_tokens": cfg.dim ** -0.5 if cfg.tie_embeddings else 1.0, "lm_head": 0.02,
-                "q_proj": reads, "k_proj": reads, "v_proj": reads, "gate_proj": reads, "up_proj": reads, "gate_up_proj": reads, "router": reads,
+                "q_proj": reads, "k_proj": reads, "v_proj": reads, "gate_proj": reads, "up_proj": reads,
+                "gate_up_proj": reads, "router": reads,
                 "o_proj": writes * (cfg.n_head * cfg.head_dim) ** -0.5, "down_proj": writes * width ** -0.5}
         role = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if role.endswith("norm"):
@@ -379,8 +384,9 @@ def test_flops_of_chunks_count_the_keys_that_are_visible(length):
     (dict(n_experts=4), "n_experts"), (dict(chunk=8), "chunk"), (dict(qk_norm=True), "qk_norm"),
     (dict(nope_every=4), "nope_every"), (dict(arch="llama4", attn_scale=0.1), "attn_scale"),
     (dict(arch="llama4", n_experts=2, top_k=3), "top_k"), (dict(arch="llama4", n_experts=2, moe_every=0), "moe_every"),
-    (dict(rope_scaling=(8.0, 1.0, 4.0, float("nan"))), "rope_scaling"), (dict(rope_scaling=(8, 4, 1, 64)), "rope_scaling"),
-    (dict(rope_scaling=(8.0, 0.0, 4.0, 64.0)), "rope_scaling"), (dict(bos_id=-1), "bos_id"), (dict(eos_ids=(2.0,)), "eos_ids"),
+    (dict(rope_scaling=(8.0, 1.0, 4.0, float("nan"))), "rope_scaling"), (dict(bos_id=-1), "bos_id"),
+    (dict(rope_scaling=(8.0, 0.0, 4.0, 64.0)), "rope_scaling"), (dict(rope_scaling=(8, 4, 1, 64)), "rope_scaling"),
+    (dict(eos_ids=(2.0,)), "eos_ids"),
     (dict(n_layer=5000), "n_layer"), (dict(tie_embeddings=1), "tie_embeddings"),
 ])
 def test_a_shape_that_cannot_be_built_is_an_error_that_names_the_field(wrong, names):
