@@ -4,18 +4,20 @@ A model is described by a `LlamaConfig`; `PRESETS` holds the published ones. Par
 names and layouts, so `state_dict()` is a Hugging Face state dict and a saved directory is a Hugging Face checkpoint.
 
     model = Llama(PRESETS["stories15m"])
-    logits, loss = model(idx, targets)
+    logits, _ = model(idx)
+    _, loss = model(idx, targets)
     ids = model.generate(idx, max_new_tokens=100)
 
 Letters in shapes: B batch, T positions, D dim, H query heads, K key/value heads, d head_dim, V vocabulary,
 F width of a feed-forward, E experts, N tokens (B·T), k experts per token, C chunk, S slots of a cache.
 
 Sources: LLaMA (arXiv:2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), RoPE (2104.09864), SwiGLU
-(2002.05202), GQA (2305.13245), Switch (2101.03961), balancing by bias (2408.15664), temperature tuning
-(2501.19399); for Llama 4, meta-llama/llama-models `models/llama4` and transformers `modeling_llama4.py`.
+(2002.05202), GQA (2305.13245), Switch (2101.03961), temperature tuning (2501.19399); for Llama 4,
+meta-llama/llama-models `models/llama4` and transformers `modeling_llama4.py`.
 """
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -59,39 +61,49 @@ class LlamaConfig:
     expert_dim: int = 0  # width of each routed expert and of the shared one; 0: ffn_dim
     dropout: float = 0.0  # training only: several epochs on little data want 0.1 to 0.2, one epoch wants none
     router_noise: float = 0.0  # training only: std of noise on the logits that select experts; keeps all in play
-    router_aux: float = 0.0  # training only: weight of Switch's balancing loss in the gradient (Switch: 0.01)
-    router_bias: float = 0.0  # training only: step of the selection bias that balances load without a loss (1e-3)
+    router_aux: float = 0.0  # training only: weight of Switch's balancing loss (Switch: 0.01)
 
     def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.rope_scaling, self.eos_ids = tuple(self.rope_scaling), tuple(self.eos_ids)
-        self.expert_dim = (self.expert_dim or self.ffn_dim) if self.n_experts else 0
-
-        def need(ok, why):
-            if not ok:
-                raise ValueError(why)
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type in (int, float):  # 0 is allowed where it is the default
-                need(type(value) in (int, f.type) and 0 <= value < 2**40 and (value or not f.default),
-                     f"{f.name} must be {'a' if f.default else '0 or a'} positive {f.type.__name__}, not {value!r}")
-        need(max(self.n_layer, self.n_experts) <= 4096, "more than 4096 layers or experts: no Llama has that many")
-        need(self.arch in ("llama", "llama4"), f"arch must be 'llama' or 'llama4', not {self.arch!r}")
-        need(self.dim % self.n_head == 0, f"dim={self.dim} is not divisible by n_head={self.n_head}")
+            if f.type in (int, float) and not (type(value) in (int, f.type) and 0 <= value < 2**40):
+                raise ValueError(f"{f.name} must be {f.type.__name__}, at least 0 and below 2**40, not {value!r}")
+            if f.type is bool and type(value) is not bool:
+                raise ValueError(f"{f.name} must be True or False, not {value!r}")
+        for name in ("vocab_size", "n_layer", "n_head", "dim", "ffn_dim", "context", "norm_eps", "rope_theta",
+                     "floor_scale", "top_k", "moe_every"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be above 0")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.expert_dim = (self.expert_dim or self.ffn_dim) if self.n_experts else 0
+        self.rope_scaling, self.eos_ids = tuple(self.rope_scaling), tuple(self.eos_ids)
+        if self.arch not in ("llama", "llama4"):
+            raise ValueError(f"arch must be 'llama' or 'llama4', not {self.arch!r}")
+        if self.dim % self.n_head:
+            raise ValueError(f"dim={self.dim} is not divisible by n_head={self.n_head}")
         self.head_dim = self.head_dim or self.dim // self.n_head
-        need(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
-        need(self.n_head % self.n_kv_head == 0,
-             f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
-        need(len(self.rope_scaling) in (0, 4) and all(type(x) in (int, float) and x > 0 for x in self.rope_scaling),
-             f"rope_scaling takes (factor, low, high, original context) or (), not {self.rope_scaling}")
-        need(all(type(i) is int for i in (*self.eos_ids, self.bos_id or 0)), "bos_id and eos_ids must be token ids, "
-             f"not {self.bos_id!r} and {self.eos_ids}")
-        need(type(self.tie_embeddings) is type(self.qk_norm) is bool, "tie_embeddings and qk_norm must be bool")
-        need(self.top_k <= max(self.n_experts, 1), f"top_k={self.top_k} is more than n_experts={self.n_experts}")
-        need(self.dropout < 1, f"dropout={self.dropout} must be below 1")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if max(self.n_layer, self.n_experts) > 4096:
+            raise ValueError("n_layer and n_experts must not exceed 4096: no Llama has that many")
+        if self.top_k > max(self.n_experts, 1):
+            raise ValueError(f"top_k={self.top_k} is more than n_experts={self.n_experts}")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout={self.dropout} must be below 1")
+        numbers = all(type(x) in (int, float) and 0 < x < 2**40 for x in self.rope_scaling)
+        if len(self.rope_scaling) not in (0, 4) or not numbers:
+            raise ValueError(f"rope_scaling takes (factor, low, high, original context) or (), not {self.rope_scaling}")
+        if self.rope_scaling and self.rope_scaling[1] > self.rope_scaling[2]:
+            raise ValueError(f"rope_scaling={self.rope_scaling}: low must not be above high")
+        if not all(type(i) is int and 0 <= i < 2**40 for i in (*self.eos_ids, self.bos_id or 0)):
+            raise ValueError(f"bos_id and eos_ids must be token ids, not {self.bos_id!r} and {self.eos_ids}")
         new = [n for n in ("nope_every", "chunk", "qk_norm", "attn_scale", "n_experts") if getattr(self, n)]
-        need(self.arch == "llama4" or not new, f"{', '.join(new)}: only arch='llama4' has this")
-        need(not self.attn_scale or self.nope_every, "attn_scale tunes NoPE layers: it needs nope_every")
+        if self.arch != "llama4" and new:
+            raise ValueError(f"{', '.join(new)}: only arch='llama4' has this")
+        if self.attn_scale and not self.nope_every:
+            raise ValueError("attn_scale tunes NoPE layers: it needs nope_every")
 
     def is_nope(self, layer):
         """Whether layer (0-based) has no RoPE, full attention and a tuned temperature."""
@@ -157,6 +169,8 @@ def _presets():
 PRESETS = _presets()
 
 
+# -- positions: RoPE ---------------------------------------------------------------------------------------------
+
 def rope_frequencies(cfg, device=None):
     """RoPE's angle per position, (d/2,) float32, with Llama 3.1's scaling where cfg has one.
 
@@ -173,22 +187,52 @@ def rope_frequencies(cfg, device=None):
 
 
 def rope_angles(cfg, positions):
-    """cos and signed sin at positions (T,) or (B, T), for `rotate`: (T, d) or (B, 1, T, d) each, float32 at any dtype."""
-    angle = positions[..., None].float() * rope_frequencies(cfg, positions.device)
-    angle = angle if positions.dim() == 1 else angle[:, None]
-    cos, sin, pair = angle.cos(), angle.sin(), -1 if cfg.arch == "llama4" else -2
+    """cos and signed sin at positions (T,) or (B, T), for `rotate`: (1, T, d) or (B, 1, T, d) each, float32.
+
+    With d = 4, and angles a and b for its two pairs:
+        Llama 1 to 3, pairs (x0, x2) (x1, x3):  cos a, cos b, cos a, cos b  and  -sin a, -sin b, sin a, sin b
+        Llama 4, pairs (x0, x1) (x2, x3):       cos a, cos a, cos b, cos b  and  -sin a, sin a, -sin b, sin b
+    """
+    angle = positions[..., None].float() * rope_frequencies(cfg, positions.device)  # (..., T, d/2)
+    cos, sin = angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)  # one axis more, for the heads
+    pair = -1 if cfg.arch == "llama4" else -2  # the two of a pair: side by side, or half of d apart
     return torch.stack((cos, cos), pair).flatten(-2), torch.stack((-sin, sin), pair).flatten(-2)
 
 
-def rotate(x, cos, sin, interleaved):
+def rotate(x, rope, interleaved):
     """Turn the pairs (a, b) of x (B, H, T, d) to (a cos - b sin, b cos + a sin), in float32.
 
     A pair is (x[2i], x[2i+1]) when interleaved (Meta's layout, Llama 4), else (x[i], x[i+d/2]) (Hugging Face's
     layout for Llama 1 to 3, whose q_proj and k_proj rows are permuted to match).
     """
+    cos, sin = rope
     x32 = x.float()
-    other = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else x32.roll(x.shape[-1] // 2, -1)
+    if interleaved:
+        other = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # x1, x0, x3, x2
+    else:
+        other = x32.roll(x.shape[-1] // 2, -1)  # x2, x3, x0, x1
     return torch.addcmul(x32 * cos, other, sin).type_as(x)
+
+
+def query_scale(cfg, positions):
+    """What NoPE layers multiply their queries with at positions (T,) or (B, T): (1, T, 1) or (B, 1, T, 1).
+
+    It grows slowly, so that attention over long texts stays sharp (arXiv:2501.19399).
+    """
+    steps = ((positions + 1) // cfg.floor_scale).float()
+    return (1 + cfg.attn_scale * torch.log1p(steps)).unsqueeze(-2).unsqueeze(-1)
+
+
+# -- layers ------------------------------------------------------------------------------------------------------
+
+class Linear(nn.Linear):
+    """x W^T with W (out, in), which `Llama.init_weights` draws; torch's own draw at construction is left out."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self):
+        pass
 
 
 class RMSNorm(nn.Module):
@@ -203,133 +247,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
-class QuickNorm(nn.Module):
-    """RMSNorm for a few rows on a CPU, where calls are what it costs: four of them, `F.rms_norm` makes nine."""
+def attend(q, k, v, mask=None, chunk=0):
+    """Attention of q (B, H, T, d) to k, v (B, K, S, d), each shared by H/K query heads -> (B, H, T, d).
 
-    def __init__(self, norm):
-        super().__init__()
-        dim = len(norm.weight)  # x / rms(x) is x * dim^0.5 over the length of x, with eps * dim added to its square
-        self.scale = nn.Parameter(norm.weight.detach().float() * dim ** 0.5, requires_grad=False)  # still one of `counts`
-        self.register_buffer("least", torch.tensor((norm.eps * dim) ** 0.5))
-
-    def forward(self, x):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / torch.hypot(length, self.least) * self.scale).type_as(x)
-
-
-class Panels(nn.Module):
-    """x W^T with W (out, in), or several of them, cut into panels of 16 outputs, each stored as (in, 16): for a few rows on a
-    CPU.
-
-    The product of one row with a whole matrix runs on one core, at a fifth of the memory's bandwidth; a batch of products
-    with panels runs on all of them, and a panel's 16 running sums stay in registers."""
-    WIDTH = 16
-
-    def __init__(self, *weights):
-        super().__init__()
-        self.sizes = [len(w) for w in weights]
-        self.weight = nn.Parameter(torch.cat(weights).detach().unflatten(0, (-1, self.WIDTH)).mT.contiguous())  # (n, in, 16)
-
-    def forward(self, x):
-        """x (..., in) -> (..., out) of all W side by side."""
-        rows = x.flatten(0, -2)
-        if len(rows) > 64:  # a prompt: one large product is faster, even after putting W together again
-            return x @ self.weight.transpose(0, 1).flatten(1)
-        y = torch.bmm(rows.expand(len(self.weight), -1, -1), self.weight)  # (n, rows, 16)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-
-
-def project(x, first, *others):
-    """What each of several layers makes of x. `Llama.to_decode` leaves one, Panels that hold them all."""
-    if isinstance(first, Panels):
-        return first(x).split(first.sizes, -1)
-    return first(x), *(layer(x) for layer in others)
-
-
-class TiedEmbedding(nn.Module):
-    """Rows of a head's W, of which there is no other copy."""
-
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
-
-    def forward(self, idx):
-        """idx (...) -> (..., in)."""
-        return self.head.weight[idx // Panels.WIDTH, :, idx % Panels.WIDTH]
-
-
-class KVCache:
-    """Keys and values of B rows decoded together, preallocated.
-
-    Slot s of a layer holds position s; where attention is chunked, position s modulo chunk, so such a layer never
-    keeps more than one chunk. Rows may differ in length: `lengths` (B,) counts the positions seen in each.
-    static: for a compiled step, whose shapes and addresses must not change: all slots are always looked at.
+    Each query sees what mask (B, 1, T, S) shows. Without one S is T and a query sees the keys up to its own
+    position, of these only its own chunk where chunk > 0.
     """
-
-    def __init__(self, cfg, batch, size, device=None, dtype=None, static=False):
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.rows = torch.arange(batch, device=device)
-        self.size, self.step = size, size if static else 64  # slots come into use so many at a time: work grows with what is used
-        self.used = self.reach = 0  # tokens, an upper bound of lengths known without asking the device; slots in use
-        self.begun = False  # whether the model is to append a token, not to fill in a prompt
-        self.kv = [torch.zeros(2, batch, cfg.n_kv_head, min(cfg.chunk_of(i) or size, size), cfg.head_dim,
-                               device=device, dtype=dtype) for i in range(cfg.n_layer)]
-        for t in (self.lengths, *self.kv) if static else ():
-            torch._dynamo.mark_static_address(t)  # a CUDA graph writes to them where they are
-
-    def clear(self):
-        """Begin anew, at the same addresses."""
-        self.lengths.zero_()
-        self.used = self.reach = 0
-
-    def take(self, tokens):
-        """Make room for a prompt of so many tokens, later for one; to be called before the model sees them.
-
-        Raises ValueError where they do not fit. Stays out of compiled graphs, to which these numbers are constants."""
-        self.begun = self.used > 0
-        if tokens > (min(1, self.size - self.used) if self.begun else self.size):
-            raise ValueError(f"{tokens} tokens do not fit: a cache takes a prompt, then one token at a time, "
-                             f"up to its size of {self.size}")
-        self.used += tokens
-        self.reach = -(-self.used // self.step) * self.step
-
-    def fill(self, layer, k, v, lengths):
-        """Store a prompt's k, v (B, K, T, d); row b is lengths[b] long (None: T) and padded on the right."""
-        kv, T = self.kv[layer], k.shape[2]
-        S = kv.shape[3]
-        if T <= S:
-            kv[0, :, :, :T], kv[1, :, :, :T] = k, v
-            return
-        lengths = torch.full_like(self.lengths, T) if lengths is None else lengths
-        start = lengths // S * S  # (B,) where the chunk that the next token continues begins
-        source = (start[:, None] + torch.arange(S, device=k.device)).clamp(max=T - 1)  # (B, S)
-        source = source[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # (B, K, S, d)
-        kv[0], kv[1] = k.gather(2, source), v.gather(2, source)
-
-    def append(self, layer, k, v):
-        """Store one token's k, v (B, K, 1, d); returns all k, v (B, K, S, d), of which `mask` tells the visible."""
-        kv = self.kv[layer]
-        slot = self.lengths if kv.shape[3] == self.size else self.lengths % kv.shape[3]  # (B,)
-        new = torch.stack((k, v), 1).squeeze(3).to(kv.dtype)  # (B, 2, K, d)
-        kv[:, self.rows, :, slot] = new  # compiled: in place, where scatter_ copies the cache
-        return kv[:, :, :, :self.reach].unbind()
-
-    def mask(self, chunk):
-        """Which slots the next token sees in layers of this chunk (0: full attention), (B, 1, 1, S) bool."""
-        size = min(chunk or self.size, self.size)
-        slots = torch.arange(min(size, self.reach), device=self.lengths.device)
-        return (slots <= (self.lengths % size)[:, None])[:, None, None]
-
-
-def attend(q, k, v, mask):
-    """Attention of q (B, H, T, d) to what mask (B, 1, T, S) shows of k, v (B, K, S, d) -> (B, H, T, d).
-
-    Without enable_gqa, with which a GPU's fast kernels take no mask."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and q.shape[2] == 1:  # all queries of a group see the same, as if they were positions
-        q = q.unflatten(1, (-1, groups)).squeeze(3)  # (B, K, H/K, d)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
-    if groups > 1:
+    B, H, T, _ = q.shape
+    groups = H // k.shape[1]
+    if mask is None and chunk and T > chunk:  # chunks beside each other on the batch axis, the last one padded
+        n = -(-T // chunk)
+        q, k, v = (F.pad(t, (0, 0, 0, n * chunk - T)).unflatten(2, (n, chunk)).transpose(1, 2).flatten(0, 1)
+                   for t in (q, k, v))  # (B·n, H, C, d)
+        y = attend(q, k, v)
+        return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]  # (B, H, T, d)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+    if T == 1:  # one position: the queries of a group see the same keys, as if they were positions
+        q = q.reshape(B, -1, groups, q.shape[3])  # (B, K, H/K, d)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, -1)  # (B, H, 1, d)
+    if groups > 1:  # not enable_gqa, with which a GPU's fast kernels take no mask
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, d)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -340,39 +277,27 @@ class Attention(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         self.cfg, self.layer, self.nope, self.chunk = cfg, layer, cfg.is_nope(layer), cfg.chunk_of(layer)
-        self.q_proj = nn.Linear(cfg.dim, cfg.n_head * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.dim, cfg.n_kv_head * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.dim, cfg.n_kv_head * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.dim, bias=False)
+        self.q_proj = Linear(cfg.dim, cfg.n_head * cfg.head_dim)
+        self.k_proj = Linear(cfg.dim, cfg.n_kv_head * cfg.head_dim)
+        self.v_proj = Linear(cfg.dim, cfg.n_kv_head * cfg.head_dim)
+        self.o_proj = Linear(cfg.n_head * cfg.head_dim, cfg.dim)
 
-    def forward(self, x, rope, positions, mask, cache, lengths):
-        """x (B, T, D) -> (B, T, D); see Decoder.forward for the rest."""
+    def forward(self, x, rope, positions, mask=None, cache=None):
+        """x (B, T, D) -> (B, T, D). rope: of `rope_angles`; mask: of `attend`; cache: a KVCache to append to."""
         cfg, (B, T, _) = self.cfg, x.shape
-        q, k, v = (t.view(B, T, -1, cfg.head_dim).transpose(1, 2)  # (B, H, T, d), k and v (B, K, T, d)
-                   for t in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_proj(x).view(B, T, -1, cfg.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, -1, cfg.head_dim).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, -1, cfg.head_dim).transpose(1, 2)  # (B, K, T, d)
         if not self.nope:
-            q, k = (rotate(t, *rope, interleaved=cfg.arch == "llama4") for t in (q, k))
-            if cfg.qk_norm:
-                q, k = (F.rms_norm(t, t.shape[-1:], eps=cfg.norm_eps) for t in (q, k))
-        elif cfg.attn_scale:
-            heat = 1 + cfg.attn_scale * torch.log1p(((positions + 1) // cfg.floor_scale).float())
-            q = (q * (heat[:, None] if positions.dim() == 1 else heat[:, None, :, None])).type_as(q)
-        if cache is not None and cache.begun:
-            k, v = cache.append(self.layer, k, v)
-        elif cache is not None:
-            cache.fill(self.layer, k, v, lengths)
-        gqa = cfg.n_kv_head != cfg.n_head
-        if mask is not None:
-            y = attend(q, k, v, mask)
-        elif self.chunk and T > self.chunk:  # chunks beside each other on the batch axis, the last one padded
-            n = -(-T // self.chunk)
-            q, k, v = (F.pad(t, (0, 0, 0, n * self.chunk - T)).unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
-                       for t in (q, k, v))  # (B·n, H, C, d)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-            y = y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]  # (B, H, T, d)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+            q, k = (rotate(t, rope, interleaved=cfg.arch == "llama4") for t in (q, k))
+        if cfg.qk_norm and not self.nope:
+            q, k = (F.rms_norm(t, t.shape[-1:], eps=cfg.norm_eps) for t in (q, k))
+        if cfg.attn_scale and self.nope:
+            q = (q * query_scale(cfg, positions)).type_as(q)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, positions)  # (B, K, S, d)
+        y = attend(q, k, v, mask, self.chunk)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H·d): the heads side by side
 
 
 class SwiGLU(nn.Module):
@@ -380,19 +305,18 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim, width):
         super().__init__()
-        self.gate_proj = nn.Linear(dim, width, bias=False)
-        self.up_proj = nn.Linear(dim, width, bias=False)
-        self.down_proj = nn.Linear(width, dim, bias=False)
+        self.gate_proj = Linear(dim, width)
+        self.up_proj = Linear(dim, width)
+        self.down_proj = Linear(width, dim)
 
     def forward(self, x):
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def product_dtype(x):
     """The dtype of products with x: autocast's where that is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def grouped_mm(x, weight, ends):
@@ -423,35 +347,40 @@ class MoE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.router = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
+        self.router = Linear(cfg.dim, cfg.n_experts)
         self.experts = Experts(cfg.n_experts, cfg.dim, cfg.expert_dim)
         self.shared_expert = SwiGLU(cfg.dim, cfg.expert_dim)
-        for name in ("load", "bias"):  # tokens per expert since balance(); what moves the selection, in training
-            self.register_buffer(name, torch.zeros(cfg.n_experts, device="cpu"), persistent=False)
 
     def forward(self, x):
-        """x (B, T, D) -> y (B, T, D), balancing loss (0 where it is not asked for), tokens per expert (E,)."""
+        """x (B, T, D) -> y (B, T, D), balancing loss (0 where it is not asked for), tokens per expert (E,).
+
+        Each expert takes its tokens as one slice, so they are sorted by expert first. With k = 1 and three tokens:
+            expert = 2 0 1   token t goes to expert[t]
+            order  = 1 2 0   row r of the sorted is row order[r] of the unsorted
+            back   = 2 0 1   row t of the unsorted is row back[t] of the sorted
+        With k = 2, token t has the rows 2t and 2t + 1 of the unsorted.
+        """
         cfg, shape = self.cfg, x.shape
         x = x.reshape(-1, cfg.dim)  # (N, D)
         logits = self.router(x).float()  # (N, E)
         choice = logits
         if self.training and cfg.router_noise:
-            choice = choice + cfg.router_noise * torch.randn_like(choice)
-        if self.training and cfg.router_bias:
-            choice = choice + self.bias
+            choice = logits + cfg.router_noise * torch.randn_like(logits)
         expert = choice.topk(cfg.top_k, dim=-1).indices  # (N, k)
-        score = logits.gather(1, expert).sigmoid()  # (N, k) from the raw logits: noise and bias only select
-        order = expert.flatten().argsort(stable=True)  # (N·k,) by expert, tokens in their order
+        score = logits.gather(1, expert).sigmoid()  # (N, k) from the raw logits: noise only selects
         count = (expert.flatten()[:, None] == torch.arange(cfg.n_experts, device=x.device)).sum(0)  # (E,)
-        token = order // cfg.top_k
-        routed = x[token] * score.flatten()[order][:, None].type_as(x)  # (N·k, D) the score multiplies the input
-        routed = self.experts(routed, count.cumsum(0).int())
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # undoes the sort
-        y = self.shared_expert(x) + routed[back].unflatten(0, (-1, cfg.top_k)).sum(1)  # (N, D)
-        aux = logits.new_zeros(())
-        if self.training and cfg.router_aux:  # E * sum_e (share of tokens) * (mean probability), 1 when balanced
-            aux = cfg.n_experts * (count / count.sum() * logits.softmax(-1).mean(0)).sum()
-        return y.view(shape), aux, count
+
+        order = expert.flatten().argsort(stable=True)  # (N·k,)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=x.device)
+        routed = x[order // cfg.top_k] * score.flatten()[order][:, None].type_as(x)  # (N·k, D) scores scale inputs
+        routed = self.experts(routed, count.cumsum(0).int())[back]  # (N·k, D) unsorted again
+        y = self.shared_expert(x) + routed.unflatten(0, (-1, cfg.top_k)).sum(1)  # (N, D)
+
+        balance = logits.new_zeros(())
+        if self.training and cfg.router_aux:  # Switch: E * sum_e (share of tokens) * (mean probability); 1 is best
+            balance = cfg.n_experts * (count / count.sum() * logits.softmax(-1).mean(0)).sum()
+        return y.view(shape), balance, count
 
 
 class Block(nn.Module):
@@ -459,26 +388,47 @@ class Block(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
+        self.is_moe = cfg.is_moe(layer)
         self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.self_attn = Attention(cfg, layer)
         self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.feed_forward_name = "mlp" if cfg.arch == "llama" else "feed_forward"  # Hugging Face's names
-        self.add_module(self.feed_forward_name, MoE(cfg) if cfg.is_moe(layer) else SwiGLU(cfg.dim, cfg.ffn_dim))
+        self.ffn_name = "mlp" if cfg.arch == "llama" else "feed_forward"  # Hugging Face's names
+        self.add_module(self.ffn_name, MoE(cfg) if self.is_moe else SwiGLU(cfg.dim, cfg.ffn_dim))
         self.dropout = nn.Dropout(cfg.dropout)
 
     @property
     def ffn(self):
         """The feed-forward: a SwiGLU or an MoE."""
-        return getattr(self, self.feed_forward_name)
+        return getattr(self, self.ffn_name)
 
-    def forward(self, x, *context):
-        """x (B, T, D) -> (B, T, D) and, from a mixture of experts, its balancing loss and load."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context))
-        y, routing = self.ffn(self.post_attention_layernorm(x)), ()
-        if isinstance(self.ffn, MoE):
-            y, *routing = y
-        return x + self.dropout(y), *routing
+    def forward(self, x, rope, positions, mask=None, cache=None):
+        """x (B, T, D) -> x (B, T, D), balancing loss, tokens per expert (E,); the last two 0 of a dense layer."""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, positions, mask, cache))
+        h = self.post_attention_layernorm(x)
+        if self.is_moe:
+            y, balance, load = self.ffn(h)
+        else:
+            y, balance, load = self.ffn(h), 0.0, 0.0
+        return x + self.dropout(y), balance, load
 
+
+class Head(Linear):
+    """Logits of hidden states, or the loss of each."""
+
+    def forward(self, x, targets=None):
+        """x (..., D) -> logits (..., V). With targets (M,) of x (M, D): nats of each target, (M,) float32.
+
+        These logits exist for 256 rows at a time, as they are large. One call whatever M is: where the weight is
+        spread over processes each call gathers it, and all of them must call equally often.
+        """
+        if targets is None:
+            return super().forward(x)
+        parts = zip(x.split(256), targets.split(256))
+        return torch.cat([F.cross_entropy(super(Head, self).forward(rows).float(), wanted, reduction="none")
+                          for rows, wanted in parts])
+
+
+# -- the model ---------------------------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
     """Embedding, blocks and final norm: everything but the head."""
@@ -486,151 +436,143 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
+        no_draw = torch.empty(cfg.vocab_size, cfg.dim)  # init_weights draws it
+        self.embed_tokens = nn.Embedding.from_pretrained(no_draw, freeze=False)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.dropout = nn.Dropout(cfg.dropout)
         self.checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
+        load = torch.zeros(cfg.n_layer, cfg.n_experts, device="cpu")  # there even where weights are on "meta"
+        self.register_buffer("expert_load", load, persistent=False)
 
     def masks(self, positions):
         """Which keys each query sees when texts share a row: (full, chunked), (B, 1, T, T) bool each.
 
-        A document begins where positions (B, T) is 0. Where they jump back to p > 0, another continuation of the
-        document's first p tokens begins, which does not see the continuations before it."""
+        Each token of positions (B, T) takes the place of all earlier tokens of its own position and above, and
+        sees those that are still in place. So 0 begins a new document, and a jump back to p continues the first
+        p tokens of what was last written. Positions 0 1 2 3, 2 3, 3: token 4 (position 2) sees tokens 0 and 1,
+        token 5 sees 0 1 4, and token 6 (position 3 again) sees 0 1 4 too: it is another end of the same branch.
+        """
         T = positions.shape[1]
-        document, place = (positions == 0).cumsum(1), torch.arange(T, device=positions.device)
-        full = (document[:, :, None] == document[:, None]) & (place[:, None] >= place)
-        jump = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)  # (B, T)
-        begin = torch.where(jump, place, 0).cummax(1).values  # where each token's continuation begins
-        full &= (place >= begin[:, :, None]) | (positions[:, None] < positions.gather(1, begin)[:, :, None])
+        place = torch.arange(T, device=positions.device)
+        replaced = (positions[:, None] <= positions[:, :, None]) & (place > place[:, None])  # (B, T, T): [j, i] j by i
+        end = F.pad(replaced, (0, 1), value=True).byte().argmax(2)  # (B, T) the first token in the place of j, or T
+        full = (place <= place[:, None]) & (place[:, None] < end[:, None])  # (B, T, T): [i, j] i sees j
         chunk = positions // (self.cfg.chunk or self.cfg.context)
-        return full[:, None], (full & (chunk[:, :, None] == chunk[:, None]))[:, None]
+        same = chunk[:, :, None] == chunk[:, None]
+        return full[:, None], (full & same)[:, None]
 
     def forward(self, idx=None, embeds=None, positions=None, cache=None, lengths=None):
         """Hidden states (B, T, D) and the balancing loss, summed over layers. See Llama.forward."""
         x = self.embed_tokens(idx) if embeds is None else embeds
-        full = chunked = None
-        if cache is not None and cache.begun:
-            positions = cache.lengths[:, None]  # (B, 1)
-            full, chunked = cache.mask(0), cache.mask(self.cfg.chunk)
-        elif positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
-        else:
-            full, chunked = self.masks(positions)
-        rope = rope_angles(self.cfg, positions)
-        x, balance = self.dropout(x), 0.0
-        for block in self.layers:
-            context = rope, positions, chunked if block.self_attn.chunk else full, cache, lengths
-            if self.checkpointing and self.training:
-                x, *routing = checkpoint(block, x, *context, use_reentrant=False)
-            else:
-                x, *routing = block(x, *context)
-            if routing and self.training:  # here and not in the block: checkpointing runs a block twice
-                balance = balance + routing[0]
-                block.ffn.load += routing[1]
         if cache is not None:
-            cache.lengths += 1 if cache.begun else x.shape[1] if lengths is None else lengths
-        return self.norm(x), balance
+            return self.append(x, cache, lengths), 0.0
+        if positions is None:
+            return self.blocks(x, torch.arange(x.shape[1], device=x.device))
+        return self.blocks(x, positions, self.masks(positions))
+
+    def append(self, x, cache, lengths=None):
+        """Hidden states of x (B, T, D), which follow the tokens in cache and are added to it.
+
+        A piece never crosses the edge of a chunk: its last keys would overwrite those that its first queries need.
+        """
+        hidden = []
+        for piece in x.split(cache.pieces(x.shape[1]), dim=1):
+            positions = cache.extend(piece.shape[1], lengths)
+            masks = cache.mask(positions, 0), cache.mask(positions, self.cfg.chunk)
+            hidden.append(self.blocks(piece, positions, masks, cache)[0])
+        return torch.cat(hidden, 1)
+
+    def blocks(self, x, positions, masks=(None, None), cache=None):
+        """Hidden states (B, T, D) and the summed balancing loss of x (B, T, D) at positions (T,) or (B, T).
+
+        masks: for full and for chunked attention, as `attend` takes them.
+        """
+        full, chunked = masks
+        rope = rope_angles(self.cfg, positions)
+        x, total = self.dropout(x), 0.0
+        for i, block in enumerate(self.layers):
+            context = rope, positions, chunked if block.self_attn.chunk else full, cache
+            if self.checkpointing and self.training:
+                x, balance, load = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x, balance, load = block(x, *context)
+            total = total + balance
+            if self.training and block.is_moe:  # counted here and not in the block, which checkpointing runs twice
+                self.expert_load[i] += load
+        return self.norm(x), total
 
 
 class Llama(nn.Module):
     """A Llama language model. Draws its weights with `init_weights`; `from_pretrained` reads them."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, seed=1337):  # nanoGPT's seed
         super().__init__()
         self.config = cfg
-        self.static, self.spare = False, {}  # whether decoding keeps to shapes that do not change; caches it has used
         self.model = Decoder(cfg)
-        self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.lm_head = Head(cfg.dim, cfg.vocab_size)
         if cfg.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         if not self.lm_head.weight.is_meta:
-            self.init_weights()
+            self.init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self, seed):
         """Draw every tensor by its role.
 
-        norms: 1. Embedding: normal, std 1, or dim^-0.5 where it is the head too: a token must stand out from what blocks
-        add to it, or copying is learned late. Head: std 0.02, so that the first loss is close to ln V. Matrices that read
-        the residual stream: normal, std 1/sqrt(inputs), so that activations start at unit scale at any width.
-        Matrices that write to it (o_proj, every down_proj): the same over sqrt(2 * n_layer), so that the stream's
-        variance does not grow with depth (GPT-2). Router: std 1/sqrt(dim), logits of unit scale.
+        norms        1
+        embedding    normal, std 1, or dim^-0.5 where it is the head too: a token must stand out from what blocks add
+                     to it, or copying is learned late
+        head         std 0.02, so that the first loss is close to ln V
+        reads the residual stream    std 1/sqrt(inputs): activations start at unit scale at any width
+        writes to it (o_proj, every down_proj)    the same over sqrt(2 * n_layer), so that the stream's variance does
+                     not grow with depth (GPT-2)
+        router       std 1/sqrt(dim), logits of unit scale
+        The numbers depend on seed and the tensor's name alone, not on what else was drawn.
         """
         for name, p in self.named_parameters():
             role = name.removesuffix(".weight").rsplit(".", 1)[-1]
             if role.endswith("norm"):
                 p.fill_(1.0)
-            elif role == "embed_tokens":
-                p.normal_(std=self.config.dim ** -0.5 if self.config.tie_embeddings else 1.0)
+                continue
+            if role == "embed_tokens":
+                std = self.config.dim ** -0.5 if self.config.tie_embeddings else 1.0
             elif role == "lm_head":
-                p.normal_(std=0.02)
+                std = 0.02
             else:
                 inputs = p.shape[1]  # Linear is (out, in), Experts are (E, in, out): both have it second
                 depth = 2 * self.config.n_layer if role in ("o_proj", "down_proj") else 1
-                p.normal_(std=(inputs * depth) ** -0.5)
-
-    def to_decode(self, compile=False):
-        """Make generation fast; returns the model.
-
-        On a CPU, store matrices as `Panels` and norms as `QuickNorm`: several times the speed, but no longer fit for training
-        or for saving. compile: a token's step as one compiled graph, on a GPU one CUDA graph; the first takes half a minute.
-        """
-        if compile:
-            self.static, self.after = True, torch.compile(self.after, mode="reduce-overhead", dynamic=False)
-        if self.lm_head.weight.device.type != "cpu" or any(isinstance(m, Panels) for m in self.modules()):
-            return self
-
-        def pack(parent, first, *others):
-            weights = [getattr(parent, name).weight for name in (first, *others)]
-            if all(len(w) % Panels.WIDTH == 0 for w in weights):
-                setattr(parent, first, Panels(*weights))
-                for name in others:
-                    setattr(parent, name, None)
-        for m in list(self.modules()):
-            for name, norm in list(m.named_children()):
-                if isinstance(norm, RMSNorm):
-                    setattr(m, name, QuickNorm(norm))
-            if isinstance(m, Attention):
-                pack(m, "q_proj", "k_proj", "v_proj"), pack(m, "o_proj")
-            elif isinstance(m, SwiGLU):
-                pack(m, "gate_proj", "up_proj"), pack(m, "down_proj")
-        pack(self, "lm_head")
-        if self.config.tie_embeddings and isinstance(self.lm_head, Panels):
-            self.model.embed_tokens = TiedEmbedding(self.lm_head)
-        return self
+                std = (inputs * depth) ** -0.5
+            p.copy_(draw_normal(p.shape, std, seed, name, p.device))
+        self.model.expert_load.zero_()
 
     def forward(self, idx=None, targets=None, positions=None, *, embeds=None, cache=None, lengths=None):
-        """Logits at every position, and the loss.
+        """Logits (B, T, V) and None; with targets None and the loss.
 
         idx (B, T) int64, or embeds (B, T, D) in its place. targets (B, T): the token that follows each position,
         -100 where it does not count. positions (B, T): restart at 0 where a new document begins; it then sees
-        nothing before itself. cache: a KVCache, filled by the first call (rows padded on the right to T,
-        lengths (B,) their true lengths) and extended by calls with T = 1.
-        Returns logits (B, T, V) and loss: mean nats per counted target, or None without targets. With targets, gradients
-        flow through the loss alone; in training it also carries the gradient, but not the value, of router_aux times the
-        balancing loss.
+        nothing before itself (`Decoder.masks` has the whole rule). cache: a KVCache; the tokens follow those that it
+        holds, at the positions that come next, and are added to it. lengths (B,): of prompts that are padded on
+        the right to T, in an empty cache. Raises ValueError where the tokens do not fit the cache.
+        The loss: mean nats per counted target, 0 where none counts; in training plus router_aux times the balancing
+        loss.
         """
-        if cache is not None:
-            cache.take((idx if embeds is None else embeds).shape[1])
         x, balance = self.model(idx, embeds, positions, cache, lengths)
         logits = self.lm_head(x)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-        loss = loss / (targets != -100).sum().clamp(min=1)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+        loss = nats / (targets != -100).sum().clamp(min=1)
         if self.training and self.config.router_aux:
-            extra = self.config.router_aux * balance
-            loss = loss + (extra - extra.detach())
-        return logits.detach(), loss  # a compiled backward pass would add their gradient, zeros as large as the logits
+            loss = loss + self.config.router_aux * balance
+        return None, loss
 
     def losses(self, idx, positions, source, target):
         """Nats of each target (M,), predicted at the places source (M,) of idx (B, T) laid flat: (M,), float32.
 
-        positions as in `forward`. Logits exist only for these places, a few at a time, as they are large."""
+        positions as in `forward`."""
         x = self.model(idx, positions=positions)[0].flatten(0, 1)[source]  # (M, D)
-        return torch.cat([F.cross_entropy(self.lm_head(part).float(), want, reduction="none")
-                          for part, want in zip(x.split(256), target.split(256))])
+        return self.lm_head(x, target)
 
     # -- facts ---------------------------------------------------------------------------------------------------
 
@@ -655,93 +597,66 @@ class Llama(nn.Module):
             keys += (whole * C * (C + 1) + rest * (rest + 1)) / 2 / length
         return 6 * (self.counts()[1] - lookup) + 12 * cfg.n_head * cfg.head_dim * keys
 
-    # -- balancing of experts ------------------------------------------------------------------------------------
-
     def moe_layers(self):
         """The mixture-of-experts modules, in order of depth."""
         return [m for m in self.modules() if isinstance(m, MoE)]
 
     @torch.no_grad()
     def pop_expert_load(self):
-        layers = self.moe_layers()
-        if not layers:
-            return torch.zeros(0, 0)
-        load = torch.stack([m.load for m in layers])
-        for m in layers:
-            m.load.zero_()
-        return load
-
-    @torch.no_grad()
-    def balance(self):
-        """After an optimizer step: move each selection bias toward balance; returns and clears the load (layers, E).
-
-        Experts with more than the mean load lose router_bias, the others gain it (arXiv:2408.15664)."""
-        layers = self.moe_layers()
-        load = torch.stack([m.load for m in layers])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(load)
-        for m, row in zip(layers, load):
-            m.bias += self.config.router_bias * (row.mean() - row).sign()
-            m.load.zero_()
+        """(layers with experts, E): tokens that each expert got in training since the last call, on this process."""
+        load = self.model.expert_load[[block.is_moe for block in self.model.layers]]
+        self.model.expert_load.zero_()
         return load
 
     # -- generation ----------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def cache_for(self, batch, size, device):
-        """A KVCache for this block. Static ones are of few sizes and kept: a CUDA graph knows where they are."""
-        if self.static:
-            size = max(256, 1 << (size - 1).bit_length())
-        kind = batch, size, device, product_dtype(self.lm_head.weight)
-        cache = self.spare.pop(kind, None) or KVCache(self.config, *kind, self.static)
-        yield cache
-        if self.static:
-            cache.clear()
-            self.spare[kind] = cache
-
-    def after(self, token, cache):
-        """Logits (B, V) of what follows token (B,), the next of each row in cache: what `to_decode` compiles."""
+    def decode_one_token(self, token, cache):
+        """Logits (B, V) of what follows token (B,), the next of each row in cache."""
         return self.lm_head(self.model(token[:, None], cache=cache)[0][:, 0])
 
     @torch.inference_mode()
     def stream(self, idx=None, max_new_tokens=1, temperature=1.0, top_k=None, top_p=None, min_p=None, eos_id=None,
-               seed=None, mask=None, embeds=None):
+               seed=None, mask=None, embeds=None, cache=None):
         """Yield the next token of every row, (B,) int64, until all rows have ended or the context is full.
 
         idx (B, T) or embeds (B, T, D): prompts; mask (B, T): 1 where they are real, 0 for padding on the left or
         right. temperature 0 is greedy. eos_id: an id, or several, that end a row, which then repeats its ending.
-        Raises ValueError when a prompt is empty or leaves no room in the context.
+        cache: a KVCache whose tokens the prompts follow, with room for all that is new; it then holds the new tokens
+        as well, but for the last one. Raises ValueError when a prompt is empty or leaves no room in the context.
         """
         x = self.model.embed_tokens(idx) if embeds is None else embeds
         B, T, device = *x.shape[:2], x.device
-        if not 0 < T < self.config.context:
-            raise ValueError(f"a prompt of {T} tokens: it takes 1 to {self.config.context - 1} in this context")
-        lengths = torch.full((B,), T, device=device)
+        room = self.config.context - (0 if cache is None else int(cache.lengths.max()))
+        if not 0 < T < room:
+            raise ValueError(f"a prompt of {T} tokens: it takes 1 to {room - 1} in this context")
+        steps = min(max_new_tokens, room - T)
+        if cache is None:
+            cache = KVCache(self.config, B, T + steps, device, product_dtype(self.lm_head.weight))
+        lengths = None
         if mask is not None:
             lengths = mask.sum(1)
             if (lengths == 0).any():
                 raise ValueError("a prompt is empty")
-            source = mask.int().argmax(1, keepdim=True) + torch.arange(T, device=device)  # left padding goes right
-            x = x.gather(1, source.clamp(max=T - 1)[..., None].expand_as(x))
+            first = mask.int().argmax(1, keepdim=True)  # (B, 1) where each prompt begins
+            source = (first + torch.arange(T, device=device)).clamp(max=T - 1)  # (B, T): left padding goes right
+            x = x.gather(1, source[..., None].expand_as(x))
+        last = torch.full((B,), T, device=device) - 1 if lengths is None else lengths - 1
         ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else sorted(eos_id)
         ends = torch.tensor(ends, dtype=torch.long, device=device)
-        dice = None if seed is None else torch.Generator(device).manual_seed(seed)
-        steps = min(max_new_tokens, self.config.context - T)
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         done, token = torch.zeros(B, dtype=torch.bool, device=device), None
-        with self.cache_for(B, T + steps, device) as cache:
-            for step in range(steps):
-                cache.take(1 if step else T)
-                if step:
-                    logits = self.after(token, cache)
-                else:
-                    x = self.model(embeds=x, cache=cache, lengths=lengths)[0]
-                    logits = self.lm_head(x[torch.arange(B, device=device), lengths - 1])  # (B, V)
-                following = pick(logits.float(), temperature, top_k, top_p, min_p, dice)
-                token = following if token is None else torch.where(done, token, following)
-                done = done | torch.isin(token, ends)
-                yield token
-                if len(ends) and done.all():
-                    return
+        for step in range(steps):
+            if step == 0:
+                hidden = self.model(embeds=x, cache=cache, lengths=lengths)[0]  # (B, T, D)
+                logits = self.lm_head(hidden[torch.arange(B, device=device), last])  # (B, V)
+            else:
+                logits = self.decode_one_token(token, cache)
+            following = pick(logits.float(), temperature, top_k, top_p, min_p, generator)
+            token = following if token is None else torch.where(done, token, following)
+            done = done | torch.isin(token, ends)
+            yield token
+            if len(ends) and done.all():
+                return
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, eos_id=None, seed=None,
                  mask=None):
@@ -807,20 +722,120 @@ class Llama(nn.Module):
             file.unlink(missing_ok=True)
 
 
+def draw_normal(shape, std, seed, name, device):
+    """Normal numbers (shape), float32, that depend on nothing but seed, name and device."""
+    key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(key, "big") >> 1)  # 63 bits
+    return torch.empty(shape, dtype=torch.float32, device=device).normal_(std=std, generator=generator)
+
+
+# -- generation --------------------------------------------------------------------------------------------------
+
+class KVCache:
+    """Keys and values of B rows that are decoded together, preallocated for `size` positions.
+
+    A layer has S slots: as many as its chunk where attention is chunked and the chunk is smaller than size, else
+    size. Slot s holds the last position p with p % S == s. With S = 4, a row of 6 tokens has 4 5 2 3 in its slots.
+    Rows may differ in length: lengths (B,) counts the tokens of each. An empty cache takes a prompt, at positions
+    (T,), and attends as in training; what follows has positions (B, T) and sees the slots up to its own.
+    """
+
+    def __init__(self, cfg, batch, size, device=None, dtype=None):
+        self.cfg, self.size = cfg, size
+        self.in_use = 0  # slots that are looked at
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
+        shapes = [(batch, self.slots(cfg.chunk_of(i)), cfg.n_kv_head, cfg.head_dim) for i in range(cfg.n_layer)]
+        self.keys = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]  # (B, S, K, d) of each layer
+        self.values = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
+
+    def slots(self, chunk):
+        """S of a layer with this chunk; 0: with full attention."""
+        return min(chunk or self.size, self.size)
+
+    def pieces(self, T):
+        """The sizes of the pieces in which T new tokens go in. Raises ValueError where they do not fit."""
+        longest, chunk = int(self.lengths.max()), self.cfg.chunk
+        if longest + T > self.size:
+            raise ValueError(f"{T} tokens do not fit a cache of {self.size}, which holds {longest}")
+        edges = {0, T}
+        if longest and 0 < chunk < self.size:  # in a row of 6 tokens, chunks of 4: before the new tokens 2, 6, 10, ...
+            for length in self.lengths.tolist():
+                edges.update(range(-length % chunk, T, chunk))
+        edges = sorted(edges)
+        return [end - start for start, end in zip(edges, edges[1:])]
+
+    def extend(self, T, lengths=None):
+        """Count T more tokens in each row, or lengths (B,) in an empty cache; returns their positions."""
+        positions = torch.arange(T, device=self.lengths.device)  # (T,)
+        if self.lengths.any():
+            if lengths is not None:
+                raise ValueError("only an empty cache takes prompts of different lengths")
+            positions = self.lengths[:, None] + positions  # (B, T)
+        self.lengths += T if lengths is None else lengths
+        self.in_use = int(self.lengths.max())
+        return positions
+
+    def mask(self, positions, chunk):
+        """Which slots the tokens at positions see in layers of this chunk, (B, 1, T, S); None: as in training."""
+        if positions.dim() == 1:
+            return None
+        slots = torch.arange(min(self.slots(chunk), self.in_use), device=positions.device)
+        return (slots <= (positions % self.slots(chunk))[..., None])[:, None]
+
+    def update(self, layer, k, v, positions):
+        """Store k, v (B, K, T, d) of a layer; returns the keys and values to attend to, (B, K, S, d)."""
+        keys, values = self.keys[layer], self.values[layer]  # (B, S, K, d)
+        S, T = keys.shape[1], k.shape[2]
+        new_k, new_v = k.transpose(1, 2).to(keys.dtype), v.transpose(1, 2).to(keys.dtype)  # (B, T, K, d)
+        stored = positions
+        if T > S:  # of a prompt only the last S tokens of each row stay
+            stored = (self.lengths[:, None] - S + torch.arange(S, device=k.device)).clamp(min=0)  # (B, S)
+            new_k, new_v = new_k[self.rows, stored], new_v[self.rows, stored]  # (B, S, K, d)
+        slot = stored % S
+        keys[self.rows, slot] = new_k
+        values[self.rows, slot] = new_v
+        if positions.dim() == 1:
+            return k, v
+        return keys[:, :self.in_use].transpose(1, 2), values[:, :self.in_use].transpose(1, 2)
+
+    def rewind(self, length):
+        """Forget all but the first `length` tokens of each row; returns how many are kept: a chunk whose slots were
+        taken by later ones is forgotten from its beginning."""
+        longest, chunk = int(self.lengths.max()), self.cfg.chunk
+        length = min(length, longest)
+        if 0 < chunk < self.size and length // chunk != (longest - 1) // chunk:
+            length = length // chunk * chunk
+        self.lengths.clamp_(max=length)
+        return length
+
+    def grow(self, size):
+        """Make room for `size` positions in all."""
+        self.size = max(size, self.size)
+        for i in range(self.cfg.n_layer):
+            more = self.slots(self.cfg.chunk_of(i)) - self.keys[i].shape[1]
+            self.keys[i] = F.pad(self.keys[i], (0, 0, 0, 0, 0, more))  # (B, S, K, d)
+            self.values[i] = F.pad(self.values[i], (0, 0, 0, 0, 0, more))
+
+
 def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
     """Draw a token from each row of logits (B, V) -> (B,). temperature 0 takes the most likely.
 
     top_k keeps the k most likely tokens, top_p the fewest whose probabilities reach p (arXiv:1904.09751), min_p
     those with at least min_p times the probability of the most likely (arXiv:2407.01082)."""
-    if temperature == 0:
+    if temperature < 1e-9:  # float32 cannot tell such a distribution from the most likely token
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits - logits.max(-1, keepdim=True).values  # 0 for the most likely, so that nothing overflows
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
-    p = logits.softmax(-1)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    p = (logits / temperature).softmax(-1)
     if top_p is not None and top_p < 1:
-        value, index = p.sort(-1, descending=True)
-        p = p.masked_fill((value.cumsum(-1) - value >= top_p).gather(1, index.argsort(-1)), 0)
+        order = logits.argsort(-1, descending=True)
+        falling = p.gather(1, order)
+        cut = falling.cumsum(-1) - falling >= top_p  # the likelier tokens are enough already
+        cut[:, 0] = False
+        p = torch.zeros_like(p).scatter(1, order, falling.masked_fill(cut, 0))
     if min_p:
         p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0)
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # a race that p wins with chance p

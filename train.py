@@ -625,6 +625,7 @@ def fit(task, cfg, out):
                 print0(f"step {step + 1}: the gradient is {norm}; step skipped")
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
+            load = llama.pop_expert_load()
 
             elapsed = time.perf_counter() - begin
             threads.adapt(elapsed)
@@ -643,7 +644,7 @@ def fit(task, cfg, out):
                          "seconds": round(state["seconds"], 3)}
                 if bad_steps:
                     entry["skipped"] = bad_steps  # so many steps in a row
-                entry |= expert_load(llama)
+                entry |= relative_load(load)
                 log.write(entry)
                 print0(log_line(entry, cfg.max_iters, elapsed, typical))
             if bad_steps == (25 if scaler.is_enabled() else 5):  # the scaler's first scales are too large on purpose
@@ -701,10 +702,9 @@ def resume(task, cfg, out, optimizers, scaler):
     return {key: state[key] for key in ("step", "sequences", "tokens", "seconds", "best")}
 
 
-def expert_load(llama):
-    """{"expert_load": [least, most]}: tokens of an expert since the last call, relative to the mean of its layer; {}
-    for a dense model."""
-    load = llama.pop_expert_load()  # (layers, E)
+def relative_load(load):
+    """{"expert_load": [least, most]} of the tokens that each expert got on this process, (layers, E), relative to the
+    mean of its layer over all processes; {} for a dense model."""
     if not load.numel():
         return {}
     load = torch.tensor(all_reduce_sum(*load.flatten().tolist())).view(load.shape)
@@ -816,8 +816,7 @@ def build_model(cfg, shape, data, tok, out):
     if cfg.init_from == "scratch":
         c = new_shape(cfg, shape, tok, data.vocab_size)
         need_fit(c, cfg, {}, data.vocab_size)
-        torch.manual_seed(cfg.seed)
-        return Llama(c)
+        return Llama(c, cfg.seed)
     source = common_latest(out) if cfg.init_from == "resume" else cfg.init_from
     llama, its_tok, _ = load_llama(source, shape)
     if its_tok.fingerprint != tok.fingerprint:

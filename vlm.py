@@ -38,6 +38,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import common  # noqa: E402
 import model  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
 from prepare import images, tokenizer  # noqa: E402
@@ -546,7 +547,7 @@ def build(cfg, shape, folder, out):
             if source:
                 llama = grow(model.Llama.from_pretrained(source, dtype=torch.float32, **kept), tok.vocab_size)
             else:
-                llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size))
+                llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
             encoder = make_encoder(name, cfg.vit_weights, cfg.stage != "together")
             vlm = Vlm(llama, encoder, image_id, name, bool(cfg.pixel_shuffle), cfg.beta)
     train.need_fit(vlm.llama.config, cfg, shape if source else {}, tok.vocab_size)
@@ -664,10 +665,12 @@ def load(cfg):
     """Runner of the model that cfg names."""
     directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
+    if cfg.dtype == "auto" and device.type == "cpu":
+        cfg = replace(cfg, dtype="float32")  # of packed weights
     with config.mistakes(ValueError, FileNotFoundError):
         directory = model.find_checkpoint(directory)
         run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
-    run.vlm.llama.to_decode()
+    sample.to_decode(run.vlm.llama)
     return run
 
 

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -501,16 +501,18 @@ def decode(cfg):
     """Greedy decoding, random weights: 256 tokens one by one, many rows at once, and a long prompt. On a GPU through CUDA graphs."""
     import torch
 
+    import sample
     from model import PRESETS, Llama
     device, dtype, _ = precision(cfg.device)
     gpu = device.type == "cuda"
+    dtype = dtype if gpu else torch.float32  # as sample.py takes it
     for name in ("smollm2-135m", "llama-3.2-1b") if gpu else ("stories15m", "smollm2-135m"):
         forget(cfg.device)
         torch.manual_seed(0)
         new = 240 if name == "stories15m" else 256  # with the prompt, what stories15m's context holds
         model = Llama(PRESETS[name]).to(device, dtype).eval()
         theirs, weights = twin(model).to(dtype).eval(), sum(p.numel() for p in model.parameters())
-        model.to_decode(compile=gpu)
+        sample.to_decode(model, compile=gpu)
         if gpu:
             check_graphs(model)
         prompt = torch.randint(model.config.vocab_size, (1, min(2048, model.config.context - 1)), device=device)
@@ -545,16 +547,16 @@ def check_graphs(model):
     """Assert that a model's compiled steps give the logits of its plain ones and, on a GPU, are CUDA graphs."""
     import torch
 
-    from model import KVCache
+    from model import KVCache, Llama
+    from sample import pinned
     weight, idx, found = model.lm_head.weight, torch.arange(12), []
     idx = idx.to(weight.device)
     with torch.inference_mode():
-        for after in model.after, lambda *args: type(model).after(model, *args):
-            cache, logits = KVCache(model.config, 1, 256, weight.device, weight.dtype, static=True), []
+        for step in model.decode_one_token, partial(Llama.decode_one_token, model):
+            cache, logits = pinned(KVCache(model.config, 1, 256, weight.device, weight.dtype)), []
             model(idx[None, :4], cache=cache)
             for token in idx[4:]:
-                cache.take(1)
-                logits.append(after(token[None], cache).float().cpu())
+                logits.append(step(token[None], cache).float().cpu())
             found.append(torch.cat(logits))
     assert (found[0] - found[1]).abs().max() < 0.05 * found[1].std(), "compiled steps give other logits"
     skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
@@ -609,6 +611,8 @@ def long_context(cfg):
     shape = LlamaConfig(arch="llama4", dim=256, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=512, chunk=512, vocab_size=64, context=65536)
     torch.manual_seed(0)
     block = as_trained(Block(shape, 0).to(device))
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.02)
 
     def work(length):
         x, positions = torch.randn(1, length, 256, device=device), torch.arange(length, device=device)
@@ -616,7 +620,7 @@ def long_context(cfg):
 
         def once():
             with autocast():
-                block(x, rope, positions, None, None, None)[0].float().sum().backward()
+                block(x, rope, positions)[0].float().sum().backward()
             wait(device)
         return once
     times = 16 if cfg.device == "cpu" else 64

@@ -164,7 +164,7 @@ FILES = [
 SAMPLE = [
     (["--temprature=1"], "unknown key 'temprature'; did you mean 'temperature'?"),
     (["--temperature=warm"], "temperature takes float, not 'warm'"),
-    (["--top_p=2"], "top_p must lie between 0 and 1"),
+    (["--top_p=2"], "top_p must lie in [0, 1], not 2.0"),
     (["--start", ""], "the prompt is empty"),
     (["--start", "abcd" * 5], "the prompt has 20 tokens, and the model's context holds 16: shorten it by at least 5"),
     (["--start", "ab", "abcd" * 5], "the prompt has 20 tokens"),

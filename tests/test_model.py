@@ -3,14 +3,15 @@
 Each test names the mistake that it would catch; parity with transformers is in test_parity.py.
 """
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import PRESETS, KVCache, Llama, LlamaConfig, Panels, pick, rope_angles, rope_frequencies
+from model import PRESETS, Decoder, Head, KVCache, Llama, LlamaConfig, pick, rope_angles, rope_frequencies
+from sample import PackedLinear, to_decode
 
 VOCAB = 29
 
@@ -42,8 +43,8 @@ def tokens(*shape, seed=0):
 
 def build(cfg, seed=0):
     """A model in eval mode whose logits have unit scale: those of the default draw are so small that errors hide."""
+    model = Llama(cfg, seed).eval()
     torch.manual_seed(seed)
-    model = Llama(cfg).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:
@@ -83,8 +84,7 @@ def test_chunks_hide_earlier_chunks_exactly():
 
 def fit(cfg, target, steps, seed=0):
     """Loss on fresh data after training on iid random tokens; target(idx (B, T + 1)) makes inputs and targets."""
-    torch.manual_seed(seed)
-    model = Llama(cfg)
+    model = Llama(cfg, seed)
     opt = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(steps):
         x, y = target(tokens(16, 33, seed=1 + step))
@@ -131,7 +131,7 @@ def test_cached_greedy_decoding_equals_the_full_forward(name):
 
 @pytest.mark.parametrize("name", ("llama-3.2-1b", "llama-4-scout"))
 def test_a_compiled_step_is_one_graph_that_writes_only_where_a_cuda_graph_may(name, monkeypatch):
-    """One graph for prompts and lengths of any kind, and all that it changes lies at addresses it was promised to stay."""
+    """One graph for prompts and lengths of any kind; all that it changes lies at addresses it was promised to stay."""
     from functorch.compile import make_boxed_func
     from torch._functorch.aot_autograd import aot_module_simplified
     written = []
@@ -144,38 +144,42 @@ def test_a_compiled_step_is_one_graph_that_writes_only_where_a_cuda_graph_may(na
         return aot_module_simplified(graph, inputs, fw_compiler=look, inference_compiler=look)
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: compiler(f, backend=backend, dynamic=dynamic))
-    cfg = tiny(name, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16, context=128)  # grouped_mm wants rows of 16 bytes
-    model = build(cfg).bfloat16().to_decode()  # torch's compiler knows grouped_mm in bfloat16 only
+    # grouped_mm wants rows of 16 bytes
+    cfg = tiny(name, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16, context=128)
+    model = to_decode(build(cfg).bfloat16())  # torch's compiler knows grouped_mm in bfloat16 only
     prompts = [(tokens(2, 5), 80), (tokens(2, 3), 20), (tokens(2, 17), 30)]
     want = [model.generate(idx, new, temperature=0) for idx, new in prompts]
-    model.to_decode(compile=True)
+    to_decode(model, compile=True)
     got = [model.generate(idx, new, temperature=0) for idx, new in prompts]
     assert all(torch.equal(a, b) for a, b in zip(got, want))
-    assert written == [set()] and len(model.spare) == 1  # one graph, one cache that was used three times
+    assert written == [set()] and len(model.cache_pool.free) == 1  # one graph, one cache that was used three times
 
 
 # -- nothing dead ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", distinct())
-def test_panels_multiply_as_the_matrices_they_hold(name):
-    """What decodes fast must not read a panel's columns in another order, nor look a tied embedding up in the wrong row."""
+def test_packed_matrices_multiply_as_they_did(name):
+    """Panels are read in their order, and a tied embedding is looked up in the right row."""
     cfg = tiny(name, vocab_size=48, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16)
-    model, idx = build(cfg), tokens(3, 40)  # 120 rows are one product, 3 rows of the cached steps a product of each panel
+    # 120 rows are one product, 3 rows of the cached steps a product of each panel
+    model, idx = build(cfg), tokens(3, 40)
     want, greedy = model(idx)[0], model.generate(idx, 8, temperature=0)
     counts = model.counts()
-    model.to_decode()
+    to_decode(model)
     assert model.counts() == counts
-    assert isinstance(model.lm_head, Panels) and isinstance(model.model.layers[0].self_attn.q_proj, Panels)
+    assert isinstance(model.lm_head, PackedLinear)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
     torch.testing.assert_close(model(idx)[0], want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(idx[:1, :5])[0], want[:1, :5], rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(idx, 8, temperature=0), greedy)
-    assert Llama(replace(cfg, vocab_size=VOCAB)).to_decode().lm_head.out_features == VOCAB  # what cannot be cut stays as it is
+    odd = to_decode(Llama(replace(cfg, vocab_size=VOCAB)))
+    assert odd.lm_head.out_features == VOCAB  # what cannot be cut stays as it is
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "scout-128m"])
 def test_compiling_changes_nothing(name):
-    """In float32, where torch's compiler refuses grouped_mm (the MoE stays outside), and without a break in bfloat16."""
+    """In float32, where torch's compiler refuses grouped_mm (the MoE stays outside); without a break in bfloat16."""
     model, idx = build(tiny(name, expert_dim=16, ffn_dim=16)).train(), tokens(2, 20)
     want = model(idx, idx)[1]
     compiled = torch.compile(model, backend="aot_eager")(idx, idx)[1]
@@ -191,29 +195,28 @@ def test_compiling_changes_nothing(name):
 @pytest.mark.parametrize("name", distinct())
 def test_every_parameter_gets_a_gradient_and_every_expert_is_used(name):
     cfg = tiny(name)
-    torch.manual_seed(0)
     model = Llama(cfg).train()
     model(*honest(tokens(16, 61)))[1].backward()
     for name, p in model.named_parameters():
         rows = p.grad.flatten(1).abs().sum(1) if p.dim() > 1 else p.grad.abs()  # each expert, neuron, token
         assert rows.min() > 0, name
     assert len(model.moe_layers()) == sum(cfg.is_moe(i) for i in range(cfg.n_layer))
-    for m in model.moe_layers():
-        assert m.load.min() > 0 and m.load.sum() == 16 * 60 * cfg.top_k
+    load = model.pop_expert_load()
+    assert load.shape == (len(model.moe_layers()), cfg.n_experts)
+    assert (load > 0).all() and (load.sum(1) == 16 * 60 * cfg.top_k).all()
+    assert not model.pop_expert_load().any()
 
 
 @torch.no_grad()
 def test_eval_is_deterministic_and_training_helps_leave_no_trace_in_it():
     plain = tiny("llama4-tiny")
-    helped = replace(plain, router_noise=1.0, router_aux=0.5, router_bias=0.1, dropout=0.3)
+    helped = replace(plain, router_noise=1.0, router_aux=0.5, dropout=0.3)
     model, other, idx = Llama(plain).eval(), Llama(helped).eval(), tokens(4, 20)
     other.load_state_dict(model.state_dict())
-    for m in other.moe_layers():
-        m.bias.normal_(std=9)
-    want = model(*honest(idx))
+    x, y = honest(idx)
     for _ in range(2):
-        got = other(*honest(idx))
-        assert torch.equal(want[0], got[0]) and want[1] == got[1]
+        assert torch.equal(model(x)[0], other(x)[0]) and model(x, y)[1] == other(x, y)[1]
+    assert not other.pop_expert_load().any()  # counted in training only
     other.train()
     assert not torch.equal(other(idx)[0], other(idx)[0])
 
@@ -221,8 +224,7 @@ def test_eval_is_deterministic_and_training_helps_leave_no_trace_in_it():
 # -- the router's help in training -------------------------------------------------------------------------------
 
 def router_model(**changes):
-    torch.manual_seed(0)
-    return Llama(tiny("scout-128m", **changes)).train()
+    return Llama(tiny("scout-128m", **changes), seed=0).train()
 
 
 @torch.no_grad()
@@ -234,31 +236,10 @@ def test_router_noise_only_selects():
     assert not torch.allclose(model(idx)[0], model(idx)[0])
 
 
-@torch.no_grad()
-def test_router_bias_only_selects_and_balances():
-    model, idx = router_model(router_bias=0.05), tokens(64, 40)
-    for m in model.moe_layers():
-        m.router.weight[0] *= 3  # unbalanced from the start
-    model(idx)
-    first = model.balance()
-    assert first.shape == (4, 8) and (first.sum(1) == 64 * 40).all()
-    assert all(m.load.sum() == 0 for m in model.moe_layers())
-    for m, row in zip(model.moe_layers(), first):
-        torch.testing.assert_close(m.bias, 0.05 * (row.mean() - row).sign())
-    for _ in range(60):
-        model(idx)
-        last = model.balance()
-    assert last.std(1).max() < 0.3 * first.std(1).min()
-    for m in model.moe_layers():
-        m.bias.fill_(-100)  # the same for all: the selection and the scores stay
-    torch.testing.assert_close(model(idx)[0], model.eval()(idx)[0])
-
-
-def test_router_aux_adds_the_balancing_loss_to_the_gradient_and_not_to_the_value():
+def test_router_aux_adds_the_balancing_loss():
     idx, weight = tokens(8, 33), 0.7
     plain, helped = router_model(), router_model(router_aux=weight)
     losses = [m(*honest(idx))[1] for m in (plain, helped)]
-    assert losses[0].item() == losses[1].item()
     routers = [[m.router.weight for m in model.moe_layers()] for model in (plain, helped)]
     grads = [torch.autograd.grad(loss, weights) for loss, weights in zip(losses, routers)]
     got = [h - p for p, h in zip(*grads)]
@@ -272,6 +253,8 @@ def test_router_aux_adds_the_balancing_loss_to_the_gradient_and_not_to_the_value
     for logits in seen:
         share = F.one_hot(logits.argmax(-1), 8).float().mean(0)
         switch = switch + 8 * (share * logits.softmax(-1).mean(0)).sum()
+    assert (losses[1] - losses[0]).item() == pytest.approx(weight * switch.item(), abs=1e-5)
+    assert helped.eval()(*honest(idx))[1] == plain.eval()(*honest(idx))[1]  # not in evaluation
     want = torch.autograd.grad(weight * switch, routers[0])
     assert all(w.norm() > 1e-3 for w in want)
     for g, w in zip(got, want):
@@ -282,19 +265,50 @@ def test_router_aux_adds_the_balancing_loss_to_the_gradient_and_not_to_the_value
 
 @pytest.mark.parametrize("name", ("llama-2-7b", "smollm2-135m", "llama4-tiny"))
 def test_init_by_role(name):
-    cfg = tiny(name, vocab_size=512, n_layer=8, dim=160, n_head=8, n_kv_head=4, head_dim=24, ffn_dim=320, expert_dim=200)
+    cfg = tiny(name, vocab_size=512, n_layer=8, dim=160, n_head=8, n_kv_head=4, head_dim=24, ffn_dim=320,
+               expert_dim=200)
     torch.manual_seed(0)
     model, reads, writes = Llama(cfg), cfg.dim ** -0.5, 16 ** -0.5  # 16 writes to the stream in 8 layers
     for name, p in model.named_parameters():
         width = cfg.expert_dim if "expert" in name else cfg.ffn_dim
         want = {"embed_tokens": cfg.dim ** -0.5 if cfg.tie_embeddings else 1.0, "lm_head": 0.02,
-                "q_proj": reads, "k_proj": reads, "v_proj": reads, "gate_proj": reads, "up_proj": reads, "gate_up_proj": reads, "router": reads,
+                "q_proj": reads, "k_proj": reads, "v_proj": reads, "gate_proj": reads, "up_proj": reads,
+                "gate_up_proj": reads, "router": reads,
                 "o_proj": writes * (cfg.n_head * cfg.head_dim) ** -0.5, "down_proj": writes * width ** -0.5}
         role = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if role.endswith("norm"):
             assert (p == 1).all()
         else:
             assert p.std().item() == pytest.approx(want[role], rel=0.05) and abs(p.mean()) < 0.05 * want[role], name
+
+
+def test_weights_depend_on_seed_and_name_alone():
+    cfg = tiny("llama4-tiny")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one = Llama(cfg, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)  # and torch's own generator is not touched
+    torch.manual_seed(6)
+    again, other = Llama(cfg, seed=3).state_dict(), Llama(cfg, seed=4).state_dict()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    drawn = [name for name in one if "norm" not in name]
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+    assert len({one[name].flatten()[:8].numpy().tobytes() for name in drawn}) == len(drawn)  # no stream is used twice
+    deeper = Llama(replace(cfg, n_layer=8), seed=3).state_dict()  # more modules, and other ones before the same name
+    same = [name for name in drawn if "o_proj" not in name and "down_proj" not in name]  # which scale with depth
+    assert all(torch.equal(one[name], deeper[name]) for name in same)
+
+
+def test_weights_are_drawn_in_float32_and_in_place():
+    """As a model that was built on "meta" is drawn later, also in half precision."""
+    cfg = tiny("llama4-tiny")
+    with torch.device("meta"):
+        empty = Llama(cfg)
+    assert empty.lm_head.weight.is_meta and not empty.model.expert_load.is_meta
+    late = empty.to_empty(device="cpu").to(torch.bfloat16)
+    late.init_weights(7)
+    want = Llama(cfg, seed=7).state_dict()
+    assert all(torch.equal(t, want[name].bfloat16()) for name, t in late.state_dict().items())
 
 
 @torch.no_grad()
@@ -370,10 +384,33 @@ def test_flops_of_chunks_count_the_keys_that_are_visible(length):
     (dict(n_experts=4), "n_experts"), (dict(chunk=8), "chunk"), (dict(qk_norm=True), "qk_norm"),
     (dict(nope_every=4), "nope_every"), (dict(arch="llama4", attn_scale=0.1), "attn_scale"),
     (dict(arch="llama4", n_experts=2, top_k=3), "top_k"), (dict(arch="llama4", n_experts=2, moe_every=0), "moe_every"),
+    (dict(rope_scaling=(8.0, 1.0, 4.0, float("nan"))), "rope_scaling"), (dict(bos_id=-1), "bos_id"),
+    (dict(rope_scaling=(8.0, 0.0, 4.0, 64.0)), "rope_scaling"), (dict(rope_scaling=(8, 4, 1, 64)), "rope_scaling"),
+    (dict(eos_ids=(2.0,)), "eos_ids"),
+    (dict(n_layer=5000), "n_layer"), (dict(tie_embeddings=1), "tie_embeddings"),
 ])
 def test_a_shape_that_cannot_be_built_is_an_error_that_names_the_field(wrong, names):
     with pytest.raises(ValueError, match=names):
         LlamaConfig(**({"n_head": 4, "dim": 64} | wrong))
+
+
+NUMBERS = [f.name for f in fields(LlamaConfig) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_range(name):
+    """What is no such number is refused in a line that names it; 0 where it makes no sense."""
+    good = dict(arch="llama4", n_head=4, dim=64, nope_every=2, n_experts=4)
+    for wrong in (-1, -0.5, float("nan"), float("inf"), -float("inf"), 2**64, "1", None, True, [1]):
+        with pytest.raises(ValueError, match=name):
+            LlamaConfig(**good | {name: wrong})
+    may_be_zero = {"n_kv_head", "head_dim", "nope_every", "chunk", "attn_scale", "n_experts", "expert_dim", "dropout",
+                   "router_noise", "router_aux"}
+    if name in may_be_zero:
+        LlamaConfig(**good | {name: 0})
+    else:
+        with pytest.raises(ValueError, match=name):
+            LlamaConfig(**good | {name: 0})
 
 
 def test_a_config_fills_in_what_follows_from_the_rest():
@@ -389,10 +426,36 @@ def test_the_loss_counts_only_real_targets():
     model, (x, y) = build(tiny("llama-3.2-1b")), honest(tokens(3, 21))
     hole = y.clone()
     hole[0], hole[1, 4:9], hole[2, -1] = -100, -100, -100
-    logits, loss = model(x, hole)
+    (logits, nothing), (none, loss) = model(x), model(x, hole)
+    assert nothing is None and none is None
     logp = logits.log_softmax(-1).gather(2, y[..., None])[..., 0]
     torch.testing.assert_close(loss, -logp[hole != -100].mean())
-    assert model(x)[1] is None and logits.shape == (3, 20, VOCAB)
+    assert logits.shape == (3, 20, VOCAB)
+
+
+@pytest.mark.parametrize("name", ("llama-3.2-1b", "scout-128m"))
+def test_a_batch_without_targets_has_no_loss_and_no_gradient(name):
+    model, idx = build(tiny(name)).train(), tokens(2, 9)
+    _, loss = model(idx, torch.full_like(idx, -100))
+    loss.backward()
+    assert loss.item() == 0.0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", (0, 1, 255, 256, 257, 600))
+def test_losses_at_some_places_are_those_of_the_whole_with_one_call_of_the_head(count, monkeypatch):
+    """One call for any number of places: over several processes each call gathers the head."""
+    model, idx, calls = build(tiny("llama-3-8b")), tokens(12, 60), []
+    positions = torch.arange(60).expand(12, -1)
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randint(12 * 60, (count,), generator=generator)
+    target = torch.randint(VOCAB, (count,), generator=generator)
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    got = model.losses(idx, positions, source, target)
+    assert len(calls) == 1 and got.dtype == torch.float32 and got.shape == (count,)
+    want = F.cross_entropy(model(idx)[0].flatten(0, 1)[source], target, reduction="none")
+    torch.testing.assert_close(got, want)
+    assert isinstance(model.lm_head, Head) and "lm_head.weight" in model.state_dict()
 
 
 @torch.no_grad()
@@ -406,22 +469,59 @@ def test_documents_in_a_row_do_not_see_each_other(name):
             torch.testing.assert_close(part, model(alone[None])[0][0], atol=1e-5, rtol=1e-5)
 
 
+def branches(T, generator):
+    """Random positions (T,) of documents and continuations that jump back anywhere, also within continuations."""
+    positions = [0]
+    while len(positions) < T:
+        jump = torch.rand((), generator=generator) < 0.4
+        positions.append(int(torch.randint(positions[-1] + 1, (), generator=generator)) if jump else positions[-1] + 1)
+    return positions
+
+
+def test_a_continuation_sees_the_branch_that_it_continues_and_no_other():
+    generator = torch.Generator().manual_seed(0)
+    cfg = tiny("llama4-tiny", chunk=4)
+    rows = [branches(24, generator) for _ in range(200)]
+    rows[0][:9] = 0, 1, 2, 3, 4, 5, 3, 4, 4  # the last one sees token 6, which took the place of token 3
+    full, chunked = Decoder(cfg).masks(torch.tensor(rows))
+    for positions, seen, seen_in_chunk in zip(rows, full[:, 0], chunked[:, 0]):
+        branch = []  # the tokens in place: number p of them is the one at position p
+        for i, p in enumerate(positions):
+            branch = [*branch[:p], i]
+            assert seen[i].nonzero().flatten().tolist() == sorted(branch)
+            assert seen_in_chunk[i].nonzero().flatten().tolist() == branch[p // 4 * 4:]
+    assert full[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 6, 8]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny", "scout-128m"))
+def test_branches_in_a_row_are_each_as_if_alone(name):
+    model, generator = build(tiny(name)), torch.Generator().manual_seed(1)
+    rows = [branches(30, generator) for _ in range(3)]
+    idx = tokens(3, 30)
+    together, _ = model(idx, positions=torch.tensor(rows))
+    for b, positions in enumerate(rows):
+        branch = []
+        for i, p in enumerate(positions):
+            branch = [*branch[:p], i]
+            alone, _ = model(idx[b, branch][None])
+            torch.testing.assert_close(together[b, i], alone[0, -1], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny"))
 def test_checkpointing_changes_memory_and_nothing_else(name):
-    helps = dict(router_noise=0.5, router_aux=0.1, router_bias=0.1) if name == "llama4-tiny" else {}
+    helps = dict(router_noise=0.5, router_aux=0.1) if name == "llama4-tiny" else {}
     cfg, found = tiny(name, dropout=0.2, **helps), []
     for checkpointing in (False, True):
-        torch.manual_seed(0)
         model = Llama(cfg).train()
         model.model.checkpointing = checkpointing
         torch.manual_seed(1)  # the same dropout and noise
         loss = model(*honest(tokens(4, 33)))[1]
         loss.backward()
-        found.append((loss.item(), [p.grad for p in model.parameters()], [m.load.clone() for m in model.moe_layers()]))
-    (loss, grads, loads), (loss2, grads2, loads2) = found
-    assert loss == loss2
+        found.append((loss.item(), [p.grad for p in model.parameters()], model.pop_expert_load()))
+    (loss, grads, load), (loss2, grads2, load2) = found
+    assert loss == loss2 and torch.equal(load, load2)
     assert all(torch.equal(a, b) for a, b in zip(grads, grads2))
-    assert all(torch.equal(a, b) for a, b in zip(loads, loads2))
 
 
 @torch.no_grad()
@@ -464,10 +564,10 @@ def test_rope_scaling_per_frequency(name):
 def test_sampling_draws_from_the_cut_distribution():
     p = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1])
     logits = p.log()[None].repeat(40000, 1)
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def share(**how):
-        return pick(logits, generator=dice, **how).bincount(minlength=5) / 40000
+        return pick(logits, generator=generator, **how).bincount(minlength=5) / 40000
     cases = [({}, p), (dict(top_k=2), p * (p > 0.2001)), (dict(top_k=99), p), (dict(top_p=0.6), p * (p > 0.2001)),
              (dict(top_p=0.66), p * (p > 0.1001)), (dict(top_p=1.0), p), (dict(top_p=1e-9), p * (p > 0.3)),
              (dict(min_p=0.26), p * (p > 0.0999) * (p != 0.1)), (dict(temperature=0.5), p * p),
@@ -476,6 +576,37 @@ def test_sampling_draws_from_the_cut_distribution():
         want = want / want.sum()
         got = share(**how)
         assert ((got - want).abs() < 0.012).all() and not got[want == 0].any(), how
+
+
+TEMPERATURES = 0.0, 1e-320, 1e-40, 1e-9, 1e-3, 1.0, 1e4, 1e38
+LOGITS = {"unit": 1.0, "large": 1e6, "huge": 1e38, "small": 1e-3}
+
+
+@pytest.mark.parametrize("scale", LOGITS)
+@pytest.mark.parametrize("hidden", (False, True), ids=("all", "some at -inf"))
+def test_no_setting_within_its_range_draws_nonsense(scale, hidden):
+    """Only tokens that every cut keeps are drawn, whatever the other settings are; a low temperature is greedy."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 11, generator=generator).clamp(-3, 3) * LOGITS[scale]
+    if hidden:
+        logits[:, ::2] = -torch.inf
+    best = logits.argmax(-1)
+    for temperature in TEMPERATURES:
+        exact = ((logits.double() - logits.double().max(-1, keepdim=True).values) / max(temperature, 1e-12)).softmax(-1)
+        for top_k in (None, 0, 1, 3, 11, 12, 2**30):
+            for top_p in (None, 0.0, 1e-9, 0.5, 1.0):
+                for min_p in (None, 0.0, 0.5, 1.0):
+                    token = pick(logits, temperature, top_k, top_p, min_p, generator)
+                    how = temperature, top_k, top_p, min_p
+                    assert torch.isfinite(logits.gather(1, token[:, None])).all(), how
+                    if temperature <= 1e-9 or top_k == 1 or top_p in (0.0, 1e-9) or min_p == 1.0 and temperature < 1e3:
+                        assert torch.equal(token, best), how
+                    rank = (logits > logits.gather(1, token[:, None])).sum(-1)  # tokens that are likelier
+                    assert (rank < (top_k or 11)).all(), how
+                    p = exact.gather(1, token[:, None])[:, 0]
+                    likelier = torch.where(exact > p[:, None], exact, 0).sum(-1)
+                    assert (likelier < max(1 if top_p is None else top_p, 1e-12) + 1e-5).all(), how
+                    assert (p >= (min_p or 0) * exact.max(-1).values * (1 - 1e-5)).all(), how
 
 
 @pytest.mark.parametrize("name", distinct())
@@ -511,6 +642,81 @@ def test_what_was_generated_can_be_trained_on(new):
     ids = model.generate(tokens(2, 6), new)
     model(ids[:, :-1], ids[:, 1:])[1].backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+CHUNKED = ("llama-3.2-1b", {}), ("llama-4-scout", {}), ("llama4-tiny", dict(chunk=7)), ("scout-128m", dict(chunk=4)), (
+    "llama-4-scout", dict(nope_every=0, attn_scale=0.0, n_layer=2)), ("llama-4-scout", dict(n_experts=0, chunk=100))
+
+
+def random_pieces(total, generator):
+    """Random positive numbers that sum to total."""
+    sizes = []
+    while sum(sizes) < total:
+        sizes.append(int(torch.randint(1, total - sum(sizes) + 1, (), generator=generator)))
+    return sizes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, changes", CHUNKED)
+def test_a_cache_takes_a_text_in_any_pieces(name, changes):
+    """At once, token by token or in random pieces, alone or after prompts of different lengths: as the full forward."""
+    cfg, generator = tiny(name, **changes), torch.Generator().manual_seed(0)
+    model, idx = build(cfg), tokens(3, 40)
+    want = model(idx)[0]
+    divisions = [[40], [1] * 40, [1, 39], [8, 8, 24], *(random_pieces(40, generator) for _ in range(12))]
+    for sizes in divisions:
+        cache = KVCache(cfg, 3, 40)
+        got = [model(part, cache=cache)[0] for part in idx.split(sizes, 1)]
+        torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-5, rtol=1e-5, msg=f"pieces {sizes}")
+    for lengths in ([1, 8, 17], [16, 3, 7], [5, 6, 20], [20, 20, 20]):
+        cache, width = KVCache(cfg, 3, 40), max(lengths)
+        prompt = idx[:, :width].clone()
+        for row, length in enumerate(lengths):
+            prompt[row, length:] = 0  # padding
+        got = model(prompt, cache=cache, lengths=torch.tensor(lengths))[0]
+        for row, length in enumerate(lengths):
+            torch.testing.assert_close(got[row, :length], want[row, :length], atol=1e-5, rtol=1e-5)
+        seen = list(lengths)
+        for size in random_pieces(20, generator):
+            piece = torch.stack([idx[row, n:n + size] for row, n in enumerate(seen)])
+            got = model(piece, cache=cache)[0]
+            for row, n in enumerate(seen):
+                torch.testing.assert_close(got[row], want[row, n:n + size], atol=1e-5, rtol=1e-5, msg=f"{lengths}")
+            seen = [n + size for n in seen]
+        assert cache.lengths.tolist() == seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, changes", CHUNKED)
+def test_a_cache_that_was_rewound_goes_on_from_there(name, changes):
+    cfg, generator = tiny(name, **changes), torch.Generator().manual_seed(0)
+    model, texts = build(cfg), [tokens(2, 40, seed=s) for s in range(30)]
+    cache, held = KVCache(cfg, 2, 6), texts[0][:, :0]
+    for i, text in enumerate(texts):
+        back = held.shape[1] if i % 10 == 9 else 3  # mostly a few tokens, so that it grows
+        wanted = held.shape[1] + 2 - int(torch.randint(back + 3, (), generator=generator))
+        wanted = max(wanted, 0)
+        length = cache.rewind(wanted)
+        chunk = cfg.chunk if cfg.chunk < cache.size else 0
+        least = wanted // chunk * chunk if chunk else wanted  # back to the beginning of a chunk at most
+        assert min(least, held.shape[1]) <= length <= min(wanted, held.shape[1])
+        assert chunk or length == min(wanted, held.shape[1])
+        more = int(torch.randint(1, 9, (), generator=generator))
+        if length + more > cache.size:
+            cache.grow(length + more)
+        held = torch.cat((held[:, :length], text[:, :more]), 1)
+        got = model(text[:, :more], cache=cache)[0]
+        torch.testing.assert_close(got, model(held)[0][:, length:], atol=1e-5, rtol=1e-5)
+    assert cache.size > 20
+
+
+@torch.no_grad()
+def test_only_an_empty_cache_takes_lengths():
+    cfg = tiny("llama-3.2-1b")
+    model, cache = build(cfg), KVCache(cfg, 2, 20)
+    model(tokens(2, 5), cache=cache, lengths=torch.tensor([5, 3]))
+    with pytest.raises(ValueError, match="empty cache"):
+        model(tokens(2, 5), cache=cache, lengths=torch.tensor([5, 3]))
 
 
 @torch.no_grad()
