@@ -15,7 +15,6 @@ Sources: LLaMA (arXiv:2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), R
 (2002.05202), GQA (2305.13245), Switch (2101.03961), temperature tuning (2501.19399); for Llama 4,
 meta-llama/llama-models `models/llama4` and transformers `modeling_llama4.py`.
 """
-import contextlib
 import functools
 import hashlib
 import json

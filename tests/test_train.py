@@ -113,7 +113,7 @@ def test_best_keeps_the_lowest_validation_loss(words, tmp_path):
     train.main(settings(words, out, max_iters=20), DENSE)
     good = (out / "best/model.safetensors").read_bytes()
     assert good == (out / "model.safetensors").read_bytes()
-    cfg = settings(words, out, init_from="resume", max_iters=30, learning_rate=3.0, warmup_iters=0, grad_clip=0.0, optimizer="muon")
+    cfg = settings(words, out, init_from="resume", max_iters=30, learning_rate=3.0, min_lr=3.0, warmup_iters=0, grad_clip=0.0, optimizer="muon")
     train.main(cfg, {})
     assert log_of(out)[-1]["val_loss"] > min(r["val_loss"] for r in log_of(out) if "val_loss" in r)
     assert (out / "best/model.safetensors").read_bytes() == good != (out / "model.safetensors").read_bytes()
