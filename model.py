@@ -661,6 +661,7 @@ class Llama(nn.Module):
                  mask=None):
         """idx (B, T) with up to max_new_tokens more tokens, (B, T + new). Arguments as for `stream`."""
         new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, eos_id, seed, mask))
+        torch.clear_autocast_cache()  # torch 2.10 keeps casts made in inference mode, of no use to a backward pass
         return torch.cat((idx, torch.stack(new, 1)), 1) if new else idx
 
     # -- files ---------------------------------------------------------------------------------------------------
@@ -1081,6 +1082,8 @@ def _read_tensors(directory, cfg, shapes, dtype, device):
     dtype = dtype or functools.reduce(torch.promote_types, {t.dtype for t in state.values()})
     for name in state:
         state[name] = state[name].to(dtype)
+        if state[name].dim() == 3 and state[name].data_ptr() % 16:  # as in the file, but not for torch 2.10's grouped_mm
+            state[name] = state[name].clone()
     return state
 
 
