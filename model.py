@@ -596,10 +596,6 @@ class Llama(nn.Module):
             keys += (whole * C * (C + 1) + rest * (rest + 1)) / 2 / length
         return 6 * (self.counts()[1] - lookup) + 12 * cfg.n_head * cfg.head_dim * keys
 
-    def moe_layers(self):
-        """The mixture-of-experts modules, in order of depth."""
-        return [m for m in self.modules() if isinstance(m, MoE)]
-
     @torch.no_grad()
     def pop_expert_load(self):
         """(layers with experts, E): tokens that each expert got in training since the last call, on this process."""
@@ -1082,8 +1078,8 @@ def _read_tensors(directory, cfg, shapes, dtype, device):
     dtype = dtype or functools.reduce(torch.promote_types, {t.dtype for t in state.values()})
     for name in state:
         state[name] = state[name].to(dtype)
-        if state[name].dim() == 3 and state[name].data_ptr() % 16:  # as in the file, but not for torch 2.10's grouped_mm
-            state[name] = state[name].clone()
+        if state[name].dim() == 3 and state[name].data_ptr() % 16:
+            state[name] = state[name].clone()  # torch 2.10's grouped_mm wants experts aligned, the file does not
     return state
 
 

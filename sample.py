@@ -243,8 +243,8 @@ def complete(model, tok, cfg, title):
         raise config.Mistake("the prompt is empty: give some text, or leave --start out to begin a document")
     encoded = []
     for prompt in prompts:
-        begin = prompt or tok.bos_id is not None
-        encoded.append(fitting(tok.encode(prompt, bos=tok.adds_bos or not prompt) if begin else tok.encode("\n"), model))
+        ids = tok.encode(prompt, bos=tok.adds_bos or not prompt)
+        encoded.append(fitting(ids or tok.encode("\n"), model))  # without a BOS a document begins after a line's end
     print(title, file=sys.stderr)
     count, seconds = 0, 0.0
     for prompt, ids in zip(prompts, encoded):

@@ -337,7 +337,8 @@ class HellaSwag:
         count = len(self.items)
         acc, norm = (right / count for right in all_reduce_sum(*hellaswag.correct(self.items, scores)))
         error = [math.sqrt(p * (1 - p) / max(count - 1, 1)) for p in (acc, norm)]
-        print0(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  over {count:,} items")
+        print0(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  "
+               f"over {count:,} items")
         return {"hellaswag_acc": acc, "hellaswag_acc_norm": norm, "hellaswag_items": count}
 
 
@@ -658,7 +659,8 @@ def fit(task, cfg, out):
                     scores = task.evaluate(compiled_model)
                     improved = scores["val_loss"] < state["best"]  # a NaN is no improvement
                     state["best"] = scores["val_loss"] if improved else state["best"]
-                    log.write({"step": done, "tokens": state["tokens"], **scores, "seconds": round(state["seconds"], 3)})
+                    facts = {"step": done, "tokens": state["tokens"], "seconds": round(state["seconds"], 3)}
+                    log.write(facts | scores)
                 weights = gathered(model.state_dict()) if sharded else None
                 saved = state | {"val_fingerprint": task.val_fingerprint, "scaler": scaler.state_dict(),
                                  "optimizers": [gathered(optimizer.state_dict()) for optimizer in optimizers]}
@@ -760,7 +762,8 @@ def memory_advice(cfg, device, dtype):
             less.append("--dtype=bfloat16")
         if not cfg.shard:
             less.append("--shard on more GPUs")
-        raise config.Mistake(f"out of memory on {device} at {reached}; try {', '.join(less)}, or a smaller model") from e
+        raise config.Mistake(f"out of memory on {device} at {reached}; try {', '.join(less)}, "
+                             "or a smaller model") from e
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------
@@ -791,7 +794,8 @@ def new_shape(cfg, shape, tok, vocab_size):
 
 
 def need_fit(c, cfg, shape, vocab_size):
-    """Refuse a LlamaConfig that differs from the fields in `shape`, or is too small for block_size or the data's ids."""
+    """Refuse a LlamaConfig that differs from the fields in `shape`, or is too small for block_size or the data's ids.
+    """
     for key, value in shape.items():
         if getattr(c, key) != value:
             raise config.Mistake(f"the checkpoint has {key}={getattr(c, key)}, not {value}; leave the key out")
@@ -820,8 +824,9 @@ def build_model(cfg, shape, data, tok, out):
     source = common_latest(out) if cfg.init_from == "resume" else cfg.init_from
     llama, its_tok, _ = load_llama(source, shape)
     if its_tok.fingerprint != tok.fingerprint:
-        raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) than "
-                             f"{source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with --tokenizer={source}")
+        raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
+                             f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
+                             f"--tokenizer={source}")
     need_fit(llama.config, cfg, shape, data.vocab_size)
     return llama
 

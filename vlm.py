@@ -9,8 +9,8 @@
     python vlm.py config/vlm_align.py --eval --split=test              loss, CIDEr-D, BLEU-4, exact match
 
 Training is train.py's loop with its keys: resume, several processes, checkpoints and log are the same. The run
-directory, out/vlm_<dataset>, is the Llama's Hugging Face checkpoint with vlm.json and projector.safetensors beside it, and
-encoder.safetensors where the encoder learned too. Letters in shapes: B rows, T positions, D the Llama's width,
+directory, out/vlm_<dataset>, is the Llama's Hugging Face checkpoint with vlm.json and projector.safetensors beside
+it, and encoder.safetensors where the encoder learned too. Letters in shapes: B rows, T positions, D the Llama's width,
 N pictures, S their side in pixels, P image tokens of a picture, W their width.
 
 Sources: LLaVA (arXiv:2304.08485, 2310.03744), ViT (2010.11929), Llama 4's pixel shuffle (meta-llama/llama-models),
@@ -62,7 +62,7 @@ class VlmConfig(train.TrainConfig):
     encoder: str | None = None  # "vit_b_16", "efficientnet_lite0" or "vit_tiny"; None: the checkpoint's, else vit_b_16
     vit_weights: str | None = None  # file of torchvision's weights for the ViT; None: torchvision downloads its own
     pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
-    feature_gb: float = 16.0  # [0, 1e6] disk for what a frozen encoder saw, so that it sees each picture once; COCO needs 35
+    feature_gb: float = 16.0  # [0, 1e6] of disk for what a frozen encoder saw, so that it looks once; COCO needs 35
     beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
     out_dir: str | None = None  # where the run is kept; None: out/vlm_<dataset>
     dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava

@@ -188,7 +188,8 @@ def _find(known, name, where):
         return known[name]
     initials = [k for k in known if "".join(word[0] for word in k.split("_")) == name]
     near = initials or difflib.get_close_matches(name, known, 1, 0.65)
-    raise Mistake(f"{where}: unknown key '{name}'" + (f"; did you mean '{near[0]}'?" if near else "; -h lists them all"))
+    hint = f"did you mean '{near[0]}'?" if near else "-h lists them all"
+    raise Mistake(f"{where}: unknown key '{name}'; {hint}")
 
 
 def _from_file(path, known):

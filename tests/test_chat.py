@@ -2,6 +2,7 @@
 import datetime
 
 import pytest
+from conftest import need_transformers_5_24
 from test_tokenizer_folders import CHATML, INST, LLAMA, PLAIN, token, vocabularies, write
 
 import config
@@ -59,6 +60,7 @@ def same(ours, theirs, talk, **more):
 @pytest.mark.parametrize("vocabulary", ["byte level", "sentencepiece", "low lines", "metaspace first"])
 @pytest.mark.parametrize("family", [LLAMA, PLAIN], ids=["LlamaTokenizer", "PreTrainedTokenizerFast"])
 def test_text_and_ids_are_those_of_transformers(vocabulary, family, tmp_path):
+    need_transformers_5_24()
     for n, (name, template) in enumerate(TEMPLATES.items()):
         bos = None if vocabulary == "byte level" else "<s>"  # a null prints nothing
         settings = family | NAMED | {"bos_token": bos, "chat_template": template}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import PRESETS, Decoder, Head, KVCache, Llama, LlamaConfig, pick, rope_angles, rope_frequencies
+from model import PRESETS, Decoder, Head, KVCache, Llama, LlamaConfig, MoE, pick, rope_angles, rope_frequencies
 from sample import PackedLinear, to_decode
 
 VOCAB = 29
@@ -192,6 +192,11 @@ def test_compiling_changes_nothing(name):
     torch._dynamo.reset()
 
 
+def mixtures(model):
+    """The mixture-of-experts modules, in order of depth."""
+    return [m for m in model.modules() if isinstance(m, MoE)]
+
+
 @pytest.mark.parametrize("name", distinct())
 def test_every_parameter_gets_a_gradient_and_every_expert_is_used(name):
     cfg = tiny(name)
@@ -200,9 +205,9 @@ def test_every_parameter_gets_a_gradient_and_every_expert_is_used(name):
     for name, p in model.named_parameters():
         rows = p.grad.flatten(1).abs().sum(1) if p.dim() > 1 else p.grad.abs()  # each expert, neuron, token
         assert rows.min() > 0, name
-    assert len(model.moe_layers()) == sum(cfg.is_moe(i) for i in range(cfg.n_layer))
+    assert len(mixtures(model)) == sum(cfg.is_moe(i) for i in range(cfg.n_layer))
     load = model.pop_expert_load()
-    assert load.shape == (len(model.moe_layers()), cfg.n_experts)
+    assert load.shape == (len(mixtures(model)), cfg.n_experts)
     assert (load > 0).all() and (load.sum(1) == 16 * 60 * cfg.top_k).all()
     assert not model.pop_expert_load().any()
 
@@ -240,12 +245,12 @@ def test_router_aux_adds_the_balancing_loss():
     idx, weight = tokens(8, 33), 0.7
     plain, helped = router_model(), router_model(router_aux=weight)
     losses = [m(*honest(idx))[1] for m in (plain, helped)]
-    routers = [[m.router.weight for m in model.moe_layers()] for model in (plain, helped)]
+    routers = [[m.router.weight for m in mixtures(model)] for model in (plain, helped)]
     grads = [torch.autograd.grad(loss, weights) for loss, weights in zip(losses, routers)]
     got = [h - p for p, h in zip(*grads)]
 
     seen = []  # the inputs of each router, to write Switch's formula down a second time
-    hooks = [m.router.register_forward_hook(lambda _, inputs, out: seen.append(out)) for m in plain.moe_layers()]
+    hooks = [m.router.register_forward_hook(lambda _, inputs, out: seen.append(out)) for m in mixtures(plain)]
     plain(*honest(idx))
     for h in hooks:
         h.remove()

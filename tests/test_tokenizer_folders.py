@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from conftest import ROOT, real_data
+from conftest import ROOT, need_transformers_5_24, real_data
 
 import config
 from prepare import tokenizer, tokenizer_files, tokenizer_spec
@@ -233,6 +233,7 @@ CHIEF = ("byte level", "low lines", "sentencepiece", "sentencepiece, symbols")
 
 @pytest.mark.parametrize("name", [*CHIEF, "the others"])
 def test_a_folder_means_what_autotokenizer_makes_of_it(name, tmp_path):
+    need_transformers_5_24()
     from transformers import AutoTokenizer
     chosen = [case for case in cases() if case[0] == name or name == "the others" and case[0] not in CHIEF]
     compared = 0
@@ -286,6 +287,7 @@ def llama3_settings():
     (LLAMA3, llama3_settings(), None),
     (GPT2_FILES, GPT2 | {"add_bos_token": True, "pad_token": "<pad>"}, None)])
 def test_published_files_mean_what_autotokenizer_makes_of_them(names, settings, added, tmp_path):
+    need_transformers_5_24()
     from transformers import AutoTokenizer
     sides = {"tokenizer_config.json": settings, "added_tokens.json": added}
     folder = real(tmp_path / "a", names, {name: value for name, value in sides.items() if value is not None})
