@@ -90,7 +90,8 @@ def save(records, folder, splits=SPLITS, progress=True):
             if all(checked[p] for p in paths):
                 kept.append(record)
         if split in records:
-            shards.write_text(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
+            shards.write_text(folder / f"{split}.jsonl", "".join(lines))
             print(f"{split}: {len(kept):,} records, {len({p for r in kept for p in images_of(r)}):,} images")
         if split == "train" and not kept:
             raise config.Mistake("no usable record is left for training" + f": {next(iter(bad.values()))}" * bool(bad))
@@ -248,7 +249,9 @@ class Examples:
 
     def __init__(self, folder, split, tok, image_id, image_tokens, block_size, number):
         """number: {picture: its number}, to which the split's pictures are added."""
-        self.image_id, self.image_tokens, self.examples, self.pairs, self.lost, last = image_id, image_tokens, [], False, 0, {}
+        self.image_id, self.image_tokens = image_id, image_tokens
+        self.examples, self.pairs, self.lost = [], False, 0
+        last = {}
         for record in load(folder, split):
             for p in images_of(record):
                 number.setdefault(p, len(number))
@@ -278,7 +281,10 @@ class Examples:
 
     def trunk(self, row):
         """Positions up to the end of a row's last picture; 0 without one."""
-        return int(self.widths(row)[:len(row.ids) - (row.ids == self.image_id)[::-1].argmax()].sum()) if row.pictures else 0
+        if not row.pictures:
+            return 0
+        end = len(row.ids) - (row.ids == self.image_id)[::-1].argmax()
+        return int(self.widths(row)[:end].sum())
 
     def length(self, rows):
         """Positions of a sequence in which these rows share their trunk."""
@@ -297,8 +303,8 @@ class Examples:
         return len(self.examples)
 
     def lines(self, which):
-        """The rows of the examples numbered `which`, by the sequences in which they are read: pairs make two of them, all
-        the chosen and then all the rejected ones."""
+        """The rows of the examples numbered `which`, by the sequences in which they are read: pairs make two of them,
+        all the chosen and then all the rejected ones."""
         some = [self.examples[i] for i in which]
         return [[rows[k]] for k in range(2) for rows in some] if self.pairs else some
 

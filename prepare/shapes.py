@@ -32,7 +32,7 @@ COLORS = {"red": (215, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 5
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = {"small": (3.75, 4.2), "large": (6.0, 6.75)}  # range of radii, in pixels of SIDE
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-SIDE = 48  # pixels: each of the nine places is one patch of vit_tiny, which then sees whole shapes and learns far sooner
+SIDE = 48  # pixels: each of the nine places is one patch of vit_tiny, which sees whole shapes and learns far sooner
 SHARP = 4  # drawn so many times larger, then reduced: smooth edges
 
 

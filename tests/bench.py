@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared" / "data"))  # files that are no part of the project
+REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared" / "data"))  # no part of the project
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import config  # noqa: E402
@@ -86,8 +86,8 @@ def measure(pair, runs=0):
             work()
     took = [[seconds(work) for work in sides] for _ in range(runs or pair.runs)]
     ours, theirs = (statistics.median(side) for side in zip(*took))
-    return {"what": pair.what, "unit": pair.unit, "ours": ours, "theirs": theirs, "ratio": theirs / ours, "goal": pair.goal,
-            "met": theirs / ours >= pair.goal, "seconds": took}
+    return {"what": pair.what, "unit": pair.unit, "ours": ours, "theirs": theirs, "ratio": theirs / ours,
+            "goal": pair.goal, "met": theirs / ours >= pair.goal, "seconds": took}
 
 
 def hardware(device):
@@ -126,8 +126,9 @@ def main(argv):
             for pair in ROWS[name](cfg):
                 found = {"row": name} | measure(pair, cfg.runs)
                 results.append(found)
-                print(f"{name:<12} {found['ours']:>9.4g}{pair.unit} {found['theirs']:>9.4g}{pair.unit} {found['ratio']:>6.2f}x "
-                      f"{pair.goal:>5.2f}x  {'' if found['met'] else 'NOT MET: '}{pair.what}", flush=True)
+                print(f"{name:<12} {found['ours']:>9.4g}{pair.unit} {found['theirs']:>9.4g}{pair.unit} "
+                      f"{found['ratio']:>6.2f}x {pair.goal:>5.2f}x  "
+                      f"{'' if found['met'] else 'NOT MET: '}{pair.what}", flush=True)
                 if cfg.out:  # after each, so that nothing that was measured is lost
                     Path(cfg.out).write_text(json.dumps({"hardware": facts, "rows": results}, indent=1) + "\n")
                 del pair
@@ -260,7 +261,7 @@ def wait(device):
 
 
 def peak_memory(work):
-    """work(), as a callable that returns the GiB which it had allocated on the GPU at most beyond what was there before."""
+    """work(), as a callable that returns the most GiB it had allocated on the GPU beyond what was there before."""
     import torch
 
     def once():
@@ -307,7 +308,7 @@ def our_step(shape, batch, length, cfg, **changes):
 
 
 def never_waits(model, x, cfg):
-    """Forward and backward of a compiled model, in which torch raises an error where the host would wait for the GPU."""
+    """Forward and backward of a compiled model; torch raises an error where the host would wait for the GPU."""
     import torch
     y = x.clone()
     for mode in ("default", "error") if cfg.device != "cpu" else ():  # the first compiles
@@ -333,9 +334,11 @@ def against_transformers(name, cfg, batch, length, goal):
 
 
 def against_products(model, step, batch, length, goal, cfg):
-    """A Pair of a training step and nothing but large products of its model FLOPs: the ratio is the share of the speed that products reach here."""
-    return Pair(f"a step of {model.counts()[0] / 1e6:.0f}M parameters, {batch} x {length} tokens, against nothing but products of its "
-                "model FLOPs", step, products(model.flops_per_token(length) * batch * length, cfg), goal)
+    """A Pair of a training step and nothing but large products of its model FLOPs: the ratio is the share of the speed
+    that products reach here."""
+    return Pair(f"a step of {model.counts()[0] / 1e6:.0f}M parameters, {batch} x {length} tokens, against nothing but "
+                "products of its model FLOPs",
+                step, products(model.flops_per_token(length) * batch * length, cfg), goal)
 
 
 def products(flops, cfg):
@@ -385,16 +388,20 @@ def shakespeare(cfg):
         reached[name] = float(losses[-1])
         return took
     with tempfile.TemporaryDirectory() as folder:
-        recipe = dict(device="cpu", compile=False, eval_iters=20, block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128,
+        recipe = dict(device="cpu", compile=False, eval_iters=20, block_size=64, batch_size=12,
+                      n_layer=4, n_head=4, n_embd=128,
                       max_iters=2000, lr_decay_iters=2000, dropout=0.0, out_dir=folder)
         theirs = run("nanoGPT", cfg.nanogpt, "train.py", "config/train_shakespeare_char.py",
                      *(f"--{key}={value}" for key, value in recipe.items()))
-        recipe = dict(n_layer=2, n_head=3, dim=96, ffn_dim=256, tie_embeddings=False, block_size=64, learning_rate=3e-2, warmup_iters=3,
+        recipe = dict(n_layer=2, n_head=3, dim=96, ffn_dim=256, tie_embeddings=False,
+                      block_size=64, learning_rate=3e-2, warmup_iters=3,
                       muon_momentum=0.85, beta2=0.99, weight_decay=0.2,  # for a short run: shorter momentum, more decay
                       max_iters=270, eval_interval=270, sample_tokens=0, device="cpu", out_dir=f"{folder}/run")
-        ours = run("everyllama", ROOT, "train.py", "config/shakespeare.py", *(f"--{key}={value}" for key, value in recipe.items()))
-    yield Pair(f"process start to the end: validation loss {reached['everyllama']:.3f}, nanoGPT's CPU recipe {reached['nanoGPT']:.3f} "
-               "(its own estimate)", lambda: ours, lambda: theirs, 8.0, runs=1, warmup=False)
+        ours = run("everyllama", ROOT, "train.py", "config/shakespeare.py",
+                   *(f"--{key}={value}" for key, value in recipe.items()))
+    yield Pair(f"process start to the end: validation loss {reached['everyllama']:.3f}, nanoGPT's CPU recipe "
+               f"{reached['nanoGPT']:.3f} (its own estimate)",
+               lambda: ours, lambda: theirs, 8.0, runs=1, warmup=False)
 
 
 @row
@@ -405,7 +412,8 @@ def moe(cfg):
     from model import LlamaConfig, MoE, SwiGLU, config_to_hf
     device, dtype, autocast = precision(cfg.device)
     torch.manual_seed(0)
-    shape = LlamaConfig(arch="llama4", dim=512, n_head=8, n_layer=1, ffn_dim=1024, n_experts=16, expert_dim=1024, vocab_size=64)
+    shape = LlamaConfig(arch="llama4", dim=512, n_head=8, n_layer=1, ffn_dim=1024, n_experts=16, expert_dim=1024,
+                        vocab_size=64)
     layer, dense = MoE(shape).to(device), SwiGLU(512, 2048).to(device)  # the shared expert and one routed: 2 x 1024
     for name, p in (*layer.named_parameters(), *dense.named_parameters()):
         torch.nn.init.normal_(p, std=0.02)
@@ -430,7 +438,8 @@ def moe(cfg):
         for e in range(16):
             rows = (expert[:, 0] == e).nonzero()[:, 0]
             gate, up = (flat[rows] * score[rows].sigmoid() @ layer.experts.gate_up_proj[e]).chunk(2, -1)
-            out = out.index_add(0, rows, ((torch.nn.functional.silu(gate) * up) @ layer.experts.down_proj[e]).to(out.dtype))
+            found = (torch.nn.functional.silu(gate) * up) @ layer.experts.down_proj[e]
+            out = out.index_add(0, rows, found.to(out.dtype))
         return out[None]
     ours = work(lambda x: layer(x)[0])
     assert torch.allclose(layer(x)[0], loop(x), atol=1e-4), "not the same mixture"
@@ -447,23 +456,27 @@ def moe(cfg):
 
 @row
 def scout(cfg):
-    """A whole training step of config/scout.py, batch reduced on a processor, and of a dense Llama with its active parameters."""
+    """A whole training step of config/scout.py, batch reduced on a processor, and of a dense Llama with its active
+    parameters."""
     from model import PRESETS
     batch, shapes, gpu = 4 if cfg.device == "cpu" else 64, {"scout-128m": PRESETS["scout-128m"]}, cfg.device != "cpu"
     yield against_transformers("scout-128m", cfg, batch, 256, 8.0 if gpu else 3.5)[0]
     if gpu:
-        shapes["1B in all"] = replace(shapes["scout-128m"], dim=1024, n_head=16, n_kv_head=4, n_layer=12, ffn_dim=1536, expert_dim=1536)
+        shapes["1B in all"] = replace(shapes["scout-128m"], dim=1024, n_head=16, n_kv_head=4, n_layer=12,
+                                      ffn_dim=1536, expert_dim=1536)
     for name, shape in shapes.items():
         model, x, ours = our_step(shape, batch, 256, cfg)
         never_waits(model, x, cfg)
-        plain, _, theirs = our_step(shape, batch, 256, cfg, n_experts=0, ffn_dim=2 * shape.expert_dim)  # shared and one routed
+        active = 2 * shape.expert_dim  # the shared expert and one routed
+        plain, _, theirs = our_step(shape, batch, 256, cfg, n_experts=0, ffn_dim=active)
         yield Pair(f"training step of {name}, {batch} x 256 tokens, {model.counts()[0] / 1e6:.0f}M parameters of which "
-                   f"{model.counts()[1] / 1e6:.0f}M active, against a dense one of {plain.counts()[0] / 1e6:.0f}M", ours, theirs, 0.7)
+                   f"{model.counts()[1] / 1e6:.0f}M active, against a dense one of {plain.counts()[0] / 1e6:.0f}M",
+                   ours, theirs, 0.7)
 
 
 @row
 def dense(cfg):
-    """A whole training step of the 109.5M mini-llama, and how much of the arithmetic that the machine can do it uses."""
+    """A whole training step of the 109.5M mini-llama, and how much of the machine's arithmetic it uses."""
     from model import PRESETS
     gpu = cfg.device != "cpu"
     batch, length = (64, 1024) if gpu else (4, 256)
@@ -471,7 +484,8 @@ def dense(cfg):
     yield pair
     yield against_products(model, ours, batch, length, 0.5 if gpu else 0.6, cfg)
     if cfg.nanogpt:
-        yield Pair(f"the same step against nanoGPT's GPT-2 124M, {batch} x {length} tokens", ours, gpt2(cfg.nanogpt, x, cfg), 1.15 if gpu else 1.0)
+        yield Pair(f"the same step against nanoGPT's GPT-2 124M, {batch} x {length} tokens",
+                   ours, gpt2(cfg.nanogpt, x, cfg), 1.15 if gpu else 1.0)
     for name, rows, goal in (("smollm2-135m", 32, 0.5), ("llama-3.2-1b", 8, 0.55)) if gpu else ():
         model, _, ours = our_step(PRESETS[name], rows, length, cfg)
         yield against_products(model, ours, rows, length, goal, cfg)
@@ -491,14 +505,15 @@ def memory(cfg):
         plain = whole()  # compiled by now
         model.model.checkpointing = True
         whole(), whole()
-        yield Pair(f"{name}, {batch} x {length} tokens: memory beyond weights and moments with activation checkpointing against without, "
-                   f"{plain * 2**20 / (batch * length):.0f} KiB a token without", whole, lambda plain=plain: plain, 1.0, runs=1,
-                   warmup=False, unit="GiB")
+        yield Pair(f"{name}, {batch} x {length} tokens: memory beyond weights and moments with activation "
+                   f"checkpointing against without, {plain * 2**20 / (batch * length):.0f} KiB a token without",
+                   whole, lambda plain=plain: plain, 1.0, runs=1, warmup=False, unit="GiB")
 
 
 @row
 def decode(cfg):
-    """Greedy decoding, random weights: 256 tokens one by one, many rows at once, and a long prompt. On a GPU through CUDA graphs."""
+    """Greedy decoding, random weights: 256 tokens one by one, many rows at once, and a long prompt. On a GPU through
+    CUDA graphs."""
     import torch
 
     import sample
@@ -534,10 +549,11 @@ def decode(cfg):
         kind = f"{name}, {new} tokens one by one, {str(dtype).removeprefix('torch.')}: "
         yield Pair(kind + "against transformers.generate", ours, generate, 2.5, runs=3)
         yield Pair(kind + "against reading the weights once a token", ours, read, 0.6 if gpu else 0.7, runs=3)
-        yield Pair(f"{name}: {rows} rows at once against {rows} one after another", lambda: ours(many), lambda: rows * seconds(ours),
-                   20.0 if gpu else 10.0, runs=3)
+        yield Pair(f"{name}: {rows} rows at once against {rows} one after another",
+                   lambda: ours(many), lambda: rows * seconds(ours), 20.0 if gpu else 10.0, runs=3)
         head = 2 * model.config.vocab_size * model.config.dim  # which only the last position needs
-        yield Pair(f"{name}: a prompt of {length} tokens against nothing but products of its FLOPs", lambda: ours(prompt, new=1),
+        yield Pair(f"{name}: a prompt of {length} tokens against nothing but products of its FLOPs",
+                   lambda: ours(prompt, new=1),
                    products((model.flops_per_token(length) / 3 - head) * length, cfg), 0.5, runs=3)
         if not gpu:
             yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
@@ -574,8 +590,9 @@ def llama_cpp(cfg, state, idx, new, kind, ours):
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.gguf")
         w = gguf.GGUFWriter(path, "llama")
-        for key, value in dict(context_length=cfg.context, embedding_length=cfg.dim, block_count=cfg.n_layer, head_count=cfg.n_head,
-                               feed_forward_length=cfg.ffn_dim, head_count_kv=cfg.n_kv_head, layer_norm_rms_eps=cfg.norm_eps,
+        for key, value in dict(context_length=cfg.context, embedding_length=cfg.dim, block_count=cfg.n_layer,
+                               head_count=cfg.n_head, head_count_kv=cfg.n_kv_head,
+                               feed_forward_length=cfg.ffn_dim, layer_norm_rms_eps=cfg.norm_eps,
                                rope_dimension_count=cfg.head_dim, rope_freq_base=cfg.rope_theta).items():
             getattr(w, f"add_{key}")(value)
         w.add_tokenizer_model("llama")
@@ -590,8 +607,8 @@ def llama_cpp(cfg, state, idx, new, kind, ours):
         w.write_kv_data_to_file()
         w.write_tensors_to_file()
         w.close()
-        other = llama_cpp.Llama(path, n_ctx=cfg.context, n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(), verbose=False,
-                                logits_all=False)
+        other = llama_cpp.Llama(path, n_ctx=cfg.context, n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(),
+                                verbose=False, logits_all=False)
 
         def theirs():
             other.reset()
@@ -608,7 +625,8 @@ def long_context(cfg):
 
     from model import Block, LlamaConfig, rope_angles
     device, _, autocast = precision(cfg.device)
-    shape = LlamaConfig(arch="llama4", dim=256, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=512, chunk=512, vocab_size=64, context=65536)
+    shape = LlamaConfig(arch="llama4", dim=256, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=512, chunk=512,
+                        vocab_size=64, context=65536)
     torch.manual_seed(0)
     block = as_trained(Block(shape, 0).to(device))
     for p in block.parameters():
@@ -638,7 +656,8 @@ def start_up(cfg):
 
     def command(*words, until=None):
         start = time.perf_counter()
-        with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL) as process:
             seen = b""
             while chunk := process.stdout.read1(1):
                 seen += chunk
@@ -657,20 +676,23 @@ def start_up(cfg):
         Llama(PRESETS["stories15m"]).save_pretrained(folder)
         start = "Once upon a time"
         yield Pair("`sample.py` of stories15m's size: first token, against 4 s",
-                   lambda: command("sample.py", f"--init_from={folder}", f"--start={start}", "--device=cpu", until=start.encode()),
+                   lambda: command("sample.py", f"--init_from={folder}", f"--start={start}", "--device=cpu",
+                                   until=start.encode()),
                    lambda: 4.0, 1.0, runs=3)
 
 
 @row
 def overhead(cfg):
-    """What train.py's loop costs beside forward, backward and optimizers, and what its evaluations cost: config/tales.py."""
+    """What train.py's loop costs beside forward, backward and optimizers, and what its evaluations cost, with
+    config/tales.py."""
     import train
     from prepare import shards, tokenizer
     device, dtype, autocast = precision(cfg.device)
     folder = ROOT / "data/tales"
     if not folder.is_dir():
         raise Skip("run prepare/tales.py first")
-    settings, shape = config.load(train.TrainConfig, [str(ROOT / "config/tales.py"), f"--device={cfg.device}"], "model.py:LlamaConfig")
+    words = [str(ROOT / "config/tales.py"), f"--device={cfg.device}"]
+    settings, shape = config.load(train.TrainConfig, words, "model.py:LlamaConfig")
     tok, steps = tokenizer.load(folder), 40
     windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
     model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train())
@@ -691,11 +713,12 @@ def overhead(cfg):
     def loop():
         """The seconds of `steps` steps, from the loop's own log."""
         with tempfile.TemporaryDirectory() as name, redirect_stdout(StringIO()):
-            train.main(replace(settings, max_iters=steps + 1, eval_interval=steps + 1, eval_tokens=256, sample_tokens=0, log_interval=1,
-                               out_dir=f"{name}/run"), shape)
+            train.main(replace(settings, max_iters=steps + 1, eval_interval=steps + 1, eval_tokens=256,
+                               sample_tokens=0, log_interval=1, out_dir=f"{name}/run"), shape)
             log = [r for r in train.read_log(Path(name) / "run/log.jsonl") if "train_loss" in r]
         return log[-1]["seconds"] - log[0]["seconds"]
-    yield Pair(f"{steps} steps of train.py, a log line at each, against forward, backward and optimizers alone", loop, bare, 0.97, runs=3)
+    yield Pair(f"{steps} steps of train.py, a log line at each, against forward, backward and optimizers alone",
+               loop, bare, 0.97, runs=3)
     evaluations = -(-settings.max_iters // settings.eval_interval)
 
     def evaluate():
@@ -707,7 +730,7 @@ def overhead(cfg):
 
 @row
 def busy(cfg):
-    """Training steps beside one other busy program, against 2.5 times the quiet step; and what watching for it costs."""
+    """Training steps beside one other busy program, against 2.5 times the quiet step; what watching for it costs."""
     alone = "import common; common.IdleThreads.adapt = lambda *_: None; "
 
     def step(words, steps, beside=False, first=""):

@@ -36,15 +36,19 @@ RECORDS = {
     "tales": Record("train.py", ("config/tales.py",), "--eval_only", BITS, 0.2172, "bits/byte, the floor"),
     "shakespeare": Record("train.py", ("config/shakespeare_best.py",), "--eval_only", "val loss" + NUMBER, 1.4697,
                           "validation loss, nanoGPT in three minutes of an A100"),
-    "scout": Record("train.py", ("config/scout.py --optimizer=muon --learning_rate=3e-3 --min_lr=0 --warmup_iters=50 --dropout=0.2 "
-                                 "--max_iters=700 --eval_interval=175",), "--eval_only", BITS, 0.4402, "bits/byte, stories15M"),
-    "shapes": Record("vlm.py", ("config/vlm_shapes.py",), "--eval", "answer exact" + NUMBER, 0.27, "of answers, the best guess"),
+    "scout": Record("train.py", ("config/scout.py --optimizer=muon --learning_rate=3e-3 --min_lr=0 --warmup_iters=50 "
+                                 "--dropout=0.2 --max_iters=700 --eval_interval=175",),
+                    "--eval_only", BITS, 0.4402, "bits/byte, stories15M"),
+    "shapes": Record("vlm.py", ("config/vlm_shapes.py",), "--eval", "answer exact" + NUMBER, 0.27,
+                     "of answers, the best guess"),
     "photos": Record("vlm.py", ("config/vlm_flickr8k.py",), "--eval --split=test", "BLEU-4" + NUMBER, 0.213,
                      "BLEU-4, Show, Attend and Tell's hard attention"),
     "flickr8k": Record("vlm.py", ("config/vlm_align.py --encoder=efficientnet_lite0",
-                                  "config/vlm_instruct.py --dataset=flickr8k --block_size=320 --batch_size=48 --learning_rate=1e-4 "
-                                  "--gradient_accumulation_steps=1 --max_iters=625 --eval_interval=125 --sample_tokens=40"),
-                       "--eval --split=test", "BLEU-4" + NUMBER, 0.213, "BLEU-4, Show, Attend and Tell's hard attention"),
+                                  "config/vlm_instruct.py --dataset=flickr8k --block_size=320 --batch_size=48 "
+                                  "--learning_rate=1e-4 --gradient_accumulation_steps=1 --max_iters=625 "
+                                  "--eval_interval=125 --sample_tokens=40"),
+                       "--eval --split=test", "BLEU-4" + NUMBER, 0.213,
+                       "BLEU-4, Show, Attend and Tell's hard attention"),
 }
 
 
@@ -78,8 +82,10 @@ def main(argv):
         *_, printed = [run(words) for words in commands(name, more)]
         figure = re.search(record.figure, printed)
         if not figure:
-            raise config.Mistake(f"{name}: the last command printed no {record.figure}; it says why, and can be run again alone")
-        found.append(f"| {name} | {figure[1]} | {record.mark} {record.whose} | {(time.perf_counter() - start) / 60:.1f} |")
+            raise config.Mistake(f"{name}: the last command printed no {record.figure}; it says why, "
+                                 "and can be run again alone")
+        minutes = (time.perf_counter() - start) / 60
+        found.append(f"| {name} | {figure[1]} | {record.mark} {record.whose} | {minutes:.1f} |")
     rows = found or [f"| {name} | | {record.mark} {record.whose} | |" for name, record in RECORDS.items()]
     print("\n| what | here | held to | minutes |\n|---|---|---|---|", *rows, sep="\n")
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with what a user gives, the answer is one line: bad settings, damaged files, full disks, full memory."""
+"""Whatever is wrong, the answer is one line: bad settings, damaged files, full disks, full memory."""
 import contextlib
 import copy
 import json
@@ -27,7 +27,8 @@ from conftest import PATIENCE, ROOT
 from prepare import shards, tokenizer
 
 SMALL = dict(n_layer=1, n_head=2, n_kv_head=1, dim=16, head_dim=8, ffn_dim=16)
-RUN = dict(batch_size=2, block_size=16, max_iters=2, eval_interval=1, eval_tokens=64, sample_tokens=0, device="cpu", dtype="float32")
+RUN = dict(batch_size=2, block_size=16, max_iters=2, eval_interval=1, eval_tokens=64, sample_tokens=0,
+           device="cpu", dtype="float32")
 
 
 def data_set(folder, tok, text="abcd" * 500, last=None):
@@ -72,7 +73,8 @@ def place(tmp_path_factory):
     (d / "gone/train_000.bin").unlink()
     tokenizer.char("abce").save(d / "retold")
     (d / "meta_cut/meta.json").write_text((d / "data/meta.json").read_text()[:-9])
-    for name in "cut", "header", "pickle", "bin", "shape", "renamed", "no_json", "other", "no_tok", "tok_cut", "tok_bytes", "state":
+    for name in ("cut", "header", "pickle", "bin", "shape", "renamed", "no_json", "other",
+                 "no_tok", "tok_cut", "tok_bytes", "state"):
         shutil.copytree(d / "run", d / name)
         weights, state = d / name / "model.safetensors", d / name / "checkpoints/step_00000002/train_state.pt"
         for path in weights, d / name / "config.json", d / name / "tokenizer.json", state:  # they are links
@@ -88,7 +90,8 @@ def place(tmp_path_factory):
         elif name == "shape":
             edited(d / name / "config.json", lambda c: c.update(intermediate_size=24))
         elif name == "renamed":
-            save_file({n.replace("q_proj", "query"): t for n, t in load_file(d / "run/model.safetensors").items()}, weights)
+            tensors = load_file(d / "run/model.safetensors")
+            save_file({n.replace("q_proj", "query"): t for n, t in tensors.items()}, weights)
         elif name == "no_json":
             (d / name / "config.json").write_text("{")
         elif name == "other":
@@ -102,8 +105,8 @@ def place(tmp_path_factory):
         elif name == "state":
             state.write_bytes(pickle.dumps(print, protocol=2))  # what a pickle that runs code begins like
     (d / "file").write_text("")
-    for name, text in (("syntax", "batch_size = 4\nblock_size = = 8\n"), ("unknown", "batchsize = 4\n"), ("type", "batch_size = 'b'\n"),
-                       ("error", "\nbatch_size = 1 / 0\n")):
+    for name, text in (("syntax", "batch_size = 4\nblock_size = = 8\n"), ("unknown", "batchsize = 4\n"),
+                       ("type", "batch_size = 'b'\n"), ("error", "\nbatch_size = 1 / 0\n")):
         (d / f"{name}.py").write_text(text)
     return d
 
@@ -149,7 +152,8 @@ TRAIN = [  # arguments, and what the line says
     (["--init_from={d}/other"], "model_type 'gpt2' is not supported"),
     (["--init_from={d}/no_tok"], "there is no tokenizer"),
     (["--init_from=resume", "--out_dir={d}/state", "--max_iters=4"], "train_state.pt cannot be read"),
-    (["--init_from=resume", "--out_dir={d}/run", "--optimizer=adamw", "--max_iters=4"], "was made by another optimizer"),
+    (["--init_from=resume", "--out_dir={d}/run", "--optimizer=adamw", "--max_iters=4"],
+     "was made by another optimizer"),
     (["--out_dir=/proc/nothing"], "cannot write the run directory"),
     (["--out_dir={d}/file"], "cannot write the run directory"),
     (["--out_dir={d}/file/below"], "cannot write the run directory"),
@@ -187,22 +191,24 @@ SAMPLE = [
     (["--init_from={d}/tok_cut"], "tokenizer"),
     (["--init_from={d}/tok_bytes"], "they do not belong together"),
 ]
-TABLE = [("train.py", files, rest, line) for files, rest, line in [([], a, m) for a, m in TRAIN] + [(a, [], m) for a, m in FILES]
-         ] + [("sample.py", [], a, m) for a, m in SAMPLE]
+TABLE = [("train.py", [], args, line) for args, line in TRAIN]
+TABLE += [("train.py", files, [], line) for files, line in FILES]
+TABLE += [("sample.py", [], args, line) for args, line in SAMPLE]
 
 
 def command(d, script, files, args):
     """The command line of a case: good settings, then what is wrong."""
-    good = dict(dataset=d / "data", out_dir=d / "out", **RUN) if script == "train.py" else dict(init_from=d / "run", device="cpu",
-                                                                                                 dtype="float32")
+    good = dict(init_from=d / "run", device="cpu", dtype="float32")
+    if script == "train.py":
+        good = dict(dataset=d / "data", out_dir=d / "out", **RUN)
     good |= SMALL if script == "train.py" and not any("init_from" in a for a in args) else {}
     return [*(f.format(d=d) for f in files), *(f"--{k}={v}" for k, v in good.items()), *(a.format(d=d) for a in args)]
 
 
 def files_in(d):
     """What a folder holds: {path: (size, time of change)}, but for the note that spares hashing shards again."""
-    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in d.rglob("*") if p.name != ".verified.json" and not p.is_dir()
-            } | {p: None for p in d.rglob("*") if p.is_dir()}
+    found = [p for p in d.rglob("*") if p.is_dir() or p.name != ".verified.json"]
+    return {p: None if p.is_dir() else (p.stat().st_size, p.stat().st_mtime_ns) for p in found}
 
 
 def check(line, code, out, err):
@@ -214,7 +220,7 @@ def check(line, code, out, err):
 
 
 def run_script(monkeypatch, capsys, script, args):
-    """(exit code, stdout, stderr) of a script run from its first line to its last, as the main module of this interpreter."""
+    """(exit code, stdout, stderr) of a script run from first line to last, as this interpreter's main module."""
     monkeypatch.setattr(sys, "argv", [script, *args])
     capsys.readouterr()
     code = 0
@@ -225,17 +231,20 @@ def run_script(monkeypatch, capsys, script, args):
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("script, files, args, line", TABLE, ids=[f"{s[:-3]} {' '.join(f + a)}"[:60] for s, f, a, _ in TABLE])
+@pytest.mark.parametrize("script, files, args, line", TABLE,
+                         ids=[f"{s[:-3]} {' '.join(f + a)}"[:60] for s, f, a, _ in TABLE])
 def test_bad_input_is_one_line(place, monkeypatch, capsys, script, files, args, line):
     before = files_in(place)
     check(line, *run_script(monkeypatch, capsys, script, command(place, script, files, args)))
     assert files_in(place) == before
 
 
-@pytest.mark.parametrize("script, files, args, line", [TABLE[0], TABLE[len(TRAIN)], TABLE[-1]], ids=["key", "file", "sample"])
+@pytest.mark.parametrize("script, files, args, line", [TABLE[0], TABLE[len(TRAIN)], TABLE[-1]],
+                         ids=["key", "file", "sample"])
 def test_bad_input_in_a_process_of_its_own(place, script, files, args, line):
     before = files_in(place)
-    done = subprocess.run([sys.executable, script, *command(place, script, files, args)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, *command(place, script, files, args)], cwd=ROOT,
+                          capture_output=True, text=True)
     check(line, done.returncode, done.stdout, done.stderr)
     assert files_in(place) == before
 
@@ -266,13 +275,15 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint(place, tmp_path, monkeypatch
     """One line, and every file of the last checkpoint as it was; with room again the run goes on from there."""
     def contents():
         return {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in ("log.jsonl", "run.json")}
-    out, again = tmp_path / "run", ["--init_from=resume", f"--max_iters={steps}", f"--eval_interval={steps}", "--log_interval=1"]
+    out = tmp_path / "run"
+    again = command(place, "train.py", [], [f"--out_dir={out}", "--init_from=resume", f"--max_iters={steps}",
+                                            f"--eval_interval={steps}", "--log_interval=1"])
     shutil.copytree(place / "run", out)
     before = contents()
     with largest_file(room):
-        check(line, *run_script(monkeypatch, capsys, "train.py", command(place, "train.py", [], [f"--out_dir={out}", *again])))
+        check(line, *run_script(monkeypatch, capsys, "train.py", again))
     assert contents() == before
-    code, said, _ = run_script(monkeypatch, capsys, "train.py", command(place, "train.py", [], [f"--out_dir={out}", *again]))
+    code, said, _ = run_script(monkeypatch, capsys, "train.py", again)
     assert code == 0 and "resumed after step" in said
     assert train.read_state(train.latest(out))["step"] == steps
     assert [r["step"] for r in train.read_log(out / "log.jsonl") if "train_loss" in r] == [*range(1, steps + 1)]
@@ -280,24 +291,26 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint(place, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("where", ["forward", "to"])
 def test_out_of_memory_names_what_helps(place, monkeypatch, capsys, where):
-    """The memory that was reached and the flags that take less; nothing is written, and an earlier run stays where it is."""
+    """The memory that was reached and the flags that take less; nothing is written, and an earlier run stays."""
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 1 GiB")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+                                     "GPU 0 has a total capacity of 1 GiB")
     monkeypatch.setattr(model.Llama, where, full)
     before = files_in(place)
-    found = run_script(monkeypatch, capsys, "train.py", command(place, "train.py", [], [f"--out_dir={place / 'run'}", "--batch_size=8"]))
+    args = command(place, "train.py", [], [f"--out_dir={place / 'run'}", "--batch_size=8"])
+    found = run_script(monkeypatch, capsys, "train.py", args)
     check("GiB; try --batch_size=4 --gradient_accumulation_steps=2, --checkpointing, a shorter --block_size, "
           "--dtype=bfloat16, --shard on more GPUs, or a smaller model", *found)
     assert re.search(r"out of memory on cpu at \d+\.\d GiB", found[2])
     assert files_in(place) == before
 
 
-STRANGE = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**400, 1e308, -1e-300, math.nan, math.inf, "", "7", "llama4_text", "x" * 10000, [], [7],
-           [[]] * 3, {}, {"a": {"b": []}}]
+STRANGE = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**400, 1e308, -1e-300, math.nan, math.inf,
+           "", "7", "llama4_text", "x" * 10000, [], [7], [[]] * 3, {}, {"a": {"b": []}}]
 
 
 def mutated(data, rng, packed=False):
-    """data (bytes), with a bit turned, cut, grown, or (JSON; packed: behind its length) with something in it replaced."""
+    """data (bytes) with a bit turned, cut, grown, or (JSON; packed: behind its length) with some value replaced."""
     start = 8 if packed else 0
     end = start + int.from_bytes(data[:8], "little") if packed else len(data)
     if rng.random() < 0.6:
@@ -331,22 +344,27 @@ def tensors_of(data):
     """{name: (dtype, shape, bytes)} of a safetensors file, read by its definition."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    return {n: (t["dtype"], t["shape"], data[end:][slice(*t["data_offsets"])]) for n, t in header.items() if n != "__metadata__"}
+    return {n: (t["dtype"], t["shape"], data[end:][slice(*t["data_offsets"])])
+            for n, t in header.items() if n != "__metadata__"}
 
 
 def load_run(d):
-    """Llama.from_pretrained(d), which must be what the files say: each number of config.json, each bit of the weights."""
+    """Llama.from_pretrained(d), which must be what the files say: each number of config.json, each weight's bits."""
     found = model.Llama.from_pretrained(d)
     said, kept = json.loads((d / "config.json").read_bytes()), model.config_to_hf(found.config)
-    lists = {"interleave_moe_layer_step", "no_rope_layer_interval"}  # overruled by what config.json lists for each layer
+    lists = {"interleave_moe_layer_step", "no_rope_layer_interval"}  # overruled by config.json's lists of each layer
     table = model.LLAMA4_KEYS if found.config.arch == "llama4" else model.LLAMA_KEYS
     for key in {key for key, _ in table.values()} & said.keys() - lists:
         if key == "attn_scale" and not (found.config.nope_every and said.get("attn_temperature_tuning", True)):
             continue  # tunes NoPE layers only
-        assert not said[key] or said[key] == kept[key] and type(said[key]) in (type(kept[key]), int), (key, said[key], kept[key])
+        if said[key]:
+            same = said[key] == kept[key] and type(said[key]) in (type(kept[key]), int)
+            assert same, (key, said[key], kept[key])
     state = found.state_dict()
     for name, (dtype, shape, data) in tensors_of((d / "model.safetensors").read_bytes()).items():
-        assert name.endswith("inv_freq") or list(state[name].shape) == shape and state[name].numpy().tobytes() == data, name
+        if not name.endswith("inv_freq"):
+            assert list(state[name].shape) == shape, name
+            assert state[name].numpy().tobytes() == data, name
 
 
 def load_data(d):
@@ -359,14 +377,16 @@ def load_data(d):
 def load_tokenizer(d):
     """A tokenizer, which must either work as before or show that it is another one."""
     found = tokenizer.load(d)
-    good = next(t for t in (tokenizer.char("abcd"), tokenizer.byte()) if t.kind == json.loads((d / "meta.json").read_text())["tokenizer"]["kind"])
+    kind = json.loads((d / "meta.json").read_text())["tokenizer"]["kind"]
+    good = next(t for t in (tokenizer.char("abcd"), tokenizer.byte()) if t.kind == kind)
     assert found.fingerprint != good.fingerprint or found.encode("abcd") == good.encode("abcd")
 
 
 def fuzz(place, seed, count):
     """Load `count` mutations of each kind of file; prints what was refused and what was not, by kind."""
     place, rng, refused = Path(place), random.Random(seed), (ValueError, FileNotFoundError, config.Mistake)
-    kinds = [("config.json", "run", load_run), ("config.json", "sparse", load_run), ("model.safetensors", "run", load_run),
+    kinds = [("config.json", "run", load_run), ("config.json", "sparse", load_run),
+             ("model.safetensors", "run", load_run),
              ("meta.json", "data", load_data), ("tokenizer.json", "data", load_tokenizer),
              ("tokenizer.json", "bytes", load_tokenizer)]
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -395,8 +415,10 @@ def test_files_that_cannot_be_trusted(place, count):
     """Damaged files never crash the interpreter, hang, take more than 1 GiB, or load as anything but what they say."""
     cfg = train.TrainConfig(dataset=str(place / "data"), out_dir=str(place / "sparse"), **RUN)
     if not (place / "sparse").exists():
-        train.main(cfg, SMALL | dict(arch="llama4", n_experts=2, nope_every=2, chunk=8, n_layer=2, qk_norm=True, attn_scale=0.1))
-    done = subprocess.run([sys.executable, "-c", f"import test_faults; test_faults.fuzz({str(place)!r}, {count}, {count})"], text=True,
-                          capture_output=True, timeout=PATIENCE, env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"})
+        train.main(cfg, SMALL | dict(arch="llama4", n_experts=2, nope_every=2, chunk=8, n_layer=2, qk_norm=True,
+                                     attn_scale=0.1))
+    code = f"import test_faults; test_faults.fuzz({str(place)!r}, {count}, {count})"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=PATIENCE,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"})
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-4000:])
     print(done.stdout)

@@ -144,7 +144,8 @@ def test_what_a_signal_prints_can_be_pasted(stories, tmp_path):
     python, *command = shlex.split(rest.strip().splitlines()[-1].partition("to go on: ")[2])
     saved = train.read_state(train.latest(out))["step"]
     assert python == "python" and saved >= 3
-    done = subprocess.run([sys.executable, *command, f"--max_iters={saved + 2}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command, f"--max_iters={saved + 2}"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [entry["step"] for entry in log_of(out) if "train_loss" in entry] == [*range(1, saved + 3)]
 
@@ -161,8 +162,9 @@ def test_a_terminal_without_a_character_ends_no_run(stories, tmp_path):
 
 def test_compiling_without_a_compiler_is_one_line_before_training(stories, tmp_path):
     args = flags(**FLAGS | dict(dataset=stories, out_dir=tmp_path / "run", compile=True))
-    done = subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, text=True, capture_output=True, env=os.environ | {
-        "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    env = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: torch.compile does not work here") and "--compile=False" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -180,8 +182,9 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(stories, tmp_path, 
                        whole_docs=True, max_iters=3)
         train.main(cfg, shape)
         logs[batch_size] = log_of(out)
-    args = flags(**FLAGS | shape | dict(dataset=stories, out_dir=tmp_path / "two", batch_size=2, dropout=0.0, max_iters=3,
-                 gradient_accumulation_steps=8, learning_rate=3e-3, warmup_iters=4, eval_interval=10, eval_tokens=512))
+    args = flags(**FLAGS | shape | dict(
+        dataset=stories, out_dir=tmp_path / "two", batch_size=2, dropout=0.0, max_iters=3,
+        gradient_accumulation_steps=8, learning_rate=3e-3, warmup_iters=4, eval_interval=10, eval_tokens=512))
     torchrun(2, ROOT / "train.py", *args)
     logs["two"] = log_of(tmp_path / "two")
     for name, log in logs.items():
@@ -201,7 +204,7 @@ def test_one_nan_evaluation_does_not_end_best(words, tmp_path, monkeypatch):  # 
 
 @pytest.mark.parametrize("overflow", ["lm_head", "q_proj"], ids=["AdamW's", "Muon's"])
 def test_in_float16_a_gradient_that_overflows_changes_nothing(words, tmp_path, monkeypatch, overflow):  # noqa: F811
-    """Neither optimizer steps where only the gradients of one have overflowed; the scale halves, and training goes on."""
+    """Neither optimizer steps where only one's gradients have overflowed; the scale halves, and training goes on."""
     build, backward = train.build_model, []
 
     def hooked(*args):

@@ -28,7 +28,8 @@ def test_the_memory_estimate_is_what_training_takes(name):
     cfg = train.TrainConfig(**dict(batch_size=2, block_size=256, optimizer="adamw") | more)
     tracker, device = MemTracker(), torch.device("cpu")
     with tracker:
-        model = Llama(LlamaConfig(**dict(vocab_size=512, n_layer=4, n_head=4, n_kv_head=2, dim=128, ffn_dim=384, context=256) | shape)).train()
+        common = dict(vocab_size=512, n_layer=4, n_head=4, n_kv_head=2, dim=128, ffn_dim=384, context=256)
+        model = Llama(LlamaConfig(**common | shape)).train()
         model.model.checkpointing = cfg.checkpointing
         optimizers = train.make_optimizers(model, cfg, device, torch.float32)
         tracker.track_external(model, *optimizers)
@@ -48,5 +49,6 @@ def test_the_memory_of_shards():
     with torch.device("meta"):
         model = Llama(replace(PRESETS["llama-3.1-8b"], n_layer=2))
     cfg = train.TrainConfig(shard=True, checkpointing=True, optimizer="adamw", batch_size=1, block_size=8192)
-    on = {n: memory.memory_estimate(model, replace(cfg, gradient_accumulation_steps=n), torch.bfloat16, n) for n in (8, 16, 32)}
+    on = {n: memory.memory_estimate(model, replace(cfg, gradient_accumulation_steps=n), torch.bfloat16, n)
+          for n in (8, 16, 32)}
     assert on[8] - on[16] == pytest.approx(12 * model.counts()[0] / 16) == pytest.approx(2 * (on[16] - on[32]))

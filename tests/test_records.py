@@ -26,6 +26,7 @@ def test_a_record_ends_in_its_figure(project, tmp_path):
     (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "tests/records.py", tmp_path / "tests")
     project("prepare/tales.py", "--stories=500", "--val_stories=50")
-    printed, _ = project("tests/records.py", "tales", "--max_iters=2", "--batch_size=2", "--sample_tokens=0", "--device=cpu")
+    printed, _ = project("tests/records.py", "tales", "--max_iters=2", "--batch_size=2", "--sample_tokens=0",
+                         "--device=cpu")
     figure = float(printed.splitlines()[-1].split("|")[2])
     assert 2 < figure < 4  # two steps from knowing nothing: nearly log2(1536) bits a token

@@ -155,7 +155,8 @@ def test_held_out_combinations():
 
 
 def run(monkeypatch, out, *args):
-    monkeypatch.setattr(sys, "argv", ["shapes.py", "--out", str(out), "--images=400", "--val_images=100", "--questions=5", *args])
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--out", str(out), "--images=400", "--val_images=100",
+                                      "--questions=5", *args])
     shapes.main()
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
 

