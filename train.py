@@ -319,6 +319,43 @@ def bits_per_byte(loss, windows):
     return loss / math.log(2) * (np.diff(windows.in_order()) - 1).sum().item() / windows.split.bytes
 
 
+@torch.no_grad()
+def log_likelihoods(model, rows, device, tokens):
+    """Log-probability in nats of each ending of HellaSwag after its context: a list of floats for each row.
+
+    rows: of `hellaswag.rows`; tokens: positions of a batch, whose rows have similar lengths. Each process computes its
+    share of the batches, and leaves None for the other rows."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # what takes most memory comes first
+    batches, scores, was_training = [], [None] * len(rows), model.training
+    while order:
+        count = max(tokens // len(rows[order[0]].ids), 1)
+        batches.append(order[:count])
+        order = order[count:]
+    mine = range(RANK, -(-len(batches) // WORLD) * WORLD, WORLD)  # as many for each: they may share one model
+    model.eval()
+    for number in track(mine, "HellaSwag"):
+        batch = batches[number % len(batches)]
+        part = [rows[i] for i in batch]
+        T = len(part[0].ids)
+        ids = [row.ids + [0] * (T - len(row.ids)) for row in part]  # (B, T)
+        positions = [row.positions + [0] * (T - len(row.ids)) for row in part]  # (B, T): padding sees itself alone
+        source = [i * T + place for i, row in enumerate(part) for place in row.source]  # (M,)
+        target = [token for row in part for token in row.target]  # (M,)
+        tensors = (torch.tensor(values, device=device) for values in (ids, positions, source, target))
+        nats = model.losses(*tensors).double().cpu().split([size for row in part for size in row.sizes])
+        sums = iter([-ending.sum().item() for ending in nats])
+        for i, row in zip(batch, part) if number < len(batches) else ():
+            scores[i] = [next(sums) for _ in row.sizes]
+    model.train(was_training)
+    return scores
+
+
+def track(batches, what):
+    """The batches, behind a bar on the first process."""
+    from tqdm import tqdm
+    return tqdm(batches, desc=what, unit="batch", leave=False, disable=RANK > 0)
+
+
 class HellaSwag:
     """The scores of a model on HellaSwag, of which each process takes a share.
 
@@ -333,7 +370,7 @@ class HellaSwag:
         """{name: value} for the log."""
         tokens = 256 if device.type == "cpu" else self.tokens  # what stays in cache, or fits in memory
         with autocast:
-            scores = hellaswag.log_likelihoods(model, self.rows, device, tokens, RANK, WORLD)
+            scores = log_likelihoods(model, self.rows, device, tokens)
         count = len(self.items)
         acc, norm = (right / count for right in all_reduce_sum(*hellaswag.correct(self.items, scores)))
         error = [math.sqrt(p * (1 - p) / max(count - 1, 1)) for p in (acc, norm)]
@@ -896,9 +933,8 @@ class Text:
     def val_loss(self, model, limit=0, progress=False):
         """Nats per token on the validation split, or on about `limit` tokens of it."""
         batches = eval_batches(self.val_windows, self.device, self.tok.bos_id, limit)
-        if progress and RANK == 0:
-            from tqdm import tqdm
-            batches = tqdm(list(batches), desc="evaluating", unit="batch", leave=False)
+        if progress:
+            batches = track(list(batches), "evaluating")
         return evaluate(model, batches, self.device, self.autocast)
 
     def summary(self, loss):

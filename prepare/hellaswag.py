@@ -70,7 +70,7 @@ def items(paths):
                     yield normalise(item)
 
 
-# -- scoring ----------------------------------------------------------------------------------------------------------
+# -- what train.py scores -----------------------------------------------------------------------------------------
 
 def load(limit=0):
     """The items that were prepared, or the first `limit` of them."""
@@ -113,7 +113,7 @@ def rows(items, tok, longest):
     texts = []
     for item in items:  # spaces that end the context go to the endings, since words begin with them
         texts += [item["query"].rstrip(), *(f"{item['query']} {ending}" for ending in item["endings"])]
-    encoded, found = iter(tok.encode_batch(texts, bos=tok.adds_bos)), []
+    encoded, made = iter(tok.encode_batch(texts, bos=tok.adds_bos)), []
     for item in items:
         context, row = next(encoded), Row([], [], [], [], [])
         endings = [next(encoded)[len(context):] for _ in item["endings"]]
@@ -125,48 +125,13 @@ def rows(items, tok, longest):
         else:
             for ending in endings:
                 row.add(context[-(longest + 1 - len(ending)):], [ending])
-        found.append(row)
-    return found
-
-
-def log_likelihoods(model, rows, device, tokens, rank=0, world=1):
-    """Log-probability in nats of each ending after its context: a list of floats for each row.
-
-    model: a Llama; tokens: positions of a batch, whose rows have similar lengths. Of `world` processes each computes
-    its share of the batches, and leaves None for the other rows; the first one shows a bar.
-    """
-    import torch
-    from tqdm import tqdm
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # what takes most memory comes first
-    batches, found, was = [], [None] * len(rows), model.training
-    while order:
-        n = max(tokens // len(rows[order[0]].ids), 1)
-        batches.append(order[:n])
-        order = order[n:]
-    model.eval()
-    bar = tqdm(total=sum(map(len, batches[rank::world])), desc="HellaSwag", unit="item", leave=False, disable=rank > 0)
-    with torch.no_grad(), bar:
-        for k in range(rank, -(-len(batches) // world) * world, world):  # as many on each: they may share one model
-            batch = batches[k % len(batches)]
-            some = [rows[i] for i in batch]
-            T = len(some[0].ids)
-            ids, positions, source, target = (torch.tensor(values, device=device) for values in (
-                [r.ids + [0] * (T - len(r.ids)) for r in some],  # (B, T)
-                [r.positions + [0] * (T - len(r.ids)) for r in some],  # (B, T): padding sees itself alone
-                [n * T + at for n, r in enumerate(some) for at in r.source],  # (M,)
-                [token for r in some for token in r.target]))  # (M,)
-            nats = model.losses(ids, positions, source, target).double().cpu()
-            sums = iter([-ending.sum().item() for ending in nats.split([size for r in some for size in r.sizes])])
-            for i, row in zip(batch, some) if k < len(batches) else ():
-                found[i] = [next(sums) for _ in row.sizes]
-            bar.update(len(batch))
-    model.train(was)
-    return found
+        made.append(row)
+    return made
 
 
 def correct(items, scores):
     """(acc, acc_norm) as numbers of items whose true ending scores best, also per character. scores: of each item as
-    from `log_likelihoods`; None counts for nothing."""
+    from `log_likelihoods` of train.py; None counts for nothing."""
     acc = norm = 0
     for item, row in zip(items, scores):
         if row:

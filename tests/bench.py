@@ -191,6 +191,7 @@ def hellaswag(cfg):
     """Log-likelihoods of HellaSwag's endings, SmolLM2-135M's shape."""
     import torch
 
+    import train
     from model import PRESETS, Llama
     from prepare import hellaswag, tokenizer
     (device, _, autocast), path = precision(cfg.device), real_data("text/hellaswag_val.jsonl.gz")
@@ -201,7 +202,7 @@ def hellaswag(cfg):
 
     def batched():
         with autocast():
-            return hellaswag.log_likelihoods(model, rows, device, 256 if cfg.device == "cpu" else 8192)
+            return train.log_likelihoods(model, rows, device, 256 if cfg.device == "cpu" else 8192)
 
     @torch.inference_mode()
     def one_by_one():
