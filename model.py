@@ -9,7 +9,8 @@ names and layouts, so `state_dict()` is a Hugging Face state dict and a saved di
     ids = model.generate(idx, max_new_tokens=100)
 
 Letters in shapes: B batch, T positions, D dim, H query heads, K key/value heads, d head_dim, V vocabulary,
-F width of a feed-forward, E experts, N tokens (B·T), k experts per token, C chunk, S slots of a cache.
+F width of a feed-forward, E experts, N tokens (B·T), k experts per token, C chunk, S slots of a cache. In code, F is
+torch.nn.functional, and k is keys.
 
 Sources: LLaMA (arXiv:2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), RoPE (2104.09864), SwiGLU
 (2002.05202), GQA (2305.13245), Switch (2101.03961), temperature tuning (2501.19399); for Llama 4,
@@ -49,7 +50,7 @@ class LlamaConfig:
     tie_embeddings: bool = False  # small models save vocab_size*dim parameters by sharing embedding and head
     bos_id: int | None = None  # token that begins a document; recorded for other tools
     eos_ids: tuple[int, ...] = ()  # tokens that end a generation; recorded for other tools
-    nope_every: int = 0  # iRoPE: every n-th layer has no RoPE and full attention (Llama 4: 4); 0: RoPE everywhere
+    nope_every: int = 0  # iRoPE: every n-th layer uses full attention without RoPE (Llama 4: 4); 0: RoPE everywhere
     chunk: int = 0  # RoPE layers attend within chunks of this many positions (Llama 4: 8192); 0: full attention
     qk_norm: bool = False  # weightless RMSNorm of q and k after RoPE, on RoPE layers (Scout: yes, Maverick: no)
     attn_scale: float = 0.0  # temperature tuning of NoPE layers (Llama 4: 0.1); 0: off
@@ -59,7 +60,7 @@ class LlamaConfig:
     moe_every: int = 1  # every n-th layer is a mixture of experts (Scout 1, Maverick 2)
     expert_dim: int = 0  # width of each routed expert and of the shared one; 0: ffn_dim
     dropout: float = 0.0  # training only: several epochs on little data want 0.1 to 0.2, one epoch wants none
-    router_noise: float = 0.0  # training only: std of noise on the logits that select experts; keeps all in play
+    router_noise: float = 0.0  # training only: std of noise on the logits that select experts, so that all get tokens
     router_aux: float = 0.0  # training only: weight of Switch's balancing loss (Switch: 0.01)
 
     def __post_init__(self):
@@ -105,7 +106,7 @@ class LlamaConfig:
             raise ValueError("attn_scale tunes NoPE layers: it needs nope_every")
 
     def is_nope(self, layer):
-        """Whether layer (0-based) has no RoPE, full attention and a tuned temperature."""
+        """Whether layer (0-based) uses full attention without RoPE, and scales its queries."""
         return self.nope_every > 0 and (layer + 1) % self.nope_every == 0
 
     def is_moe(self, layer):
@@ -118,7 +119,10 @@ class LlamaConfig:
 
 
 def _presets():
-    """{name: LlamaConfig} of every published Llama (sources: their config.json) and of this project's own."""
+    """{name: LlamaConfig} of every published Llama (sources: their config.json) and of this project's own.
+
+    `replace` copies sizes that __post_init__ has filled in: with another n_head, n_kv_head and head_dim are given too.
+    """
     llama1 = LlamaConfig(norm_eps=1e-6)
     llama2 = LlamaConfig(context=4096)
     size13 = dict(n_layer=40, n_head=40, dim=5120, ffn_dim=13824)
@@ -173,20 +177,21 @@ PRESETS = _presets()
 def rope_frequencies(cfg, device=None):
     """RoPE's angle per position, (d/2,) float32, with Llama 3.1's scaling where cfg has one.
 
-    Wavelengths below original/high stay, those above original/low grow by factor, those between are mixed;
-    low == high (Llama 4 Scout) is a step. Source: meta-llama/llama-models `apply_scaling`.
+    Wavelengths below original/high are unchanged, those above original/low are multiplied by factor, those between are
+    interpolated; low == high (Llama 4 Scout) is a hard threshold. Source: meta-llama/llama-models `apply_scaling`.
     """
     freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim)
     if not cfg.rope_scaling:
         return freq
     factor, low, high, original = cfg.rope_scaling
-    turns = original * freq / (2 * math.pi)  # how often a pair turns within the original context
+    turns = original * freq / (2 * math.pi)  # full turns of each pair within the original context
     keep = (turns > high).float() if low == high else ((turns - low) / (high - low)).clamp(0, 1)
     return keep * freq + (1 - keep) * freq / factor
 
 
 def rope_angles(cfg, positions):
-    """cos and signed sin at positions (T,) or (B, T), for `rotate`: (1, T, d) or (B, 1, T, d) each, float32.
+    """cos and sin at positions (T,) or (B, T), sin with the signs of the formula in `rotate`: (1, T, d) or (B, 1, T, d)
+    each, float32.
 
     With d = 4, and angles a and b for its two pairs:
         Llama 1 to 3, pairs (x0, x2) (x1, x3):  cos a, cos b, cos a, cos b  and  -sin a, -sin b, sin a, sin b
@@ -194,7 +199,7 @@ def rope_angles(cfg, positions):
     """
     angle = positions[..., None].float() * rope_frequencies(cfg, positions.device)  # (..., T, d/2)
     cos, sin = angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)  # one axis more, for the heads
-    pair = -1 if cfg.arch == "llama4" else -2  # the two of a pair: side by side, or half of d apart
+    pair = -1 if cfg.arch == "llama4" else -2  # the axis to stack on: a pair is side by side, or half of d apart
     return torch.stack((cos, cos), pair).flatten(-2), torch.stack((-sin, sin), pair).flatten(-2)
 
 
@@ -214,7 +219,7 @@ def rotate(x, rope, interleaved):
 
 
 def query_scale(cfg, positions):
-    """What NoPE layers multiply their queries with at positions (T,) or (B, T): (1, T, 1) or (B, 1, T, 1).
+    """The factor for the queries of NoPE layers at positions (T,) or (B, T): (1, T, 1) or (B, 1, T, 1).
 
     It grows slowly, so that attention over long texts stays sharp (arXiv:2501.19399).
     """
@@ -225,7 +230,7 @@ def query_scale(cfg, positions):
 # -- layers ------------------------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """x W^T with W (out, in), which `Llama.init_weights` draws; torch's own draw at construction is left out."""
+    """x W^T with W (out, in). torch's own initialisation is skipped, since `Llama.init_weights` does it."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
@@ -249,8 +254,8 @@ class RMSNorm(nn.Module):
 def attend(q, k, v, mask=None, chunk=0):
     """Attention of q (B, H, T, d) to k, v (B, K, S, d), each shared by H/K query heads -> (B, H, T, d).
 
-    Each query sees what mask (B, 1, T, S) shows. Without one S is T and a query sees the keys up to its own
-    position, of these only its own chunk where chunk > 0.
+    With mask (B, 1, T, S) each query sees what it shows, and chunk is not looked at. Without one, S is T and each query
+    sees the keys up to its own position, or, where chunk > 0, those of them that lie in its own chunk.
     """
     B, H, T, _ = q.shape
     groups = H // k.shape[1]
@@ -262,10 +267,10 @@ def attend(q, k, v, mask=None, chunk=0):
         return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]  # (B, H, T, d)
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
-    if T == 1:  # one position: the queries of a group see the same keys, as if they were positions
+    if T == 1:  # the heads of a group take the place of the positions, so that no key has to be repeated
         q = q.reshape(B, -1, groups, q.shape[3])  # (B, K, H/K, d)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, -1)  # (B, H, 1, d)
-    if groups > 1:  # not enable_gqa, with which a GPU's fast kernels take no mask
+    if groups > 1:  # enable_gqa together with a mask would rule out a GPU's fast kernels
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, d)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -282,7 +287,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(cfg.n_head * cfg.head_dim, cfg.dim)
 
     def forward(self, x, rope, positions, mask=None, cache=None):
-        """x (B, T, D) -> (B, T, D). rope: of `rope_angles`; mask: of `attend`; cache: a KVCache to append to."""
+        """x (B, T, D) -> (B, T, D). rope: from `rope_angles`; mask: see `attend`; cache: a KVCache to append to."""
         cfg, (B, T, _) = self.cfg, x.shape
         q = self.q_proj(x).view(B, T, -1, cfg.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, -1, cfg.head_dim).transpose(1, 2)  # (B, K, T, d)
@@ -313,13 +318,13 @@ class SwiGLU(nn.Module):
 
 
 def product_dtype(x):
-    """The dtype of products with x: autocast's where that is on."""
+    """The dtype of products with x: autocast's if that is on, else its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def grouped_mm(x, weight, ends):
-    """F.grouped_mm; outside of a compiled graph where torch's compiler does not know it: in all but bfloat16."""
+    """F.grouped_mm. torch.compile supports it in bfloat16 only; in another dtype it runs outside the compiled graph."""
     known = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
     return (F.grouped_mm if known else torch.compiler.disable(F.grouped_mm))(x, weight, offs=ends)
 
@@ -353,10 +358,10 @@ class MoE(nn.Module):
     def forward(self, x):
         """x (B, T, D) -> y (B, T, D), balancing loss (0 where it is not asked for), tokens per expert (E,).
 
-        Each expert takes its tokens as one slice, so they are sorted by expert first. With k = 1 and three tokens:
-            expert = 2 0 1   token t goes to expert[t]
-            order  = 1 2 0   row r of the sorted is row order[r] of the unsorted
-            back   = 2 0 1   row t of the unsorted is row back[t] of the sorted
+        Each expert takes its tokens as one slice, so they are sorted by expert first. With k = 1 and four tokens:
+            expert = 2 0 1 0   token t goes to expert[t]
+            order  = 1 3 2 0   row r of the sorted is row order[r] of the unsorted
+            back   = 3 0 2 1   row t of the unsorted is row back[t] of the sorted
         With k = 2, token t has the rows 2t and 2t + 1 of the unsorted.
         """
         cfg, shape = self.cfg, x.shape
@@ -401,7 +406,7 @@ class Block(nn.Module):
         return getattr(self, self.ffn_name)
 
     def forward(self, x, rope, positions, mask=None, cache=None):
-        """x (B, T, D) -> x (B, T, D), balancing loss, tokens per expert (E,); the last two 0 of a dense layer."""
+        """x (B, T, D) -> x (B, T, D), balancing loss, tokens per expert (E,); a dense layer has 0 for both."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, positions, mask, cache))
         h = self.post_attention_layernorm(x)
         if self.is_moe:
@@ -417,8 +422,8 @@ class Head(Linear):
     def forward(self, x, targets=None):
         """x (..., D) -> logits (..., V). With targets (M,) of x (M, D): nats of each target, (M,) float32.
 
-        These logits exist for 256 rows at a time, as they are large. One call whatever M is: where the weight is
-        spread over processes each call gathers it, and all of them must call equally often.
+        For targets the logits of 256 rows are made at a time, as they are large, but within this one call: FSDP
+        gathers the weight at each call, and all processes must call equally often, however many targets they have.
         """
         if targets is None:
             return super().forward(x)
@@ -435,35 +440,37 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        no_draw = torch.empty(cfg.vocab_size, cfg.dim)  # init_weights draws it
-        self.embed_tokens = nn.Embedding.from_pretrained(no_draw, freeze=False)
+        unset = torch.empty(cfg.vocab_size, cfg.dim)  # until init_weights
+        self.embed_tokens = nn.Embedding.from_pretrained(unset, freeze=False)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.dropout = nn.Dropout(cfg.dropout)
         self.checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
-        load = torch.zeros(cfg.n_layer, cfg.n_experts, device="cpu")  # there even where weights are on "meta"
+        load = torch.zeros(cfg.n_layer, cfg.n_experts, device="cpu")  # real even if the weights are on "meta"
         self.register_buffer("expert_load", load, persistent=False)
 
     def masks(self, positions):
         """Which keys each query sees when texts share a row: (full, chunked), (B, 1, T, T) bool each.
 
-        Each token of positions (B, T) takes the place of all earlier tokens of its own position and above, and
-        sees those that are still in place. So 0 begins a new document, and a jump back to p continues the first
-        p tokens of what was last written. Positions 0 1 2 3, 2 3, 3: token 4 (position 2) sees tokens 0 and 1,
-        token 5 sees 0 1 4, and token 6 (position 3 again) sees 0 1 4 too: it is another end of the same branch.
+        A token at position p hides every earlier token at position p or above, from itself and from all later ones.
+        It sees itself and what is before it and not hidden. So position 0 begins a new document, and a jump back to
+        p continues the first p tokens of the one before. Positions 0 1 2 3, 2 3, 3 (commas only for the eye):
+        token 4 sees tokens 0 1 4, token 5 sees 0 1 4 5, and token 6 sees 0 1 4 6: another end of the same branch.
         """
         T = positions.shape[1]
         place = torch.arange(T, device=positions.device)
-        replaced = (positions[:, None] <= positions[:, :, None]) & (place > place[:, None])  # (B, T, T): [j, i] j by i
-        end = F.pad(replaced, (0, 1), value=True).byte().argmax(2)  # (B, T) the first token in the place of j, or T
-        full = (place <= place[:, None]) & (place[:, None] < end[:, None])  # (B, T, T): [i, j] i sees j
-        chunk = positions // (self.cfg.chunk or self.cfg.context)
+        hides = (positions[:, None] <= positions[:, :, None]) & (place > place[:, None])  # (B, T, T): [key, by token]
+        end = F.pad(hides, (0, 1), value=True).byte().argmax(2)  # (B, T) the first token that hides each key, else T
+        full = (place <= place[:, None]) & (place[:, None] < end[:, None])  # (B, T, T): [query, key]
+        chunk = positions // (self.cfg.chunk or self.cfg.context)  # without chunks all are in the first one
         same = chunk[:, :, None] == chunk[:, None]
         return full[:, None], (full & same)[:, None]
 
     def forward(self, idx=None, embeds=None, positions=None, cache=None, lengths=None):
         """Hidden states (B, T, D) and the balancing loss, summed over layers. See Llama.forward."""
         x = self.embed_tokens(idx) if embeds is None else embeds
+        if positions is not None and cache is not None or lengths is not None and cache is None:
+            raise ValueError("a cache knows its own positions, and only a cache takes lengths")
         if cache is not None:
             return self.append(x, cache, lengths), 0.0
         if positions is None:
@@ -473,7 +480,8 @@ class Decoder(nn.Module):
     def append(self, x, cache, lengths=None):
         """Hidden states of x (B, T, D), which follow the tokens in cache and are added to it.
 
-        A piece never crosses the edge of a chunk: its last keys would overwrite those that its first queries need.
+        What follows a prompt goes in by pieces that do not cross the edge of a chunk (see `KVCache.pieces`): the last
+        keys would overwrite those that the first queries need. A prompt attends to its own keys, and needs none.
         """
         hidden = []
         for piece in x.split(cache.pieces(x.shape[1]), dim=1):
@@ -491,13 +499,13 @@ class Decoder(nn.Module):
         rope = rope_angles(self.cfg, positions)
         x, total = self.dropout(x), 0.0
         for i, block in enumerate(self.layers):
-            context = rope, positions, chunked if block.self_attn.chunk else full, cache
+            mask = chunked if block.self_attn.chunk else full
             if self.checkpointing and self.training:
-                x, balance, load = checkpoint(block, x, *context, use_reentrant=False)
+                x, balance, load = checkpoint(block, x, rope, positions, mask, cache, use_reentrant=False)
             else:
-                x, balance, load = block(x, *context)
+                x, balance, load = block(x, rope, positions, mask, cache)
             total = total + balance
-            if self.training and block.is_moe:  # counted here and not in the block, which checkpointing runs twice
+            if self.training and block.is_moe:  # counted here, because checkpointing runs each block twice
                 self.expert_load[i] += load
         return self.norm(x), total
 
@@ -517,17 +525,17 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw every tensor by its role.
+        """Initialise every tensor by its role.
 
         norms        1
-        embedding    normal, std 1, or dim^-0.5 where it is the head too: a token must stand out from what blocks add
-                     to it, or copying is learned late
+        embedding    normal, std 1, or dim^-0.5 if it is the head too: a token must stand out from what the blocks
+                     add to it, otherwise copying is learned late
         head         std 0.02, so that the first loss is close to ln V
         reads the residual stream    std 1/sqrt(inputs): activations start at unit scale at any width
         writes to it (o_proj, every down_proj)    the same over sqrt(2 * n_layer), so that the stream's variance does
                      not grow with depth (GPT-2)
         router       std 1/sqrt(dim), logits of unit scale
-        The numbers depend on seed and the tensor's name alone, not on what else was drawn.
+        The numbers depend on seed, the tensor's name and the device alone, not on what else was drawn.
         """
         for name, p in self.named_parameters():
             role = name.removesuffix(".weight").rsplit(".", 1)[-1]
@@ -546,15 +554,15 @@ class Llama(nn.Module):
         self.model.expert_load.zero_()
 
     def forward(self, idx=None, targets=None, positions=None, *, embeds=None, cache=None, lengths=None):
-        """Logits (B, T, V) and None; with targets None and the loss.
+        """Returns (logits (B, T, V), None) without targets, and (None, loss) with them.
 
         idx (B, T) int64, or embeds (B, T, D) in its place. targets (B, T): the token that follows each position,
-        -100 where it does not count. positions (B, T): restart at 0 where a new document begins; it then sees
-        nothing before itself (`Decoder.masks` has the whole rule). cache: a KVCache; the tokens follow those that it
-        holds, at the positions that come next, and are added to it. lengths (B,): of prompts that are padded on
-        the right to T, in an empty cache. Raises ValueError where the tokens do not fit the cache.
-        The loss: mean nats per counted target, 0 where none counts; in training plus router_aux times the balancing
-        loss.
+        -100 if it does not count. positions (B, T): restart at 0 with each document, which then sees no earlier one
+        (`Decoder.masks` has the whole rule). cache: a KVCache; the new tokens continue those in it and are appended.
+        lengths (B,): the real lengths of right-padded prompts, for an empty cache only. Raises ValueError if the
+        tokens do not fit the cache.
+        The loss is the mean over the targets that count, in nats, 0 if none does. In training, router_aux times the
+        balancing loss is added.
         """
         x, balance = self.model(idx, embeds, positions, cache, lengths)
         logits = self.lm_head(x)
@@ -569,7 +577,7 @@ class Llama(nn.Module):
     def losses(self, idx, positions, source, target):
         """Nats of each target (M,), predicted at the places source (M,) of idx (B, T) laid flat: (M,), float32.
 
-        positions as in `forward`."""
+        For scoring, where few of the places count: no other logits are made. positions as in `forward`."""
         x = self.model(idx, positions=positions)[0].flatten(0, 1)[source]  # (M, D)
         return self.lm_head(x, target)
 
@@ -579,7 +587,8 @@ class Llama(nn.Module):
         """(parameters, parameters that one token uses), tied weights once."""
         total = sum(p.numel() for p in self.parameters())
         routed = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
-        return total, total - (routed - routed * self.config.top_k // max(self.config.n_experts, 1))
+        idle = routed - routed * self.config.top_k // max(self.config.n_experts, 1)  # experts that a token skips
+        return total, total - idle
 
     def flops_per_token(self, length):
         """Floating-point operations of forward and backward per token, averaged over a sequence of `length`.
@@ -606,7 +615,7 @@ class Llama(nn.Module):
     # -- generation ----------------------------------------------------------------------------------------------
 
     def decode_one_token(self, token, cache):
-        """Logits (B, V) of what follows token (B,), the next of each row in cache."""
+        """Append token (B,) to the cache; returns the logits (B, V) of what follows it."""
         return self.lm_head(self.model(token[:, None], cache=cache)[0][:, 0])
 
     @torch.inference_mode()
@@ -615,9 +624,9 @@ class Llama(nn.Module):
         """Yield the next token of every row, (B,) int64, until all rows have ended or the context is full.
 
         idx (B, T) or embeds (B, T, D): prompts; mask (B, T): 1 where they are real, 0 for padding on the left or
-        right. temperature 0 is greedy. eos_id: an id, or several, that end a row, which then repeats its ending.
-        cache: a KVCache whose tokens the prompts follow, with room for all that is new; it then holds the new tokens
-        as well, but for the last one. Raises ValueError when a prompt is empty or leaves no room in the context.
+        right. temperature 0 is greedy. eos_id: an id, or several; a row that has ended repeats its end token.
+        cache: a KVCache to continue from, large enough for all that is new. Afterwards it holds the prompts and all new
+        tokens except the last. Raises ValueError when a prompt is empty or leaves no room in the context.
         """
         x = self.model.embed_tokens(idx) if embeds is None else embeds
         B, T, device = *x.shape[:2], x.device
@@ -632,8 +641,8 @@ class Llama(nn.Module):
             lengths = mask.sum(1)
             if (lengths == 0).any():
                 raise ValueError("a prompt is empty")
-            first = mask.int().argmax(1, keepdim=True)  # (B, 1) where each prompt begins
-            source = (first + torch.arange(T, device=device)).clamp(max=T - 1)  # (B, T): left padding goes right
+            first = mask.int().argmax(1, keepdim=True)  # (B, 1) where each prompt begins: left padding moves right
+            source = (first + torch.arange(T, device=device)).clamp(max=T - 1)  # (B, T)
             x = x.gather(1, source[..., None].expand_as(x))
         last = torch.full((B,), T, device=device) - 1 if lengths is None else lengths - 1
         ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else sorted(eos_id)
@@ -730,15 +739,16 @@ def draw_normal(shape, std, seed, name, device):
 class KVCache:
     """Keys and values of B rows that are decoded together, preallocated for `size` positions.
 
-    A layer has S slots: as many as its chunk where attention is chunked and the chunk is smaller than size, else
-    size. Slot s holds the last position p with p % S == s. With S = 4, a row of 6 tokens has 4 5 2 3 in its slots.
-    Rows may differ in length: lengths (B,) counts the tokens of each. An empty cache takes a prompt, at positions
-    (T,), and attends as in training; what follows has positions (B, T) and sees the slots up to its own.
+    A layer with chunked attention has S = min(chunk, size) slots, any other S = size. Slot s holds the last position p
+    with p % S == s. With S = 4, a row of 6 tokens has 4 5 2 3 in its slots.
+    Rows may differ in length: lengths (B,) counts the tokens of each. An empty cache takes a prompt, whose positions
+    are (T,), the same for all rows: it attends to its own keys, as in training. What follows has positions (B, T), and
+    sees the slots up to its own.
     """
 
     def __init__(self, cfg, batch, size, device=None, dtype=None):
         self.cfg, self.size = cfg, size
-        self.in_use = 0  # slots that are looked at
+        self.in_use = 0  # attention reads only so many slots
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
         shapes = [(batch, self.slots(cfg.chunk_of(i)), cfg.n_kv_head, cfg.head_dim) for i in range(cfg.n_layer)]
@@ -755,7 +765,7 @@ class KVCache:
         if longest + T > self.size:
             raise ValueError(f"{T} tokens do not fit a cache of {self.size}, which holds {longest}")
         edges = {0, T}
-        if longest and 0 < chunk < self.size:  # in a row of 6 tokens, chunks of 4: before the new tokens 2, 6, 10, ...
+        if longest and 0 < chunk < self.size:  # after 6 tokens, with chunks of 4, new tokens 2, 6, ... begin a chunk
             for length in self.lengths.tolist():
                 edges.update(range(-length % chunk, T, chunk))
         edges = sorted(edges)
@@ -773,7 +783,8 @@ class KVCache:
         return positions
 
     def mask(self, positions, chunk):
-        """Which slots the tokens at positions see in layers of this chunk, (B, 1, T, S); None: as in training."""
+        """Which slots the tokens at positions see in layers of this chunk, (B, 1, T, S); None for a prompt in an empty
+        cache, where `attend` is causal by itself."""
         if positions.dim() == 1:
             return None
         slots = torch.arange(min(self.slots(chunk), self.in_use), device=positions.device)
@@ -785,7 +796,7 @@ class KVCache:
         S, T = keys.shape[1], k.shape[2]
         new_k, new_v = k.transpose(1, 2).to(keys.dtype), v.transpose(1, 2).to(keys.dtype)  # (B, T, K, d)
         stored = positions
-        if T > S:  # of a prompt only the last S tokens of each row stay
+        if T > S:  # keep only each row's last S tokens (a shorter row writes position 0 again)
             stored = (self.lengths[:, None] - S + torch.arange(S, device=k.device)).clamp(min=0)  # (B, S)
             new_k, new_v = new_k[self.rows, stored], new_v[self.rows, stored]  # (B, S, K, d)
         slot = stored % S
@@ -796,8 +807,9 @@ class KVCache:
         return keys[:, :self.in_use].transpose(1, 2), values[:, :self.in_use].transpose(1, 2)
 
     def rewind(self, length):
-        """Forget all but the first `length` tokens of each row; returns how many are kept: a chunk whose slots were
-        taken by later ones is forgotten from its beginning."""
+        """Forget all but the first `length` tokens of each row, as a chat does whose text has changed; returns how many
+        are kept. With chunks of 4, rows of 6 tokens can go back to 5 or 4, but not to 3: the slots of positions 0 and 1
+        hold 4 and 5 by now, so they go back to where that chunk begins, to 0."""
         longest, chunk = int(self.lengths.max()), self.cfg.chunk
         length = min(length, longest)
         if 0 < chunk < self.size and length // chunk != (longest - 1) // chunk:
@@ -806,7 +818,7 @@ class KVCache:
         return length
 
     def grow(self, size):
-        """Make room for `size` positions in all."""
+        """Make room for `size` positions in all, as a chat that goes on needs it."""
         self.size = max(size, self.size)
         for i in range(self.cfg.n_layer):
             more = self.slots(self.cfg.chunk_of(i)) - self.keys[i].shape[1]
@@ -819,7 +831,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=
 
     top_k keeps the k most likely tokens, top_p the fewest whose probabilities reach p (arXiv:1904.09751), min_p
     those with at least min_p times the probability of the most likely (arXiv:2407.01082)."""
-    if temperature < 1e-9:  # float32 cannot tell such a distribution from the most likely token
+    if temperature < 1e-9:  # in float32 all probability is then on the most likely token
         return logits.argmax(-1)
     logits = logits - logits.max(-1, keepdim=True).values  # 0 for the most likely, so that nothing overflows
     if top_k:
@@ -834,7 +846,8 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=
         p = torch.zeros_like(p).scatter(1, order, falling.masked_fill(cut, 0))
     if min_p:
         p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0)
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # a race that p wins with chance p
+    times = torch.empty_like(p).exponential_(generator=generator)
+    return (p / times).argmax(-1)  # an exponential race: token i wins with chance p[i]
 
 
 # -- Hugging Face files ------------------------------------------------------------------------------------------
@@ -854,7 +867,7 @@ LLAMA4_KEYS = {
     "nope_every": ("no_rope_layer_interval", 4), "chunk": ("attention_chunk_size", 8192),
     "qk_norm": ("use_qk_norm", True), "attn_scale": ("attn_scale", 0.1), "floor_scale": ("floor_scale", 8192)}
 SCALING_KEYS = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-SUPPORTED = {  # key that changes what a model computes: the values of it that are built here
+SUPPORTED = {  # config keys that change what a model computes, and their values that are supported here
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
     "partial_rotary_factor": (1, None), "sliding_window": (None,), "per_layer_config": (None,),
     "quantization_config": (None,), "compression_config": (None,)}
@@ -864,7 +877,7 @@ ARCHITECTURES = {"LlamaForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalG
 def config_to_hf(cfg, dtype="float32"):
     """LlamaConfig -> the dict of a config.json, with the spellings of transformers 4 and 5 for dtype and RoPE."""
     llama4, scaling = cfg.arch == "llama4", None
-    if cfg.rope_scaling:  # whole numbers as such: transformers wants the original context to be one
+    if cfg.rope_scaling:  # whole numbers as int, which transformers requires for the original context
         numbers = [int(x) if x % 1 == 0 else x for x in cfg.rope_scaling]
         scaling = {"rope_type": "llama3"} | dict(zip(SCALING_KEYS, numbers))
     hf = {key: getattr(cfg, field) for field, (key, _) in (LLAMA4_KEYS if llama4 else LLAMA_KEYS).items()}
@@ -874,7 +887,7 @@ def config_to_hf(cfg, dtype="float32"):
            "eos_token_id": cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None,
            "rope_theta": cfg.rope_theta, "rope_scaling": scaling,
            "rope_parameters": {"rope_theta": cfg.rope_theta, "rope_type": "default"} | (scaling or {})}
-    if llama4:  # which wants a width, a number and a chunk even where no layer uses them
+    if llama4:  # transformers requires some of these keys even if no layer uses them
         layers = range(cfg.n_layer)
         hf |= {"moe_layers": [i for i in layers if cfg.is_moe(i)],
                "no_rope_layers": [int(not cfg.is_nope(i)) for i in layers],  # 1 means that RoPE is used
@@ -886,10 +899,10 @@ def config_to_hf(cfg, dtype="float32"):
 
 
 def config_from_hf(hf, generation=None):
-    """The dict of a config.json and, for what ends a generation, of a generation_config.json -> LlamaConfig.
+    """The dict of a config.json, and that of a generation_config.json for its end tokens -> LlamaConfig.
 
     Keys mean what they mean to transformers 5 (configuration_llama.py, configuration_llama4.py). Raises ValueError,
-    naming the key, for what is not built here."""
+    naming the key, for what is not supported."""
     family = hf.get("model_type")
     if family not in ("llama", "llama4", "llama4_text"):
         raise ValueError(f"config.json: model_type {family!r} is not supported: it takes llama, llama4 and llama4_text")
@@ -905,28 +918,29 @@ def config_from_hf(hf, generation=None):
         ends = _token_ids((generation or {}).get("eos_token_id"))
         if "eos_token_id" in text or not ends:
             ends = cfg.eos_ids + ends
-        return replace(cfg, eos_ids=dict.fromkeys(ends))
+        return replace(cfg, eos_ids=tuple(dict.fromkeys(ends)))  # each once, in order
     except (ValueError, TypeError) as e:
         raise ValueError(f"config.json: {e}") from None
 
 
 def _refuse_unsupported(hf):
-    """Raise ValueError for a key that changes what a model computes, and is not read."""
+    """Raise ValueError for a value of a key in SUPPORTED that is not supported."""
     for key, supported in SUPPORTED.items():
         if hf.get(key, supported[0]) not in supported:
             raise ValueError(f"{key} {hf[key]!r} is not supported; {supported[0]!r} is")
 
 
 def _common_fields(hf, keys, rope_theta):
-    """{field: value} of LlamaConfig, for what all families have. rope_theta: that of a config.json without one."""
+    """{field: value} of LlamaConfig, for what all families have. rope_theta: the default if there is none."""
     fields = {"eos_ids": _token_ids(hf.get("eos_token_id", 2))}
     for field, (key, default) in keys.items():
         value = hf.get(key, default)
         if value is None and (default is None or field in ("chunk", "bos_id")):
             continue  # LlamaConfig's own: as many as query heads, dim / n_head, full attention, no BOS
-        kind = int if default is None else type(default)
-        if type(value) is not kind or kind is int and value < 1 and field != "bos_id":
-            raise ValueError(f"{key} ({field}) must be a positive {kind.__name__}, not {value!r}")
+        expected = int if default is None else type(default)
+        may_be_zero = expected is not int or field == "bos_id"
+        if type(value) is not expected or (value < 1 and not may_be_zero):
+            raise ValueError(f"{key} ({field}) must be a positive {expected.__name__}, not {value!r}")
         fields[field] = value
     pad, vocab_size = hf.get("pad_token_id"), fields["vocab_size"]
     if pad is not None and not (type(pad) is int and -vocab_size <= pad < vocab_size):
@@ -951,14 +965,14 @@ def _read_rope(hf, theta, context):
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return theta, ()
-    if rope_type == "linear":  # as if the original context were one position: all wavelengths are beyond it
+    if rope_type == "linear":  # an original context of one position: no pair turns within it, so none is kept
         return theta, (rope.get("factor"), 1, 1, 1)
     if rope_type != "llama3":
         raise ValueError(f"rope_type {rope_type!r} is not supported; 'default', 'linear' and 'llama3' are")
     factor, low, high, original = (rope.get(key) for key in SCALING_KEYS)
     if None not in (low, high) and low > high:
         raise ValueError(f"low_freq_factor {low} is above high_freq_factor {high}")
-    for given in (rope, hf):  # the later counts
+    for given in (rope, hf):  # the top level of config.json overrules its dict
         context = given.get("original_max_position_embeddings", context)
     return theta, (factor, low, high, context)
 
@@ -976,10 +990,10 @@ def _llama4_config(hf):
         return values
 
     def interval(key, chosen):
-        """n, where every n-th layer is chosen (a bool for each); 0 where none is."""
+        """n if exactly every n-th layer is chosen (a bool for each), 0 if none is."""
         n = chosen.index(True) + 1 if True in chosen else 0
         if chosen != [n > 0 and (i + 1) % n == 0 for i in layers]:
-            raise ValueError(f"{key} {hf[key]} is no regular pattern of layers, as all that is built has")
+            raise ValueError(f"{key} {hf[key]} is no regular pattern of layers: every n-th is all that is supported")
         return n
 
     moe, rope, types = listed("moe_layers", int), listed("no_rope_layers", int), listed("layer_types", str)
@@ -1024,7 +1038,7 @@ def _weight_files(directory):
     if whole.exists():
         return [whole]
     if not index.exists():
-        pickled = " (pickled weights are not read: they can run code)" * any(directory.glob("*.bin"))
+        pickled = " (pickled weights are not read: they can run code)" if any(directory.glob("*.bin")) else ""
         raise FileNotFoundError(f"no model.safetensors in {directory}{pickled}")
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
@@ -1079,7 +1093,7 @@ def _read_tensors(directory, cfg, shapes, dtype, device):
     for name in state:
         state[name] = state[name].to(dtype)
         if state[name].dim() == 3 and state[name].data_ptr() % 16:
-            state[name] = state[name].clone()  # torch 2.10's grouped_mm wants experts aligned, the file does not
+            state[name] = state[name].clone()  # torch 2.10's grouped_mm needs experts aligned; the file need not be
     return state
 
 
