@@ -87,9 +87,9 @@ def test_all_of_unicode_survives(name):
 def test_a_very_long_word_takes_linear_time(name, word):
     t, text = tok(name), word * (100_000 // len(word))
     t.encode("x")
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone, whatever else the machine does
     ids = t.encode(text)
-    assert time.perf_counter() - start < 3  # quadratic merging takes minutes
+    assert time.process_time() - start < 30  # quadratic merging takes minutes
     assert t.decode(ids) == text
 
 
