@@ -13,12 +13,14 @@ A run that goes on or is evaluated keeps the settings of its run.json, but for t
 """
 import contextlib
 import gc
+import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -35,7 +37,8 @@ import config
 
 @dataclass
 class TrainConfig:
-    """How to train; the keys of model.py's LlamaConfig shape the model."""
+    """How to train; the keys of model.py's LlamaConfig shape the model. A number's comment begins with its range, which
+    config/ enforces."""
     model: str = "stories15m"  # preset whose shape the model's own keys then change; the default suits a laptop
     dataset: str = "tales"  # folder under data/ (or a path) made by a prepare script; tales needs no download
     out_dir: str | None = None  # where the run is kept; None: out/<dataset>
@@ -89,11 +92,12 @@ def run_directory(out_dir, dataset, prefix=""):
 
 
 def with_run(given, shape, directory, keys=KEYS):
-    """(settings, shape): {key: value} as given, over those in the run.json of the run that is resumed or evaluated.
+    """(settings, shape): {key: value} of the run.json of a run that goes on or is evaluated, overridden by what is given.
 
     Says which keys now differ. directory: that of the run; one without a run.json leaves things as given."""
     settings, model = config.of_run(directory, keys, SHAPE_KEYS)
-    settings = {k: v for k, v in settings.items() if k not in ("init_from", "out_dir", "eval_only")}
+    own = ("init_from", "out_dir", "eval_only") + ("hellaswag",) * bool(given.get("eval_only"))  # of each call
+    settings = {k: v for k, v in settings.items() if k not in own}
     model = {k: v for k, v in model.items() if k in TRAINING_ONLY}
     for key, value in (given | shape).items():
         before = (settings | model).get(key, value)
@@ -109,7 +113,9 @@ def read_settings():
     if source == "resume":
         directory = run_directory(given.get("out_dir"), given.get("dataset", TrainConfig.dataset))
         given, shape = with_run(given | {"out_dir": str(directory)}, shape, directory)
-    elif given.get("eval_only") and source != "scratch":
+    elif given.get("eval_only"):
+        if source == "scratch":
+            raise config.Mistake("what is to be evaluated? --init_from takes a run's directory or a hub name")
         given, shape = with_run(given, shape, source)
     return config.make(TrainConfig, given), shape
 
@@ -142,7 +148,7 @@ class Muon(torch.optim.Optimizer):
     Updates have the root mean square of AdamW's (0.2 * sqrt(max(out, in)) times an orthogonal matrix).
     Sources: Keller Jordan, "Muon", 2024 (the quintic iteration); Moonlight, arXiv:2502.16982 (the scale).
     """
-    BATCH = 2**26  # elements on each process that are handled at once: some copies of them are made
+    BATCH = 2**26  # elements on each process that are handled at once: a few copies of them must fit in memory
 
     def __init__(self, params, lr, momentum, weight_decay, dtype):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -160,8 +166,8 @@ class Muon(torch.optim.Optimizer):
         return (x.mT if tall else x).to(g.dtype)
 
     def orthogonalize_stack(self, stack):
-        """stack (n, ..., a, b), each matrix orthogonalized. Of a sharded stack each process has some rows of all
-        matrices; for this it gets all rows of some in exchange."""
+        """stack (n, ..., a, b), each matrix orthogonalized. Of a sharded stack each process has some rows of every
+        matrix; for this they are exchanged, so that it has some matrices whole, and then back."""
         if not hasattr(stack, "placements"):
             return self.orthogonalize(stack.flatten(0, -3)).view_as(stack)
         from torch.distributed.tensor import DTensor, Shard
@@ -178,7 +184,8 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for params in by_shape.values():
-                count = max(WORLD, self.BATCH * WORLD // params[0].numel())
+                processes = WORLD if hasattr(params[0], "placements") else 1  # that share a stack
+                count = max(processes, self.BATCH * processes // params[0].numel())
                 for i in range(0, len(params), count):
                     self.update(params[i:i + count], group)
 
@@ -187,10 +194,12 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        shape, grads = params[0].shape, [p.grad for p in params]
+        shape, grads, m = params[0].shape, [p.grad for p in params], group["momentum"]
         buffers = [self.state[p]["momentum"] for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        stack = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (n, ..., a, b)
+        torch._foreach_mul_(buffers, m)
+        torch._foreach_add_(buffers, grads, alpha=1 - m)
+        nesterov = torch._foreach_add(torch._foreach_mul(grads, 1 - m), buffers, alpha=m)
+        stack = torch.stack(nesterov)  # (n, ..., a, b)
         stack = stack.flatten(2) if len(shape) == 4 else stack  # convolutions: (n, out, in·h·w)
         update = self.orthogonalize_stack(stack) * (-0.2 * group["lr"] * max(stack.shape[-2:]) ** 0.5)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -242,7 +251,7 @@ def shard(model, device, dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
-    def rows(p):  # which axis is split: the first, but of fewer experts than processes the second
+    def rows(p):  # the axis to split: the first, or the second if the experts cannot be shared out evenly
         return Shard(1) if p.dim() == 3 and p.shape[0] % WORLD and p.shape[1] % WORLD == 0 else None
     mesh = init_device_mesh(device.type, (WORLD,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -259,12 +268,17 @@ def compiled(model, cfg, device):
     """The model as one compiled graph, where cfg asks for that. Raises `Mistake` where the tools for it are missing."""
     if not (device.type == "cuda" if cfg.compile is None else cfg.compile):
         return model
-    try:  # now, and not after minutes of loading: it needs a C++ compiler, or Triton
+    try:  # before the first step: it needs a C++ compiler, or Triton
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as e:  # the compiler's own kinds of exception differ from release to release
-        raise config.Mistake(f"torch.compile does not work here ({str(e).strip().splitlines()[0]}): "
+        raise config.Mistake(f"torch.compile does not work here ({first_line(e)}): "
                              "leave it off with --compile=False") from e
     return torch.compile(model)
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def data_parallel(model):
@@ -295,8 +309,8 @@ def evaluate(model, batches, device, autocast):
     return total / targets
 
 
-def eval_batches(windows, device, bos_id=None, limit=0):
-    """[(targets, (x, y, positions)), ...] of this process's share of a split, drawn as they are asked for.
+def eval_spans(windows, device, limit=0):
+    """[start, end) of the windows of a split that this process evaluates, (n, 2).
 
     limit: take about this many tokens, spread evenly and always the same; 0: each token but the first, exactly once.
     """
@@ -304,11 +318,16 @@ def eval_batches(windows, device, bos_id=None, limit=0):
     wanted = -(-limit // cfg.block_size) if limit else len(spans)
     if wanted < len(spans):
         spans = spans[np.linspace(0, len(spans) - 1, wanted).astype(int)]
-    # Each process gets as many batches, since those that share a model compute together; (0, 1) has no target. On a
-    # GPU all are full: a smaller last one would be compiled anew.
+    # All processes need the same number of batches, since those that share a model compute together. What is missing
+    # is filled with (0, 1), which has no target. On a GPU all batches are full: a smaller one would be compiled anew.
     multiple = WORLD * (cfg.batch_size if device.type == "cuda" else 1)
-    filler = [(0, 1)] * (-len(spans) % multiple)
-    spans = np.append(spans, filler).astype(int).reshape(-1, 2)[RANK::WORLD]
+    filler = np.tile([0, 1], (-len(spans) % multiple, 1))
+    return np.concatenate((spans, filler)).astype(int)[RANK::WORLD]
+
+
+def eval_batches(windows, spans, bos_id=None):
+    """(targets, (x, y, positions)) of these windows, a batch at a time, each read when it is asked for."""
+    cfg = windows.cfg
     for i in range(0, len(spans), cfg.batch_size):
         x, y = windows.read(spans[i:i + cfg.batch_size])
         yield int((y != -100).sum()), (x, y, document_positions(x, bos_id) if cfg.doc_mask else None)
@@ -333,7 +352,7 @@ def log_likelihoods(model, rows, device, tokens):
         order = order[count:]
     mine = range(RANK, -(-len(batches) // WORLD) * WORLD, WORLD)  # as many for each: they may share one model
     model.eval()
-    for number in track(mine, "HellaSwag"):
+    for number in track(mine, "HellaSwag", len(mine)):
         batch = batches[number % len(batches)]
         part = [rows[i] for i in batch]
         T = len(part[0].ids)
@@ -344,16 +363,17 @@ def log_likelihoods(model, rows, device, tokens):
         tensors = (torch.tensor(values, device=device) for values in (ids, positions, source, target))
         nats = model.losses(*tensors).double().cpu().split([size for row in part for size in row.sizes])
         sums = iter([-ending.sum().item() for ending in nats])
-        for i, row in zip(batch, part) if number < len(batches) else ():
-            scores[i] = [next(sums) for _ in row.sizes]
+        if number < len(batches):  # else a batch that was repeated, to have as many as the others
+            for i, row in zip(batch, part):
+                scores[i] = [next(sums) for _ in row.sizes]
     model.train(was_training)
     return scores
 
 
-def track(batches, what):
-    """The batches, behind a bar on the first process."""
+def track(batches, what, total):
+    """The batches, with a bar on the first process."""
     from tqdm import tqdm
-    return tqdm(batches, desc=what, unit="batch", leave=False, disable=RANK > 0)
+    return tqdm(batches, what, total, unit="batch", leave=False, disable=RANK > 0)
 
 
 class HellaSwag:
@@ -431,7 +451,6 @@ def save_checkpoint(out, write, state, keep, best):
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
         link_checkpoint(final, out)
         if best:
@@ -440,7 +459,7 @@ def save_checkpoint(out, write, state, keep, best):
         shutil.rmtree(tmp, ignore_errors=True)
         before = latest(out)
         rest = f"the checkpoint {before.name} is intact" if before else "there is no checkpoint yet"
-        raise config.Mistake(f"cannot save to {out}: {str(e).splitlines()[0]}; {rest}") from e
+        raise config.Mistake(f"cannot save to {out}: {first_line(e)}; {rest}") from e
     for old in sorted((out / "checkpoints").glob("step_*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -449,8 +468,9 @@ def read_state(path):
     """train_state.pt of a checkpoint directory. Of older runs it does not count sequences and tokens: None."""
     try:
         state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
-        counts = {"sequences": None, "tokens": None, "val_fingerprint": state.get("held_out")}
-        return counts | {key: state[key] for key in ("step", "seconds", "best", "optimizers", "scaler")} | state
+        if missing := {"step", "seconds", "best", "optimizers", "scaler"} - state.keys():
+            raise ValueError(f"without {missing}")
+        return {"sequences": None, "tokens": None, "val_fingerprint": state.get("held_out"), "improved": False} | state
     except Exception as e:  # torch advises to load it without weights_only, which would run what code it holds
         raise config.Mistake(f"{path / 'train_state.pt'} cannot be read, or is no state of a run "
                              f"({type(e).__name__}): remove {path} to go on from the checkpoint before") from e
@@ -467,14 +487,18 @@ def gathered(state):
 
 
 def load_optimizer(optimizer, saved):
-    """Restore an optimizer from a whole state; of sharded parameters this process keeps its part."""
+    """Restore an optimizer's state from a whole one, but keep its settings, which may be given anew. Of sharded
+    parameters this process keeps its part."""
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if hasattr(p, "placements"):
             from torch.distributed.tensor import distribute_tensor
-            for key, value in saved["state"][i].items():
+            for key, value in saved["state"].get(i, {}).items():
                 if value.shape == p.shape:
                     saved["state"][i][key] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
 
 
 def read_log(path):
@@ -501,8 +525,7 @@ def plot(curves, path, title, floor=None):
     for name, points in curves.items():
         points = np.array(points).reshape(-1, 2)  # (n, 2)
         if len(points):
-            few = points[::-1 - len(points) // 1000][::-1]  # what a picture can show, the last one among them
-            axes.plot(*few.T, label=f"{name}, {points[-1, 1]:.3f} at the end", **STYLES.get(name, DOTS))
+            axes.plot(*points.T, label=f"{name}, {points[-1, 1]:.3f} at the end", **STYLES.get(name, DOTS))
             values += points[:, 1].min(), points[:, 1].max()
     if floor is not None:
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.3f}")
@@ -534,7 +557,7 @@ class Log:
 
     def add_to_curves(self, entry):
         for name, key in ("training", "train_loss"), ("validation", "val_loss"):
-            if key in entry:
+            if entry.get(key) is not None:
                 self.curves[name].append((entry["step"], entry[key]))
 
     def start(self):
@@ -542,13 +565,16 @@ class Log:
         shards.write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def write(self, entry):
+        """Append an entry; of a number that is none, JSON's null."""
         if RANK == 0:
+            entry = {key: None if value != value or value in (math.inf, -math.inf) else value
+                     for key, value in entry.items()}
             self.add_to_curves(entry)
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
 
 
-def facts_of_run(cfg, model_config):
+def facts_of_run(cfg, model_config, agents):
     """What run.json records: every setting, versions, hardware, code."""
     try:
         describe = ["git", "-C", config.ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -560,7 +586,7 @@ def facts_of_run(cfg, model_config):
         settings["dataset"] = os.path.abspath(cfg.dataset)  # found again from any folder
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": sys.argv, "settings": settings, "model": asdict(model_config), "processes": WORLD,
-            "run_id": os.environ.get("TORCHELASTIC_RUN_ID"), "git_commit": commit,
+            "agents": agents, "git_commit": commit,
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "gpu": gpu,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
@@ -573,17 +599,17 @@ def check_writable(out):
         raise config.Mistake(f"cannot write the run directory {out}: {there} is not a directory that can be written to")
 
 
-def start_directory(out, cfg, model_config, log):
+def start_directory(out, facts, log):
     """Make the run directory, or move an earlier run out of the way; write run.json and the log so far."""
     with config.mistakes(OSError, prefix="cannot write the run directory: "):
-        if cfg.init_from != "resume" and latest(out):
+        if facts["settings"]["init_from"] != "resume" and latest(out):
             aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
             out.rename(aside)
             print0(f"{out} held an earlier run, which is now {aside}")
         new = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
-            shards.write_text(out / "run.json", json.dumps(facts_of_run(cfg, model_config), indent=1) + "\n")
+            shards.write_text(out / "run.json", json.dumps(facts, indent=1) + "\n")
             log.start()
         except OSError:
             if new:
@@ -593,7 +619,8 @@ def start_directory(out, cfg, model_config, log):
 
 def command_to_resume(out):
     """What to type to go on with a run."""
-    launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if WORLD > 1 else ["python"]
+    local = os.environ.get("LOCAL_WORLD_SIZE", WORLD)
+    launcher = ["torchrun", f"--nproc_per_node={local}"] if WORLD > 1 else ["python"]
     return shlex.join([*launcher, sys.argv[0], "--init_from=resume", f"--out_dir={os.path.relpath(out)}"])
 
 
@@ -618,12 +645,14 @@ def fit(task, cfg, out):
         log = Log(out, [entry for entry in read_log(out / "log.jsonl") if entry["step"] <= state["step"]])
     check_writable(out)
     compiled_model = compiled(model, cfg, device)
-    step_model = data_parallel(compiled_model) if WORLD > 1 and not sharded else compiled_model
+    ddp = WORLD > 1 and not sharded
+    step_model = data_parallel(compiled_model) if ddp else compiled_model
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if device.type == "cuda"
                  and gpu in torch.cuda.get_device_name(device)), 0) * WORLD
     print0(f"run        {out}, compile {'off' if compiled_model is model else 'on'}"
            + (f", resumed after step {state['step']}" if state["step"] else ""))
-    start, times, bad_steps = state["step"], deque(maxlen=50), 0
+    start, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, torchrun_agents()
+    most_bad_steps = 25 if scaler.is_enabled() else 5  # in a row; the scaler's first scales are too large on purpose
     with (stop_signals() as signals, IdleThreads(device) as threads, memory_advice(cfg, device, task.dtype),
           config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
         for step in range(start, cfg.max_iters):
@@ -637,17 +666,18 @@ def fit(task, cfg, out):
             torch.manual_seed(int(rng_for(cfg.seed, 1, step, RANK).integers(2**63)))
             micro_batches = task.batch(state["sequences"])
             targets, stopping = all_reduce_sum(sum(count for count, _ in micro_batches), len(signals))
+            targets = max(targets, 1)
             loss = 0.0
             for i, (count, args) in enumerate(micro_batches):
-                waits = step_model is not compiled_model and i < len(micro_batches) - 1  # DDP sums in the last one
-                with step_model.no_sync() if waits else nullcontext():
+                last_one = i == len(micro_batches) - 1  # in which DDP adds up the gradients of all processes
+                with nullcontext() if last_one or not ddp else step_model.no_sync():
                     with autocast:
                         part = step_model(*to_device(device, *args))[1] * (count / targets)
                     scaler.scale(part * WORLD).backward()  # both DDP and fully_shard divide by the processes
                 loss += part.detach()
 
-            # Clip and step, or, where a gradient is infinite or no number, change nothing. The scaler's own test looks
-            # at each optimizer alone; here one norm decides for all, and on all processes alike.
+            # Clip and step, or change nothing if the norm is not finite. The scaler alone would skip one optimizer and
+            # not the other; one norm decides for both, and on all processes alike.
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -658,7 +688,7 @@ def fit(task, cfg, out):
                 scaler.update()
                 bad_steps = 0
             else:
-                scaler.update(scaler.get_scale() / 2 if scaler.is_enabled() else None)
+                scaler.update(scaler.get_scale() / 2)
                 bad_steps += 1
                 print0(f"step {step + 1}: the gradient is {norm}; step skipped")
             for optimizer in optimizers:
@@ -672,7 +702,7 @@ def fit(task, cfg, out):
                              "tokens": state["tokens"] + int(targets), "seconds": state["seconds"] + elapsed}
             done, first, last = step + 1, step == start, step + 1 == cfg.max_iters
             if first and RANK == 0:  # now that a step fits into memory
-                start_directory(out, cfg, llama.config, log)
+                start_directory(out, facts_of_run(cfg, llama.config, agents), log)
                 print0(f"memory     {peak_memory(device) / 2**30:.1f} GiB after the first step")
             if done % cfg.log_interval == 0 or first or last or bad_steps:
                 typical = float(np.median(times))
@@ -685,26 +715,27 @@ def fit(task, cfg, out):
                 entry |= relative_load(load)
                 log.write(entry)
                 print0(log_line(entry, cfg.max_iters, elapsed, typical))
-            if bad_steps == (25 if scaler.is_enabled() else 5):  # the scaler's first scales are too large on purpose
+            if bad_steps == most_bad_steps:
                 raise config.Mistake(f"{bad_steps} steps in a row had no finite gradient: try --learning_rate="
                                      f"{cfg.learning_rate / 3:.2g}, a longer --warmup_iters, or --dtype=float32; "
                                      "the last checkpoint is kept")
 
             if done % cfg.eval_interval == 0 or last or stopping:
                 improved = False
-                if not stopping:
+                if not stopping or last:
                     scores = task.evaluate(compiled_model)
                     improved = scores["val_loss"] < state["best"]  # a NaN is no improvement
                     state["best"] = scores["val_loss"] if improved else state["best"]
                     facts = {"step": done, "tokens": state["tokens"], "seconds": round(state["seconds"], 3)}
                     log.write(facts | scores)
                 weights = gathered(model.state_dict()) if sharded else None
-                saved = state | {"val_fingerprint": task.val_fingerprint, "scaler": scaler.state_dict(),
-                                 "optimizers": [gathered(optimizer.state_dict()) for optimizer in optimizers]}
+                saved = state | {"improved": improved, "val_fingerprint": task.val_fingerprint,
+                                 "optimizers": [gathered(optimizer.state_dict()) for optimizer in optimizers],
+                                 "scaler": scaler.state_dict()}
                 if RANK == 0:
                     save_checkpoint(out, lambda directory: task.save(directory, weights), saved, cfg.keep, improved)
                     plot(log.curves, out / "loss.png", out.name, task.floor)
-            if stopping:
+            if stopping and not last:
                 print0(f"stopped by a signal after step {done} and saved; to go on: {command_to_resume(out)}")
                 break
 
@@ -726,10 +757,13 @@ def resume(task, cfg, out, optimizers, scaler):
     """Restore optimizers and scaler from the newest checkpoint; returns the state of the loop."""
     checkpoint = common_latest(out)
     state = read_state(checkpoint)
-    if state["step"] >= cfg.max_iters and not started_again():
-        raise config.Mistake(f"{out} has done its {state['step']} steps: to go on, give a larger --max_iters")
-    if state["sequences"] is None:  # an older run: it never changed the size of its steps
-        sequences = state["step"] * sequences_per_step(cfg)
+    if RANK == 0:  # a crash may have come between the checkpoint and its links
+        link_checkpoint(checkpoint, out)
+        if state["improved"]:
+            link_checkpoint(checkpoint, out / "best", skip=("train_state.pt",))
+    if state["sequences"] is None:  # an older run, whose steps had the size that its run.json holds
+        settings, _ = config.of_run(out, KEYS, SHAPE_KEYS)
+        sequences = state["step"] * sequences_per_step(replace(cfg, **settings))
         state |= {"sequences": sequences, "tokens": sequences * cfg.block_size}
     if state["val_fingerprint"] != task.val_fingerprint:
         print0("resume     with another validation set: best/ begins anew")
@@ -737,13 +771,14 @@ def resume(task, cfg, out, optimizers, scaler):
     with config.mistakes(ValueError, KeyError, prefix=f"{checkpoint} was made by another optimizer: "):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty unless the run was in float16
+        scaler.load_state_dict(state["scaler"])
     return {key: state[key] for key in ("step", "sequences", "tokens", "seconds", "best")}
 
 
 def relative_load(load):
-    """{"expert_load": [least, most]} of the tokens that each expert got on this process, (layers, E), relative to the
-    mean of its layer over all processes; {} for a dense model."""
+    """load (layers, E): tokens of each expert on this process -> {"expert_load": [least, most]} over all processes,
+    relative to the mean of the layer; {} for a dense model."""
     if not load.numel():
         return {}
     load = torch.tensor(all_reduce_sum(*load.flatten().tolist())).view(load.shape)
@@ -769,6 +804,8 @@ def stop_signals():
     def ask(number, _):
         signals.append(number)
         signal.signal(number, before[number])
+        if RANK == 0:  # print() is not safe here
+            os.write(1, b"stopping after the next step; a second Ctrl-C stops at once\n")
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
@@ -783,7 +820,7 @@ def memory_advice(cfg, device, dtype):
     try:
         yield
     except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+        if not re.search("out of memory|can't allocate memory", str(e)):  # the words of CUDA and MPS, and of CPUs
             raise
         reached = f"{peak_memory(device) / 2**30:.1f} GiB"
         if device.type == "cuda":
@@ -932,9 +969,10 @@ class Text:
 
     def val_loss(self, model, limit=0, progress=False):
         """Nats per token on the validation split, or on about `limit` tokens of it."""
-        batches = eval_batches(self.val_windows, self.device, self.tok.bos_id, limit)
+        spans = eval_spans(self.val_windows, self.device, limit)
+        batches = eval_batches(self.val_windows, spans, self.tok.bos_id)
         if progress:
-            batches = track(list(batches), "evaluating")
+            batches = track(batches, "evaluating", -(-len(spans) // self.cfg.batch_size))
         return evaluate(model, batches, self.device, self.autocast)
 
     def summary(self, loss):
@@ -976,20 +1014,27 @@ class Text:
 
 # -- starting ----------------------------------------------------------------------------------------------------
 
-def started_again():
-    """Whether torchrun started this process after one of the run had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def torchrun_agents():
+    """A number for the torchrun of each process, [] without one. It outlives processes that it starts again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    name = f"{platform.node()} {os.getppid()}".encode()
+    mine = int.from_bytes(hashlib.blake2b(name, digest_size=6).digest(), "big")  # 48 bits: exact as a float
+    return [int(n) for n in all_reduce_sum(*(mine if rank == RANK else 0 for rank in range(WORLD)))]
 
 
 def after_restart(cfg, shape, out):
-    """(cfg, shape), made to resume where torchrun started all processes again after one of the run in `out` had died.
-    The first process decides for all."""
-    if not started_again():
+    """(cfg, shape), made to resume if torchrun has started all processes again after one of the run in `out` had died:
+    one of its agents is there still. The first process decides for all. Refuses to resume a run that is complete."""
+    if cfg.init_from == "resume":
+        step = int(common_latest(out).name.removeprefix("step_"))
+        if step >= cfg.max_iters:
+            raise config.Mistake(f"{out} has done its {step} steps: to go on, give a larger --max_iters")
         return cfg, shape
-    goes_on = 0
-    if RANK == 0 and latest(out) and (out / "run.json").is_file():
+    agents, goes_on = torchrun_agents(), 0
+    if RANK == 0 and agents and latest(out) and (out / "run.json").is_file():
         facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        goes_on = int((facts["run_id"], facts["command"]) == (os.environ.get("TORCHELASTIC_RUN_ID"), sys.argv))
+        goes_on = int(bool(set(facts.get("agents", ())) & set(agents)) and facts["command"] == sys.argv)
     if not all_reduce_sum(goes_on)[0]:
         return cfg, shape
     print0(f"restart    a process had died; going on from {latest(out)}")

@@ -723,7 +723,7 @@ def overhead(cfg):
     evaluations = -(-settings.max_iters // settings.eval_interval)
 
     def evaluate():
-        batches = train.eval_batches(windows["val"], device, tok.bos_id, settings.eval_tokens)
+        batches = train.eval_batches(windows["val"], train.eval_spans(windows["val"], device, settings.eval_tokens))
         return evaluations * seconds(lambda: train.evaluate(model, batches, device, autocast()))
     yield Pair(f"the run's {evaluations} evaluations against a tenth of its {settings.max_iters} steps", evaluate,
                lambda: settings.max_iters / steps * seconds(bare) / 10, 1.0, runs=3)

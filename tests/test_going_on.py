@@ -96,6 +96,68 @@ def test_another_batch_size_goes_on_where_the_data_was(run, stories, monkeypatch
     assert [entry["tokens"] for entry in log_of(run) if "train_loss" in entry] == ends.tolist()
 
 
+def test_settings_of_optimizers_that_are_given_anew_count(run, monkeypatch):
+    """An optimizer's saved state holds its old settings too."""
+    made, make = [], train.make_optimizers
+    monkeypatch.setattr(train, "make_optimizers", lambda *args: made.extend(make(*args)) or made)
+    train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7, weight_decay=0.3,
+                                                  beta1=0.5, muon_momentum=0.8)))
+    adamw, muon = made
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
+    assert {group["betas"] for group in adamw.param_groups} == {(0.5, 0.95)}
+    assert (muon.param_groups[0]["momentum"], muon.param_groups[0]["weight_decay"]) == (0.8, 0.3)
+    assert all(len(optimizer.state) for optimizer in made)
+
+
+def test_another_dtype_goes_on(run, monkeypatch):
+    """A run in float32 has no scale of gradients that one in float16 could go on with."""
+    train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7, dtype="float16")))
+    train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=8, dtype="float32")))
+    assert train.read_state(train.latest(run))["step"] == 8
+
+
+def test_a_crash_between_checkpoint_and_links_is_mended(run, monkeypatch):
+    """The state says that its weights are the best: best/ gets them when the run goes on."""
+    path = train.latest(run)
+    state = train.read_state(path)
+    assert state["improved"]
+    good = (path / "model.safetensors").read_bytes()
+    (run / "best/model.safetensors").unlink()
+    (run / "best/model.safetensors").write_bytes(b"of an earlier step")
+    cfg, shape = read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7, learning_rate=0.0))
+    monkeypatch.setattr(train.Text, "val_loss", lambda *args, **more: 9.0)
+    train.main(cfg, shape)
+    assert (run / "best/model.safetensors").read_bytes() == good
+
+
+def test_a_signal_in_the_last_step_is_no_stop(stories, tmp_path, monkeypatch, capsys):
+    """It is evaluated and complete; no command to go on is printed."""
+    class Signals(list):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+    monkeypatch.setattr(train, "stop_signals", lambda: Signals([2]))
+    keys = FLAGS | dict(dataset=stories, out_dir=tmp_path / "run", max_iters=1)
+    train.main(*read_settings(monkeypatch, *flags(**keys)))
+    assert "to go on" not in capsys.readouterr().out
+    assert any("val_loss" in entry for entry in log_of(tmp_path / "run"))
+
+
+def test_evaluating_a_run_that_scored_hellaswag_gives_its_loss(run, monkeypatch):
+    facts = json.loads((run / "run.json").read_text())
+    facts["settings"]["hellaswag"] = True
+    (run / "run.json").write_text(json.dumps(facts))
+    assert read_settings(monkeypatch, "--eval_only", f"--init_from={run}")[0].hellaswag is False
+    assert read_settings(monkeypatch, *flags(init_from="resume", out_dir=run))[0].hellaswag is True
+
+
+def test_nothing_to_evaluate_is_one_line(monkeypatch):
+    with pytest.raises(config.Mistake, match="--init_from takes a run's directory"):
+        read_settings(monkeypatch, "--eval_only")
+
+
 def test_an_older_state_goes_on(run, monkeypatch):
     """States written before sequences were counted, with a router's bias that no longer exists."""
     path = run / "checkpoints/step_00000006"
@@ -106,8 +168,8 @@ def test_an_older_state_goes_on(run, monkeypatch):
     facts = json.loads((run / "run.json").read_text())
     facts["model"]["router_bias"] = 0.001
     (run / "run.json").write_text(json.dumps(facts))
-    train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7)))
-    assert train.read_state(train.latest(run))["sequences"] == 28
+    train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7, batch_size=2)))
+    assert train.read_state(train.latest(run))["sequences"] == 26
 
 
 def test_a_run_json_of_no_use_is_one_line(run, monkeypatch):

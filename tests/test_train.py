@@ -336,7 +336,7 @@ def test_evaluation_counts_each_token_once(words):
         nats -= p.gather(2, ids[:, 1:, None]).sum().item()
     for batch_size in (1, 7):
         windows = train.Windows(val, settings(words, "unused", batch_size=batch_size), None)
-        loss = train.evaluate(model, train.eval_batches(windows, CPU), CPU, nullcontext())
+        loss = train.evaluate(model, train.eval_batches(windows, train.eval_spans(windows, CPU)), CPU, nullcontext())
         assert loss == pytest.approx(nats / (len(val) - 1), rel=1e-6)
     assert model.training
 
@@ -441,7 +441,8 @@ def test_eval_only_prints_the_whole_split(words, tmp_path, capsys):
     line = capsys.readouterr().out.strip().splitlines()[-1]
     val = shards.Split(words, "val")
     model = Llama.from_pretrained(tmp_path / "a")
-    batches = train.eval_batches(train.Windows(val, settings(words, "unused")), CPU)
+    windows = train.Windows(val, settings(words, "unused"))
+    batches = train.eval_batches(windows, train.eval_spans(windows, CPU))
     loss = train.evaluate(model, batches, CPU, nullcontext())
     assert f"val loss {loss:.4f}" in line and f"perplexity {math.exp(loss):.3f}" in line
     assert f"{len(val) - 1:,} tokens" in line
