@@ -92,7 +92,7 @@ def run_directory(out_dir, dataset, prefix=""):
 
 
 def with_run(given, shape, directory, keys=KEYS):
-    """(settings, shape): {key: value} of the run.json of a run that goes on or is evaluated, overridden by what is given.
+    """(settings, shape): {key: value} of the run.json of a run that goes on or is evaluated, under what is given now.
 
     Says which keys now differ. directory: that of the run; one without a run.json leaves things as given."""
     settings, model = config.of_run(directory, keys, SHAPE_KEYS)
