@@ -1,4 +1,4 @@
-"""What a file holds: the records of txt, JSON and parquet, packed or not, as a stream.
+"""What a file holds: the records of txt, JSON and parquet, compressed or not, as a stream.
 
 What is read depends on the file alone, not on where a buffer ends, and an error names the line. txt and JSON are read
 here, not by `datasets`, because a text has to come back to the character: its "text" turns CR LF into LF and keeps the
@@ -21,7 +21,7 @@ import config
 from prepare import tokenizer
 
 READABLE = "txt, jsonl, json (each also .gz, .bz2, .xz, .zst) and parquet"
-KINDS = (".txt", ".jsonl", ".json", ".parquet")
+FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # in this order: one begins with another
 PIECE = 1 << 20  # bytes read at a time
@@ -31,20 +31,20 @@ EDGE = 32  # characters at the end of a buffer that may look wrong for want of m
 
 
 def open_zst(file):
-    """What was packed into a file by Zstandard. pyarrow comes with `datasets`."""
+    """What is compressed in a file by Zstandard. pyarrow comes with `datasets`."""
     import pyarrow
     return pyarrow.CompressedInputStream(file, "zstd")
 
 
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
 
 
-def kind_of(path):
-    """(one of KINDS, one of PACKED or "") from a file's name, in whatever case; None for a file that cannot be read."""
+def format_of(path):
+    """(one of FORMATS, one of COMPRESSIONS or "") by a file's name, in whatever case; None for what cannot be read."""
     endings = ["", *(ending.lower() for ending in path.suffixes)]
-    packed = endings.pop() if endings[-1] in PACKED else ""
-    kind = endings[-1]
-    return (kind, packed) if kind in KINDS and not (packed and kind == ".parquet") else None
+    compression = endings.pop() if endings[-1] in COMPRESSIONS else ""
+    format = endings[-1]
+    return (format, compression) if format in FORMATS and not (compression and format == ".parquet") else None
 
 
 @contextlib.contextmanager
@@ -54,12 +54,12 @@ def opened(path):
         yield file
 
 
-def text_of_file(file, packed=""):
+def text_of_file(file, compression=""):
     """The text of a file opened in binary, piece by piece, none of them empty: UTF-8, or UTF-16 and UTF-32 that begin
-    with their byte order mark. Raises ValueError with line and byte for anything else, and for a damaged archive."""
+    with their byte order mark. Raises ValueError with the place for anything else, and for a damaged archive."""
     line, size = 1, 0
     try:
-        stream = PACKED[packed](file) if packed else file
+        stream = COMPRESSIONS[compression](file) if compression else file
         data = stream.read(4)
         if [byte == 0 for byte in data] in ([False, True] * 2, [True, False] * 2):
             raise ValueError("this is UTF-16 without its byte order mark; save it as UTF-8")
@@ -126,7 +126,7 @@ def txt_documents(pieces, separator):
 # -- JSON and parquet --------------------------------------------------------------------------------------------
 
 def up_to_damage(pieces, damage):
-    """The pieces; the ValueError that ends them goes into the list `damage`, so that what comes before is used first."""
+    """The pieces. A ValueError that ends them goes into the list `damage`, so that what comes before is used first."""
     try:
         yield from pieces
     except ValueError as e:
@@ -203,16 +203,16 @@ def records(file, separators=(), field=None):
     field: the one column of parquet to read, None for all. The file's position shows how much of it has been read.
     Raises ValueError, OSError or NotImplementedError where the file is not what its name says: see `opened`.
     """
-    kind, packed = kind_of(Path(file.name))
-    if kind == ".parquet":
+    format, compression = format_of(Path(file.name))
+    if format == ".parquet":
         yield from parquet_rows(file, field)
-    elif kind == ".txt":
+    elif format == ".txt":
         with open(file.name, "rb") as same:
-            separator = separator_of(text_of_file(same, packed), separators)
-        for n, text in enumerate(txt_documents(text_of_file(file, packed), separator), 1):
+            separator = separator_of(text_of_file(same, compression), separators)
+        for n, text in enumerate(txt_documents(text_of_file(file, compression), separator), 1):
             yield f"document {n}", text
     else:
-        yield from json_values(text_of_file(file, packed))
+        yield from json_values(text_of_file(file, compression))
 
 
 def text_of(record, field, place):

@@ -29,11 +29,11 @@ class Settings:
 
 def read_file(path, cfg):
     """The text of a .txt file to the letter; of other kinds the documents, blank lines between them."""
-    kind, packed = formats.kind_of(path)
-    if kind != ".txt":
+    format, compression = formats.format_of(path)
+    if format != ".txt":
         return "\n\n".join(sources.Files([path], (), cfg.field))
     with formats.opened(path) as file:
-        return "".join(formats.text_of_file(file, packed))
+        return "".join(formats.text_of_file(file, compression))
 
 
 def read(cfg):

@@ -252,8 +252,8 @@ class Split:
             raise config.Mistake(f"shard {path} is missing: prepare the data again")
         stat, size = path.stat(), shard["tokens"] * dtype.itemsize
         if stat.st_size != size:
-            raise config.Mistake(f"shard {path} is truncated or altered: it has {stat.st_size} bytes instead of {size}; "
-                                 "prepare the data again")
+            raise config.Mistake(f"shard {path} is truncated or altered: it has {stat.st_size} bytes "
+                                 f"instead of {size}; prepare the data again")
         version = f"{path.name} {size} {stat.st_mtime_ns} {shard['sha256']}"
         if type(verified.get(version)) is not int:
             sha256, verified[version] = _contents(path, dtype)

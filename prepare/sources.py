@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import config
-from prepare.formats import READABLE, kind_of, opened, records, text_of
+from prepare.formats import READABLE, format_of, opened, records, text_of
 
 
 # -- which files -------------------------------------------------------------------------------------------------
@@ -19,7 +19,7 @@ def why_skipped(path):
     """Why a file in a folder is not read, or None."""
     if not path.is_file():
         return "no file"  # a link that leads nowhere
-    if not kind_of(path):
+    if not format_of(path):
         return path.suffix or "without an ending"
     return None if path.stat().st_size else "empty"
 
@@ -50,7 +50,7 @@ def find_files(patterns, out=None):
     for pattern in patterns:
         paths, readable = [], 0
         for path in map(Path, [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))):
-            if path.is_file() and not kind_of(path):
+            if path.is_file() and not format_of(path):
                 raise config.Mistake(f"--input {path}: cannot read this kind of file, only {READABLE}")
             paths += walk(path, skipped) if path.is_dir() else [path]
         for path in paths:

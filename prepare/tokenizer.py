@@ -12,14 +12,13 @@ import io
 import json
 import os
 import re
-import secrets
 import struct
 from pathlib import Path
 
 import config
 from prepare import chat_template, tokenizer_files
 from prepare.tokenizer_spec import (CHAR_TO_BYTE, CHARACTERS, around, bpe, byte_level, bytes_of_tokens, ends_of,
-                                    kind_of, make_spec, split)
+                                    kind_of, make_spec, split, valid)
 
 PROBE = "It's 12345.67  HELLO'S größer e\u0301 你好🙂\n\n\tx+=y; /* a */\r\n    end "  # shows how words are cut
 TIKTOKEN_LIMIT = 400_000  # characters in a text: on longer runs of spaces its regex overflows its stack
@@ -27,19 +26,17 @@ STOP_NAMES = {*tokenizer_files.EOS_NAMES, "<|eot|>", "<|eot_id|>", "<|eom|>", "<
 LINE_LIMIT = 250_000  # characters, at most 1,000,000 bytes: SentencePiece drops longer lines without a word
 # What SentencePiece trains on: lines, cut at U+2585, which it keeps for itself, and in front of a space where too long.
 LINE = re.compile(rf"[^\n\u2585]{{1,{LINE_LIMIT}}}(?![^ \n\u2585])|[^\n\u2585]{{1,{LINE_LIMIT}}}")
-SECRET = str(secrets.randbits(128))  # digits that nobody can guess, and that no filter of a template changes
 
 
-class Tokenizer:
-    """Text to ids and back. Make one with `char`, `byte`, `train_sentencepiece` or `load`.
+class Tokenizer(chat_template.Conversations):
+    """Text to ids and back, and conversations to ids. Make one with `char`, `byte`, `train_sentencepiece` or `load`.
 
     spec: what its tokenizer.json holds; settings: its tokenizer_config.json; model: the SentencePiece file it came
     from, as bytes, which `save` hands on. kind: char | byte | sentencepiece | tiktoken | json, by how it works.
     vocab_size: the largest id + 1. added, special: {text: id} of the tokens that are found in a text before it is cut,
     and of those among them that mean more than their text. bos_id, eos_id: int or None. adds_bos, adds_eos: whether
     transformers puts them around a text unless told otherwise. stop_ids: the ids that end a generation: EOS, and those
-    of generation_config.json, or else the special tokens of the usual names. chat_template: jinja text, {name: text} of
-    several, or None.
+    of generation_config.json, or else the special tokens of the usual names. chat_template: {name: jinja text}.
     """
 
     def __init__(self, spec, settings=None, model=None):
@@ -83,9 +80,9 @@ class Tokenizer:
                              f"EOS {self.eos_id}")
         usual = [i for text, i in self.special.items() if text in STOP_NAMES]
         self.stop_ids = {*self.settings.get("stop_ids", usual), self.eos_id} - {None}
-        self.chat_template = self.settings.get("chat_template")
-        if isinstance(self.chat_template, list):
-            self.chat_template = {t["name"]: t["template"] for t in self.chat_template}
+        template = self.settings.get("chat_template") or []
+        self.chat_template = ({"default": template} if isinstance(template, str) else
+                              {t["name"]: t["template"] for t in template})
 
     @functools.cached_property
     def fingerprint(self):
@@ -187,59 +184,7 @@ class Tokenizer:
             stream.feed(i)
         return stream
 
-    # -- conversations -----------------------------------------------------------------------------------------------
-
-    def render(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
-        """Text of a conversation, as apply_chat_template(tokenize=False) of transformers gives it.
-
-        messages: [{"role": ..., "content": ...}, ...]; tools: JSON schemas; documents: dicts; date: the datetime.date,
-        or "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox.
-        Raises `config.Mistake` if there is none, or if it refuses the conversation.
-        """
-        if not self.chat_template:
-            raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat")
-        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
-        if name not in templates:
-            raise config.Mistake(f"none of its chat templates {sorted(templates)} is the default")
-        values = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
-            return valid(chat_template.render(templates[name], messages, date, self._named | values))
-
-    @functools.cached_property
-    def _names(self):
-        """Matches the names of special tokens, the longest first."""
-        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)")
-
-    @functools.cached_property
-    def _aliases(self):
-        """{id of an alias: id of its special token}. The library finds aliases in a text even where it takes the names
-        of special tokens for plain text."""
-        import tokenizers
-        flags = "single_word", "lstrip", "rstrip", "normalized"
-        self._library.add_tokens([
-            tokenizers.AddedToken(alias(t["id"]), **{flag: t.get(flag, False) for flag in flags})
-            for t in self.spec["added_tokens"] if t["special"]])
-        return {self._library.token_to_id(alias(i)): i for i in self.special.values()}
-
-    def chat(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
-        """Ids of a conversation in the form that the model was trained on; arguments and errors as in `render`.
-
-        They are those of AutoTokenizer, but that a special token's name within a message stays text, so that no message
-        can end itself and speak for another. For that, names are hidden from the template; then the special tokens that
-        the template wrote go by their aliases, and what was hidden is text again.
-        """
-        def hide(text):
-            return self._names.sub(lambda name: f"{SECRET}{self.special[name[0]]:010}", text)
-        messages, tools, documents = chat_template.each_text([messages, tools, documents], hide)
-        text = self.render(messages, add_generation_prompt, tools, documents, date)
-        if SECRET not in text:
-            return self._run([text], special=True)[0]
-        text = self._names.sub(lambda name: alias(self.special[name[0]]), text)
-        names = {i: name for name, i in self.special.items()}
-        text = re.sub(rf"{SECRET}(\d{{10}})", lambda hidden: names[int(hidden[1])], text)
-        aliases = self._aliases
-        return [aliases.get(i, i) for i in self._run([text])[0]]
+    # -- this tokenizer as another one, and as files -------------------------------------------------------------
 
     def adding_bos(self):
         """This tokenizer with its BOS, if any, in front of a text by default: beside a model, it then does what its
@@ -278,20 +223,6 @@ class Stream:
     def end(self):
         """What was held back: "" or U+FFFD."""
         return self.utf8.decode(b"", final=True)
-
-
-def alias(id):
-    """A second name of a special token, which no text has."""
-    return f"<{SECRET}>{id}>"
-
-
-def valid(text):
-    """text with U+FFFD for lone surrogates, which UTF-8 cannot hold: what `encode` sees of a text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 # -- making one --------------------------------------------------------------------------------------------------

@@ -41,9 +41,9 @@ def llama_spec(vocab, merges, settings):
     """What the class LlamaTokenizer makes of a vocabulary, whatever else its tokenizer.json says."""
     prefix = settings.get("add_prefix_space") is not False
     scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
-    undo = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP][:3 + prefix]
+    decoders = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP] * prefix
     return make_spec(bpe(vocab, merges, fuse_unk=True, byte_fallback=True), {}, metaspace("▁", scheme),
-                     {"type": "Sequence", "decoders": undo})
+                     {"type": "Sequence", "decoders": decoders})
 
 
 def gpt2_spec(vocab, merges, settings):
@@ -63,19 +63,20 @@ def sentencepiece_spec(proto, pieces, legacy, space):
     merges = merges_of(ranks, lambda left, right: (left, right))
     model = bpe({piece: i for i, piece in enumerate(pieces)}, merges, unk_token=proto.trainer_spec.unk_piece,
                 fuse_unk=True, byte_fallback=fallback, ignore_merges=bool(whole))
-    is_low = space != " "
-    normal, cut = [replace({"String": " "}, space)] * is_low, []
+    normalizers, cuts, decoders = [], [], []
+    if space != " ":
+        normalizers.append(replace({"String": " "}, space))
+        decoders.append(replace({"String": space}, " "))
     if prefix and legacy:
-        normal.append({"type": "Prepend", "prepend": space})
+        normalizers.append({"type": "Prepend", "prepend": space})
     elif prefix:
-        cut.append(metaspace(space, "first"))
+        cuts.append(metaspace(space, "first"))
     if whole:
-        cut.append(split("|".join(sorted(whole, key=len, reverse=True))))
-    undo = [replace({"String": space}, " ")] * is_low + [{"type": "ByteFallback"}] * fallback
-    undo += [{"type": "Fuse"}] + [STRIP] * prefix
-    return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cut} if cut else None,
-                     {"type": "Sequence", "decoders": undo},
-                     {"type": "Sequence", "normalizers": normal} if normal else None)
+        cuts.append(split("|".join(sorted(whole, key=len, reverse=True))))
+    decoders += [{"type": "ByteFallback"}] * fallback + [{"type": "Fuse"}] + [STRIP] * prefix
+    return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
+                     {"type": "Sequence", "decoders": decoders},
+                     {"type": "Sequence", "normalizers": normalizers} if normalizers else None)
 
 
 # -- SentencePiece: Llama 1 and 2, TinyLlama, Mistral, or trained here -------------------------------------------
@@ -118,23 +119,15 @@ def lone_sentencepiece(data):
                    "post_processor": around(special, names["bos_token"])}, names
 
 
-def folder_sentencepiece(data, family, settings, declared):
-    """(tokenizer.json, its names, tokens that it adds unasked) of a SentencePiece model in a folder."""
-    proto = parse_sentencepiece(data)
-    unasked = [added(p.piece, i, p.type == CONTROL, normalized=False) for i, p in enumerate(proto.pieces)
-               if p.type == CONTROL or p.type == USER_DEFINED and family]
-    if family:
-        vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
-        ranks = {p.piece: i for i, p in enumerate(proto.pieces) if p.type not in (UNKNOWN, CONTROL)}
-        merges = merges_of(ranks, lambda left, right: len(left))
-        return llama_spec(vocab, merges, settings), CLASS_NAMES[family], unasked
+def folder_sentencepiece(proto, settings, declared):
+    """tokenizer.json of a SentencePiece model in a folder that names no class which would build its own."""
     kept = {p.piece for i, p in enumerate(proto.pieces) if i not in declared}
     pieces = [declared[i]["content"] if i in declared and declared[i]["content"] not in kept else p.piece
               for i, p in enumerate(proto.pieces)]
     if proto.normalizer_spec.add_dummy_prefix:
         for token in declared.values():
             token["normalized"] = False
-    return sentencepiece_spec(proto, pieces, settings.get("legacy", True), "▁"), sentencepiece_names(proto), unasked
+    return sentencepiece_spec(proto, pieces, settings.get("legacy", True), "▁")
 
 
 # -- Meta's rank files and GPT-2's two files ---------------------------------------------------------------------
@@ -222,14 +215,13 @@ def read_settings(folder):
         settings["stop_ids"] = stops if isinstance(stops, list) else [stops]
         if not all(type(i) is int for i in settings["stop_ids"]):
             raise ValueError(f"generation_config.json: eos_token_id {stops!r} is no id or list of ids")
-    templates = {path.stem: path.read_text(encoding="utf-8")
-                 for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if templates.keys() == {"default"}:
-        settings["chat_template"] = templates["default"]
-    elif templates:
-        settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    default, others = folder / "chat_template.jinja", sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if default.is_file():
+        settings["chat_template"] = default.read_text(encoding="utf-8")
+    if others:
+        paths = {path.stem: path for path in others} | ({"default": default} if default.is_file() else {})
+        settings["chat_template"] = [{"name": name, "template": path.read_text(encoding="utf-8")}
+                                     for name, path in paths.items()]
     return settings
 
 
@@ -271,8 +263,8 @@ def add_tokens(spec, settings, declared, extra):
         library = tokenizers.Tokenizer.from_str(json.dumps(spec))
         library.add_tokens([tokenizers.AddedToken(**{k: t[k] for k in flags if k in t}) for t in wanted.values()])
     for i, token in declared.items():
-        if (got := library.token_to_id(token["content"])) != i:
-            raise ValueError(f"it declares {token['content']!r} as id {i}, but AutoTokenizer gives it {got}")
+        if (given := library.token_to_id(token["content"])) != i:
+            raise ValueError(f"it declares {token['content']!r} as id {i}, but AutoTokenizer gives it {given}")
     return json.loads(library.to_str())
 
 
@@ -301,16 +293,23 @@ def class_of(path, form, data, settings):
     return name
 
 
-def json_spec(data, family, settings):
-    """tokenizer.json as it is, or what the class `family` builds anew from its vocabulary."""
-    spec = json.loads(data)
-    spec["added_tokens"] = spec.get("added_tokens") or []
-    if family is None:
-        return spec
-    model, build = spec["model"], {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family]
-    if not isinstance(model["vocab"], dict) or "merges" not in model:
-        raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
-    return build(model["vocab"], model["merges"], settings) | {"post_processor": spec.get("post_processor")}
+def built_spec(family, path, form, data, settings):
+    """What the class `family` builds of a vocabulary, whichever file holds it."""
+    post_processor = None
+    if form == "gpt2":
+        vocab, merges = read_gpt2(path)
+    elif form == "sentencepiece":
+        pieces = parse_sentencepiece(data).pieces
+        vocab = {p.piece: i for i, p in enumerate(pieces)}
+        ranks = {p.piece: i for i, p in enumerate(pieces) if p.type not in (UNKNOWN, CONTROL)}
+        merges = merges_of(ranks, lambda left, right: len(left))
+    else:
+        spec = json.loads(data)
+        vocab, merges, post_processor = spec["model"]["vocab"], spec["model"].get("merges"), spec.get("post_processor")
+        if not isinstance(vocab, dict) or merges is None:
+            raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
+    build = {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family]
+    return build(vocab, merges, settings) | {"post_processor": post_processor}
 
 
 def usual_names(spec):
@@ -320,48 +319,42 @@ def usual_names(spec):
             for key, names in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES))}
 
 
-def complete(spec, settings, declared, unasked):
-    """(spec with all tokens that settings and side files add, settings with the texts of the tokens they name)."""
-    if isinstance(settings.get("extra_special_tokens"), dict):
-        settings |= settings.pop("extra_special_tokens")
-    older = settings.pop("additional_special_tokens", None)
-    extra = settings.pop("extra_special_tokens", older if unasked is None else unasked)
-    spec = add_tokens(spec, settings, declared, extra or [])
-    return spec, settings | {key: content(token) for key, token in named_tokens(settings).items()}
-
-
-def asked_ends(spec, settings):
-    """The post-processor that add_bos_token and add_eos_token ask for, which a tokenizer.json does not heed."""
-    ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
-    return around(ids, *(settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None
-                         for end in ("bos", "eos")))
-
-
 def read(path, in_folder):
     """(tokenizer.json, settings) of a vocabulary's file. in_folder: with all that lies beside it."""
-    data, settings, family, unasked, declared = path.read_bytes(), {}, None, None, {}
+    data, settings, family, declared, unasked = path.read_bytes(), {}, None, {}, None
     form = form_of(path, data)
     if form == "sentencepiece" and not in_folder:
         return lone_sentencepiece(data)
+    own = json.loads(data).get("added_tokens") or [] if form == "json" else []
     if in_folder:
         settings = read_settings(path.parent)
         family = class_of(path, form, data, settings)
-        own = json.loads(data).get("added_tokens") or [] if form == "json" else []
         declared = declared_tokens(path.parent, settings, own)
     if form == "sentencepiece":
-        spec, names, unasked = folder_sentencepiece(data, family, settings, declared)
-    elif form == "gpt2":
-        spec, names = gpt2_spec(*read_gpt2(path), settings), CLASS_NAMES["GPT2Tokenizer"]
-    elif form == "ranks":
-        spec, names = read_ranks(data), {}
+        proto = parse_sentencepiece(data)
+        unasked = [added(p.piece, i, p.type == CONTROL, normalized=False) for i, p in enumerate(proto.pieces)
+                   if p.type == CONTROL or p.type == USER_DEFINED and family]
+    if family or form == "gpt2":
+        family = family or "GPT2Tokenizer"
+        spec, names = built_spec(family, path, form, data, settings), CLASS_NAMES[family]
+    elif form == "sentencepiece":
+        spec, names = folder_sentencepiece(proto, settings, declared), sentencepiece_names(proto)
     else:
-        spec, names = json_spec(data, family, settings), CLASS_NAMES.get(family, {})
+        spec, names = read_ranks(data) if form == "ranks" else json.loads(data) | {"added_tokens": own}, {}
     has_settings = in_folder and any(path.with_name(name).is_file() for name in SIDE_FILES)
     settings = (names if has_settings else usual_names(spec) | names) | settings
+    if isinstance(settings.get("extra_special_tokens"), dict):
+        settings |= settings.pop("extra_special_tokens")
+    older = settings.pop("additional_special_tokens", None)
+    extra = settings.pop("extra_special_tokens", older if unasked is None else unasked) or []
     known = {t["content"] for t in [*spec["added_tokens"], *declared.values()]}
-    spec, settings = complete(spec, settings, declared, unasked)
-    if form == "ranks" and (unknown := {t["content"] for t in spec["added_tokens"]} - known):
-        raise ValueError(f"{min(unknown)!r} is no special token of Meta's rank file, and nothing declares its id")
-    if form != "json" and (form != "ranks" or has_settings):
-        spec["post_processor"] = asked_ends(spec, settings)
+    spec = add_tokens(spec, settings, declared, extra)
+    settings |= {key: content(token) for key, token in named_tokens(settings).items()}
+    ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
+    if form == "ranks" and ids.keys() - known:
+        raise ValueError(f"{min(ids.keys() - known)!r} is no special token of Meta's rank file, and nothing declares "
+                         "its id")
+    if form != "json" and (form != "ranks" or has_settings):  # a tokenizer.json does not heed these settings
+        asked = (settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos"))
+        spec["post_processor"] = around(ids, *asked)
     return spec, {key: value for key, value in settings.items() if key not in BUILD_ONLY}
