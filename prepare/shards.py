@@ -3,7 +3,7 @@ damage shows.
 
     data/<name>/train_000.bin, val_000.bin, ...   ids, little-endian uint16 (uint32 for vocabularies over 65,535)
     data/<name>/meta.json                         tokenizer, vocabulary, counts, sha256 of each shard; written last
-    data/<name>/progress.json                     only while unfinished: what is safely on disk, and where to go on
+    data/<name>/progress.json                     only while unfinished: how much is safely on disk, where to go on
 
 A split is one long sequence of ids, cut into shards of equal length wherever the cut falls. So the files depend on the
 documents alone: not on batches, processes or interruptions.
@@ -60,48 +60,38 @@ def unfinished(directory, recipe):
 
 
 class _SplitWriter:
-    """One split while it is written: complete shards, and an open one under a temporary name.
+    """One split while it is written: appends ids to its last shard.
 
-    state: {"tokens", "documents", "bytes", "shards"} as in progress.json. Raises OSError where the directory does not
-    hold that much.
+    counts: {"tokens", "documents", "bytes"} of what is safely on disk. Files that hold more are cut back to it. Raises
+    OSError where they hold less.
     """
 
-    def __init__(self, directory, split, dtype, shard_tokens, state):
+    def __init__(self, directory, split, dtype, shard_tokens, counts):
         self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
-        self.state, self.file = state | {"shards": list(state["shards"])}, None
-        for shard in state["shards"]:
-            self._size(directory / shard["file"], shard["tokens"])
-        self.open_tokens = state["tokens"] - sum(shard["tokens"] for shard in state["shards"])
-        if self.open_tokens:
-            self._reopen()
+        self.counts, self.file = dict(counts), None  # file: the last shard, until it is full
+        for path, tokens in self.shards():
+            size = tokens * dtype.itemsize
+            if path.stat().st_size < size:
+                raise OSError(f"{path} has lost its end")
+            os.truncate(path, size)
+            if tokens < shard_tokens:
+                self.file = open(path, "ab")
 
-    def _path(self):
-        return self.directory / f"{self.split}_{len(self.state['shards']):03d}.bin"
-
-    def _size(self, path, tokens):
-        """Bytes of so many tokens; OSError for a file that is missing or has fewer."""
-        size = tokens * self.dtype.itemsize
-        if path.stat().st_size < size:
-            raise OSError(f"{path} has lost its end")
-        return size
-
-    def _reopen(self):
-        """Cut the open shard back to the tokens that the progress file vouches for."""
-        path = self._path()
-        temporary = path.with_name(path.name + ".tmp")
-        if path.exists() and not temporary.exists():  # it was completed after the last commit
-            path.rename(temporary)
-        os.truncate(temporary, self._size(temporary, self.open_tokens))
-        self.file = open(temporary, "ab")
+    def shards(self):
+        """(path, tokens) of each shard."""
+        full, rest = divmod(self.counts["tokens"], self.shard_tokens)
+        lengths = [self.shard_tokens] * full + [rest] * (rest > 0)
+        return [(self.directory / f"{self.split}_{i:03d}.bin", tokens) for i, tokens in enumerate(lengths)]
 
     def add(self, ids):
         while len(ids):
+            full, rest = divmod(self.counts["tokens"], self.shard_tokens)
             if self.file is None:
-                self.file = open(f"{self._path()}.tmp", "wb")
-            now, ids = np.split(ids, [self.shard_tokens - self.open_tokens])
+                self.file = open(self.directory / f"{self.split}_{full:03d}.bin", "wb")
+            now, ids = np.split(ids, [self.shard_tokens - rest])
             self.file.write(now.data)
-            self.open_tokens += len(now)
-            if self.open_tokens == self.shard_tokens:
+            self.counts["tokens"] += len(now)
+            if rest + len(now) == self.shard_tokens:
                 self.close_shard()
 
     def flush(self):
@@ -113,11 +103,14 @@ class _SplitWriter:
         if self.file is not None:
             self.flush()
             self.file.close()
-            sha256, _ = _contents(self.file.name, self.dtype)
-            path = self._path()
-            os.replace(self.file.name, path)
-            self.state["shards"].append({"file": path.name, "tokens": self.open_tokens, "sha256": sha256})
-            self.file, self.open_tokens = None, 0
+            self.file = None
+
+    def finish(self):
+        """The split as it stands in meta.json."""
+        self.close_shard()
+        shards = tqdm(self.shards(), f"hashing {self.split}", unit="shard", leave=False, delay=1)  # seconds
+        return self.counts | {"shards": [{"file": path.name, "tokens": tokens, "sha256": _contents(path, self.dtype)[0]}
+                                         for path, tokens in shards]}
 
 
 class Writer:
@@ -134,17 +127,17 @@ class Writer:
         progress = unfinished(directory, recipe)
         try:
             self.tails, self.position = self._open(progress["splits"]), progress["position"]
-        except (OSError, TypeError, KeyError):  # there is nothing to go on from, or it is damaged
+        except (OSError, ValueError, TypeError, KeyError):  # there is nothing to go on from, or it is damaged
             with config.mistakes(OSError):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._clear(f"{DATA_FILES}|{TOKENIZER_FILES}")
                 tok.save(self.directory)
-            nothing = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
+            nothing = {"tokens": 0, "documents": 0, "bytes": 0}
             self.tails, self.position = self._open(dict.fromkeys(SPLITS, nothing)), None
 
-    def _open(self, states):
+    def _open(self, counts):
         dtype = DTYPES[self.dtype]
-        return {s: _SplitWriter(self.directory, s, dtype, self.shard_tokens, states[s]) for s in SPLITS}
+        return {s: _SplitWriter(self.directory, s, dtype, self.shard_tokens, counts[s]) for s in SPLITS}
 
     def _clear(self, pattern, keep=()):
         """Remove what an earlier data set left here (meta.json before its shards), and nothing else."""
@@ -159,22 +152,20 @@ class Writer:
             raise ValueError(f"ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {self.tok.vocab_size}")
         tail = self.tails[split]
         tail.add(np.ascontiguousarray(ids, tail.dtype))
-        for key, n in ("tokens", len(ids)), ("documents", documents), ("bytes", n_bytes):
-            tail.state[key] += n
+        tail.counts["documents"] += documents
+        tail.counts["bytes"] += n_bytes
 
     def commit(self, position):
         """Make all that was added survive a crash; position: JSON that tells the caller where to go on."""
         for tail in self.tails.values():
             tail.flush()
-        progress = {"recipe": self.recipe, "position": position, "splits": {s: t.state for s, t in self.tails.items()}}
+        progress = {"recipe": self.recipe, "position": position, "splits": {s: t.counts for s, t in self.tails.items()}}
         write_text(self.directory / "progress.json", json.dumps(progress))
 
     def finish(self, floor_bpb=None, **extra):
         """Close the last shards, write meta.json and return it. floor_bpb: {split: exact bits per byte}; extra: more
         for meta.json."""
-        for tail in self.tails.values():
-            tail.close_shard()
-        splits = {s: t.state | ({"floor_bpb": floor_bpb[s]} if floor_bpb else {}) for s, t in self.tails.items()}
+        splits = {s: t.finish() | ({"floor_bpb": floor_bpb[s]} if floor_bpb else {}) for s, t in self.tails.items()}
         meta = {"name": self.directory.resolve().name,
                 "tokenizer": {"kind": self.tok.kind, "file": "tokenizer.json", "fingerprint": self.tok.fingerprint},
                 "vocab_size": self.tok.vocab_size, "dtype": self.dtype, **extra, "splits": splits}
