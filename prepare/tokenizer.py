@@ -17,6 +17,7 @@ from pathlib import Path
 
 import config
 from prepare import chat_template, tokenizer_files
+from prepare.tokenizer_settings import SIDE_FILES, content, named_tokens
 from prepare.tokenizer_spec import (CHAR_TO_BYTE, CHARACTERS, around, bpe, byte_level, bytes_of_tokens, ends_of,
                                     kind_of, make_spec, split, valid)
 
@@ -66,8 +67,8 @@ class Tokenizer(chat_template.Conversations):
 
     def _read_settings(self):
         """BOS, EOS, stop tokens and chat templates."""
-        named = tokenizer_files.named_tokens(self.settings).items()
-        self._named = {key: tokenizer_files.content(token) for key, token in named}
+        named = named_tokens(self.settings).items()
+        self._named = {key: content(token) for key, token in named}
         self.bos_id, self.eos_id = (self.ids.get(self._named.get(key)) for key in ("bos_token", "eos_token"))
         before, after = ends_of(self.spec)
         if self.bos_id is None and before:  # nobody names it, but every text gets it
@@ -291,7 +292,7 @@ def load(path):
         raise config.Mistake(f"{path}: there is no tokenizer (tokenizer.json, tokenizer.model, or encoder.json and "
                              "vocab.bpe)")
     in_folder = is_folder or path.name == "tokenizer.json" or path.name == "tokenizer.model" and any(
-        path.with_name(name).is_file() for name in tokenizer_files.SIDE_FILES)
+        path.with_name(name).is_file() for name in SIDE_FILES)
     wrong = (ValueError, TypeError, AttributeError, IndexError, RecursionError, OSError, config.Mistake)
     with config.mistakes(*wrong, prefix=f"{path} is no tokenizer that can be used: "), \
             config.mistakes(KeyError, prefix="it lacks "):
