@@ -207,19 +207,18 @@ def class_of(path, form, data, settings):
     return name
 
 
-def built_spec(family, path, form, data, settings):
-    """What the class `family` builds of a vocabulary, whichever file holds it."""
+def built_spec(family, form, source, settings):
+    """What the class `family` builds of a vocabulary. source: what `parse` gives."""
     post_processor = None
     if form == "gpt2":
-        vocab, merges = read_gpt2(path)
+        vocab, merges = source
     elif form == "sentencepiece":
-        pieces = parse_sentencepiece(data).pieces
-        vocab = {p.piece: i for i, p in enumerate(pieces)}
-        ranks = {p.piece: i for i, p in enumerate(pieces) if p.type not in (UNKNOWN, CONTROL)}
+        vocab = {p.piece: i for i, p in enumerate(source.pieces)}
+        ranks = {p.piece: i for i, p in enumerate(source.pieces) if p.type not in (UNKNOWN, CONTROL)}
         merges = merges_of(ranks, lambda left, right: len(left))
     else:
-        spec = json.loads(data)
-        vocab, merges, post_processor = spec["model"]["vocab"], spec["model"].get("merges"), spec.get("post_processor")
+        model, post_processor = source["model"], source["post_processor"]
+        vocab, merges = model["vocab"], model.get("merges")
         if not isinstance(vocab, dict) or merges is None:
             raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
     build = {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family]
@@ -233,28 +232,39 @@ def usual_names(spec):
             for key, names in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES))}
 
 
+def parse(path, form, data):
+    """What a file says of a vocabulary: (vocab, merges), a SentencePiece message, or a tokenizer.json."""
+    if form == "gpt2":
+        return read_gpt2(path)
+    if form == "sentencepiece":
+        return parse_sentencepiece(data)
+    spec = read_ranks(data) if form == "ranks" else json.loads(data)
+    return spec | {"added_tokens": spec.get("added_tokens") or [], "post_processor": spec.get("post_processor")}
+
+
 def read(path, in_folder):
     """(tokenizer.json, settings) of a vocabulary's file. in_folder: with all that lies beside it."""
     data, settings, family, declared, unasked = path.read_bytes(), {}, None, {}, None
     form = form_of(path, data)
     if form == "sentencepiece" and not in_folder:
         return lone_sentencepiece(data)
-    own = json.loads(data).get("added_tokens") or [] if form == "json" else []
     if in_folder:
         settings = read_settings(path.parent)
         family = class_of(path, form, data, settings)
-        declared = declared_tokens(path.parent, settings, own)
+    source = parse(path, form, data)
+    if in_folder:
+        declared = declared_tokens(path.parent, settings, source["added_tokens"] if form == "json" else [])
     if form == "sentencepiece":
-        proto = parse_sentencepiece(data)
-        unasked = [added(p.piece, i, p.type == CONTROL, normalized=False) for i, p in enumerate(proto.pieces)
+        unasked = [added(p.piece, i, p.type == CONTROL, normalized=False) for i, p in enumerate(source.pieces)
                    if p.type == CONTROL or p.type == USER_DEFINED and family]
-    if family or form == "gpt2":
-        family = family or "GPT2Tokenizer"
-        spec, names = built_spec(family, path, form, data, settings), CLASS_NAMES[family]
+    if form == "gpt2":
+        family = "GPT2Tokenizer"
+    if family:
+        spec, names = built_spec(family, form, source, settings), CLASS_NAMES[family]
     elif form == "sentencepiece":
-        spec, names = folder_sentencepiece(proto, settings, declared), sentencepiece_names(proto)
+        spec, names = folder_sentencepiece(source, settings, declared), sentencepiece_names(source)
     else:
-        spec, names = read_ranks(data) if form == "ranks" else json.loads(data) | {"added_tokens": own}, {}
+        spec, names = source, {}
     has_settings = in_folder and any(path.with_name(name).is_file() for name in SIDE_FILES)
     settings = (names if has_settings else usual_names(spec) | names) | settings
     if isinstance(settings.get("extra_special_tokens"), dict):
