@@ -1,12 +1,20 @@
-"""Chat templates, run as transformers runs them (its utils/chat_template_utils.py)."""
+"""Conversations: their text by a chat template, run as transformers runs it (its utils/chat_template_utils.py), and
+their ids."""
 import functools
 import json
+import re
+import secrets
 from datetime import datetime
+
+import config
+from prepare.tokenizer_spec import valid
+
+SECRET = str(secrets.randbits(128))  # digits that nobody can guess, and that no filter of a template changes
 
 
 @functools.lru_cache
 def compiled(template):
-    """A chat template in jinja2's sandbox, with what transformers gives it there (utils/chat_template_utils.py)."""
+    """A chat template in jinja2's sandbox, with what transformers gives it there."""
     import jinja2
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -50,9 +58,64 @@ def each_text(x, change):
     return change(x) if isinstance(x, str) else x
 
 
-def render(template, messages, date, values):
-    """Text of messages by a template that sees these values too. strftime_now formats date, None: the present one."""
-    if isinstance(date, str):
-        date = datetime.fromisoformat(date)
-    return compiled(template).render(messages=[complete(message) for message in messages], **values,
-                                     strftime_now=lambda form: (date or datetime.now()).strftime(form))
+def alias(id):
+    """A second name of a special token, which no text has."""
+    return f"<{SECRET}>{id}>"
+
+
+class Conversations:
+    """What a tokenizer does with conversations: the part of `tokenizer.Tokenizer` that needs its chat template."""
+
+    def render(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
+        """Text of a conversation, as apply_chat_template(tokenize=False) of transformers gives it.
+
+        messages: [{"role": ..., "content": ...}, ...]; tools: JSON schemas; documents: dicts; date: the datetime.date,
+        or "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox.
+        Raises `config.Mistake` if there is none, or if it refuses the conversation.
+        """
+        if not self.chat_template:
+            raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat")
+        name = "tool_use" if tools is not None and "tool_use" in self.chat_template else "default"
+        if name not in self.chat_template:
+            raise config.Mistake(f"none of its chat templates {sorted(self.chat_template)} is the default")
+        values = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
+            day = datetime.fromisoformat(date) if isinstance(date, str) else date
+            return valid(compiled(self.chat_template[name]).render(
+                self._named | values, messages=[complete(message) for message in messages],
+                strftime_now=lambda form: (day or datetime.now()).strftime(form)))
+
+    @functools.cached_property
+    def _names(self):
+        """Matches the names of special tokens, the longest first."""
+        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)")
+
+    @functools.cached_property
+    def _aliases(self):
+        """{id of an alias: id of its special token}. The library finds aliases in a text even where it takes the names
+        of special tokens for plain text."""
+        import tokenizers
+        flags = "single_word", "lstrip", "rstrip", "normalized"
+        self._library.add_tokens([
+            tokenizers.AddedToken(alias(t["id"]), **{flag: t.get(flag, False) for flag in flags})
+            for t in self.spec["added_tokens"] if t["special"]])
+        return {self._library.token_to_id(alias(i)): i for i in self.special.values()}
+
+    def chat(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
+        """Ids of a conversation in the form that the model was trained on; arguments and errors as in `render`.
+
+        They are those of AutoTokenizer, but that a special token's name within a message stays text, so that no message
+        can end itself and speak for another. For that, names are hidden from the template; then the special tokens that
+        the template wrote go by their aliases, and what was hidden is text again.
+        """
+        def hide(text):
+            return self._names.sub(lambda name: f"{SECRET}{self.special[name[0]]:010}", text)
+        messages, tools, documents = each_text([messages, tools, documents], hide)
+        text = self.render(messages, add_generation_prompt, tools, documents, date)
+        if SECRET not in text:
+            return self._run([text], special=True)[0]
+        text = self._names.sub(lambda name: alias(self.special[name[0]]), text)
+        names = {i: name for name, i in self.special.items()}
+        text = re.sub(rf"{SECRET}(\d{{10}})", lambda hidden: names[int(hidden[1])], text)
+        aliases = self._aliases
+        return [aliases.get(i, i) for i in self._run([text])[0]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import shards, sources, tokenizer  # noqa: E402
+from prepare import formats, shards, sources, tokenizer  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -29,11 +29,11 @@ class Settings:
 
 def read_file(path, cfg):
     """The text of a .txt file to the letter; of other kinds the documents, blank lines between them."""
-    kind, packed = sources.kind_of(path)
-    if kind != ".txt":
+    format, compression = formats.format_of(path)
+    if format != ".txt":
         return "\n\n".join(sources.Files([path], (), cfg.field))
-    with sources.opened(path) as file:
-        return "".join(sources.text_of_file(file, packed))
+    with formats.opened(path) as file:
+        return "".join(formats.text_of_file(file, compression))
 
 
 def read(cfg):

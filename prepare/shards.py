@@ -3,10 +3,10 @@ damage shows.
 
     data/<name>/train_000.bin, val_000.bin, ...   ids, little-endian uint16 (uint32 for vocabularies over 65,535)
     data/<name>/meta.json                         tokenizer, vocabulary, counts, sha256 of each shard; written last
-    data/<name>/progress.json                     only while unfinished: what is safely on disk, and where to go on
+    data/<name>/progress.json                     only while unfinished: how much is safely on disk, where to go on
 
-A split is one long sequence of ids cut into shards of equal length wherever the cut falls, so the files
-depend on the documents alone: not on batches, processes or interruptions.
+A split is one long sequence of ids, cut into shards of equal length wherever the cut falls. So the files depend on the
+documents alone: not on batches, processes or interruptions.
 """
 import bisect
 import contextlib
@@ -19,14 +19,18 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import config
 
 SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-VERIFIED = ".verified.json"  # what the reader found in each shard, so that it hashes a shard once
+VERIFIED = ".verified.json"  # {"file size mtime sha256": largest id} of the shards read before: each is hashed once
 DATA_FILES = r"((train|val)_\d{3,}\.bin|(meta|progress|\.verified)\.json(\.\d+)?)(\.tmp)?"  # those of a data set here
 TOKENIZER_FILES = r"tokenizer\.(json|model)|tokenizer_config\.json"
+META = {"vocab_size": int, "dtype": str, "tokenizer": {"kind": str, "file": str, "fingerprint": str}}
+META_OF_SPLIT = {"tokens": int, "documents": int, "bytes": int,
+                 "shards": [{"file": str, "tokens": int, "sha256": str}]}
 
 
 def dtype_of(vocab_size):
@@ -44,6 +48,8 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
+# -- writing -----------------------------------------------------------------------------------------------------
+
 def unfinished(directory, recipe):
     """What progress.json says an interrupted run with the same recipe has safely on disk, or None."""
     try:
@@ -53,57 +59,39 @@ def unfinished(directory, recipe):
         return None
 
 
-EMPTY = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}  # a split before anything is written
+class _SplitWriter:
+    """One split while it is written: appends ids to its last shard.
 
-
-class _Tail:
-    """One split while it is written: finished shards, and the open one under a temporary name.
-
-    done: the split as the progress file has it. Raises OSError where the directory does not hold that much.
+    counts: {"tokens", "documents", "bytes"} of what is safely on disk. Files that hold more are cut back to it. Raises
+    OSError where they hold less.
     """
 
-    def __init__(self, directory, split, dtype, shard_tokens, done):
+    def __init__(self, directory, split, dtype, shard_tokens, counts):
         self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
-        self.shards, self.counts = list(done["shards"]), {k: done[k] for k in ("tokens", "documents", "bytes")}
-        self.open_tokens = self.counts["tokens"] - sum(s["tokens"] for s in self.shards)
-        self.file, self.sha = None, hashlib.sha256()
-        for shard in self.shards:
-            self._demand(directory / shard["file"], shard["tokens"])
-        if self.open_tokens:
-            self._reopen()
+        self.counts, self.file = dict(counts), None  # file: the last shard, until it is full
+        for path, tokens in self.shards():
+            size = tokens * dtype.itemsize
+            if path.stat().st_size < size:
+                raise OSError(f"{path} has lost its end")
+            os.truncate(path, size)
+            if tokens < shard_tokens:
+                self.file = open(path, "ab")
 
-    def _path(self):
-        return self.directory / f"{self.split}_{len(self.shards):03d}.bin"
-
-    def _demand(self, path, tokens):
-        """Raise OSError for a file that is missing or has fewer tokens; return their size in bytes."""
-        size = tokens * self.dtype.itemsize
-        if path.stat().st_size < size:
-            raise OSError(f"{path} has lost its end")
-        return size
-
-    def _reopen(self):
-        """Cut the open shard back to what the progress file vouches for, and hash that."""
-        path = self._path()
-        temporary = path.with_name(path.name + ".tmp")
-        if path.exists() and not temporary.exists():  # it was completed after the last commit
-            path.rename(temporary)
-        size = self._demand(temporary, self.open_tokens)
-        self.file = open(temporary, "r+b")
-        while self.file.tell() < size:
-            self.sha.update(self.file.read(min(1 << 24, size - self.file.tell())))
-        self.file.truncate(size)
+    def shards(self):
+        """(path, tokens) of each shard."""
+        full, rest = divmod(self.counts["tokens"], self.shard_tokens)
+        lengths = [self.shard_tokens] * full + [rest] * (rest > 0)
+        return [(self.directory / f"{self.split}_{i:03d}.bin", tokens) for i, tokens in enumerate(lengths)]
 
     def add(self, ids):
         while len(ids):
+            full, rest = divmod(self.counts["tokens"], self.shard_tokens)
             if self.file is None:
-                path = self._path()
-                self.file = open(path.with_name(path.name + ".tmp"), "wb")
-            now, ids = np.split(ids, [self.shard_tokens - self.open_tokens])
+                self.file = open(self.directory / f"{self.split}_{full:03d}.bin", "wb")
+            now, ids = np.split(ids, [self.shard_tokens - rest])
             self.file.write(now.data)
-            self.sha.update(now.data)
-            self.open_tokens += len(now)
-            if self.open_tokens == self.shard_tokens:
+            self.counts["tokens"] += len(now)
+            if rest + len(now) == self.shard_tokens:
                 self.close_shard()
 
     def flush(self):
@@ -115,38 +103,41 @@ class _Tail:
         if self.file is not None:
             self.flush()
             self.file.close()
-            os.replace(self.file.name, self._path())
-            self.shards.append({"file": self._path().name, "tokens": self.open_tokens, "sha256": self.sha.hexdigest()})
-            self.file, self.sha, self.open_tokens = None, hashlib.sha256(), 0
+            self.file = None
 
-    def state(self):
-        return {**self.counts, "shards": self.shards}
+    def finish(self):
+        """The split as it stands in meta.json."""
+        self.close_shard()
+        shards = tqdm(self.shards(), f"hashing {self.split}", unit="shard", leave=False, delay=1)  # seconds
+        return self.counts | {"shards": [{"file": path.name, "tokens": tokens, "sha256": _contents(path, self.dtype)[0]}
+                                         for path, tokens in shards]}
 
 
 class Writer:
     """Writes one data set directory; whatever data set was there before is removed first.
 
-    tok: the tokenizer, saved beside the shards. shard_tokens: ids in each shard but the last.
-    recipe: text that stands for everything the result depends on. If an earlier run with the same recipe
-    was interrupted, the Writer goes on from its last `commit`, whose argument is then in `.position`
-    (None otherwise).
+    tok: the tokenizer, saved beside the shards. shard_tokens: ids in each shard but the last. recipe: text that stands
+    for everything the result depends on. If an earlier run with the same recipe was interrupted, the Writer goes on
+    from its last `commit`, whose argument is then in `.position` (None otherwise).
     """
 
     def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None):
         self.directory, self.tok, self.recipe = Path(directory), tok, recipe
         self.dtype, self.shard_tokens = dtype_of(tok.vocab_size), shard_tokens
-        state = unfinished(directory, recipe)
+        progress = unfinished(directory, recipe)
         try:
-            self.tails, self.position = self._open(state["splits"]), state["position"]
-        except (OSError, TypeError, KeyError):  # there is nothing to go on from, or it is damaged
+            self.tails, self.position = self._open(progress["splits"]), progress["position"]
+        except (OSError, ValueError, TypeError, KeyError):  # there is nothing to go on from, or it is damaged
             with config.mistakes(OSError):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._clear(f"{DATA_FILES}|{TOKENIZER_FILES}")
                 tok.save(self.directory)
-            self.tails, self.position = self._open(dict.fromkeys(SPLITS, EMPTY)), None
+            nothing = {"tokens": 0, "documents": 0, "bytes": 0}
+            self.tails, self.position = self._open(dict.fromkeys(SPLITS, nothing)), None
 
-    def _open(self, splits):
-        return {s: _Tail(self.directory, s, DTYPES[self.dtype], self.shard_tokens, splits[s]) for s in SPLITS}
+    def _open(self, counts):
+        dtype = DTYPES[self.dtype]
+        return {s: _SplitWriter(self.directory, s, dtype, self.shard_tokens, counts[s]) for s in SPLITS}
 
     def _clear(self, pattern, keep=()):
         """Remove what an earlier data set left here (meta.json before its shards), and nothing else."""
@@ -161,22 +152,20 @@ class Writer:
             raise ValueError(f"ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {self.tok.vocab_size}")
         tail = self.tails[split]
         tail.add(np.ascontiguousarray(ids, tail.dtype))
-        for key, n in ("tokens", len(ids)), ("documents", documents), ("bytes", n_bytes):
-            tail.counts[key] += n
+        tail.counts["documents"] += documents
+        tail.counts["bytes"] += n_bytes
 
     def commit(self, position):
         """Make all that was added survive a crash; position: JSON that tells the caller where to go on."""
         for tail in self.tails.values():
             tail.flush()
-        state = {"recipe": self.recipe, "position": position, "splits": {s: t.state() for s, t in self.tails.items()}}
-        write_text(self.directory / "progress.json", json.dumps(state))
+        progress = {"recipe": self.recipe, "position": position, "splits": {s: t.counts for s, t in self.tails.items()}}
+        write_text(self.directory / "progress.json", json.dumps(progress))
 
     def finish(self, floor_bpb=None, **extra):
         """Close the last shards, write meta.json and return it. floor_bpb: {split: exact bits per byte}; extra: more
         for meta.json."""
-        for tail in self.tails.values():
-            tail.close_shard()
-        splits = {s: t.state() | ({"floor_bpb": floor_bpb[s]} if floor_bpb else {}) for s, t in self.tails.items()}
+        splits = {s: t.finish() | ({"floor_bpb": floor_bpb[s]} if floor_bpb else {}) for s, t in self.tails.items()}
         meta = {"name": self.directory.resolve().name,
                 "tokenizer": {"kind": self.tok.kind, "file": "tokenizer.json", "fingerprint": self.tok.fingerprint},
                 "vocab_size": self.tok.vocab_size, "dtype": self.dtype, **extra, "splits": splits}
@@ -185,12 +174,19 @@ class Writer:
         return meta
 
 
-def _field(table, key, kind, where):
-    """table[key], which must be of this kind; numbers are sizes, so 0 or more and of this world."""
-    value = table.get(key) if isinstance(table, dict) else None
-    if type(value) is not kind or kind in (int, float) and not 0 <= value < 1 << 48:
-        raise config.Mistake(f"{where}: '{key}' is missing or not as it should be; prepare the data again")
-    return value
+# -- reading -----------------------------------------------------------------------------------------------------
+
+def _require(value, form, where):
+    """Raise `Mistake` unless JSON has this form: a type, [the form of each element] or {key: form}. Numbers are sizes:
+    0 or more, and of this world."""
+    if isinstance(form, dict) and isinstance(value, dict):
+        for key in form:
+            _require(value.get(key), form[key], f"{where}: {key}")
+    elif isinstance(form, list) and isinstance(value, list):
+        for element in value:
+            _require(element, form[0], where)
+    elif type(value) is not form or form is not str and not 0 <= value < 1 << 48:
+        raise config.Mistake(f"{where} is missing or not as it should be; prepare the data again")
 
 
 def read_meta(directory):
@@ -218,51 +214,46 @@ class Split:
     """
 
     def __init__(self, directory, split):
-        self.directory, where = Path(directory), f"{directory}/meta.json"
-        self.meta = read_meta(directory)
-        self.vocab_size = _field(self.meta, "vocab_size", int, where)
-        self.tokenizer = _field(self.meta, "tokenizer", dict, where)
-        for key in ("kind", "file", "fingerprint"):
-            _field(self.tokenizer, key, str, where)
-        dtype = DTYPES.get(_field(self.meta, "dtype", str, where))
+        self.directory, self.meta, where = Path(directory), read_meta(directory), f"{directory}/meta.json"
+        _require(self.meta, META | {"splits": {split: META_OF_SPLIT}}, where)
+        self.vocab_size, self.tokenizer = self.meta["vocab_size"], self.meta["tokenizer"]
+        entry, dtype = self.meta["splits"][split], DTYPES.get(self.meta["dtype"])
+        self.tokens, self.documents, self.bytes = entry["tokens"], entry["documents"], entry["bytes"]
+        self.floor_bpb = entry.get("floor_bpb")
+        if self.floor_bpb is not None:
+            _require(self.floor_bpb, float, f"{where}: floor_bpb")
         if dtype is None:
             raise config.Mistake(f"{where}: dtype should be one of {', '.join(DTYPES)}")
-        mine = _field(_field(self.meta, "splits", dict, where), split, dict, where)
-        self.tokens, self.documents = _field(mine, "tokens", int, where), _field(mine, "documents", int, where)
-        self.bytes = _field(mine, "bytes", int, where)
-        self.floor_bpb = _field(mine, "floor_bpb", float, where) if mine.get("floor_bpb") is not None else None
-        shards = _field(mine, "shards", list, where)
-        lengths = [_field(s, "tokens", int, where) for s in shards]
-        if sum(lengths) != self.tokens:
-            raise config.Mistake(f"{where}: {split} should have {self.tokens} tokens, its shards have {sum(lengths)}: "
-                                 "prepare the data again")
+        self.starts = [0, *accumulate(shard["tokens"] for shard in entry["shards"])]
+        if self.starts[-1] != self.tokens:
+            raise config.Mistake(f"{where}: {split} should have {self.tokens} tokens, its shards have "
+                                 f"{self.starts[-1]}: prepare the data again")
         if not self.tokens:
             raise config.Mistake(f"{directory} has no {split} tokens: prepare it again with another --val_fraction")
-        self.starts, self.maps = [0, *accumulate(lengths)], []
-        known = _verified(self.directory)
-        for shard, length in zip(shards, lengths):
-            path, sha = self.directory / _field(shard, "file", str, where), _field(shard, "sha256", str, where)
+        verified, self.maps = _verified(self.directory), []
+        for shard in tqdm(entry["shards"], f"checking {directory}", unit="shard", leave=False, delay=1):  # seconds
+            path = self.directory / shard["file"]
             with config.mistakes(OSError, ValueError):
-                self._check(path, length, dtype, sha, known)
+                self._check(path, shard, dtype, verified)
             self.maps.append(np.memmap(path, dtype, "r").view(np.ndarray))
 
-    def _check(self, path, length, dtype, sha, known):
-        """Raise `Mistake` unless the shard is the one meta.json describes."""
-        if path.parent != self.directory or not length or not path.is_file():
+    def _check(self, path, shard, dtype, verified):
+        """Raise `Mistake` unless the file is the shard that meta.json describes."""
+        if path.parent != self.directory or not shard["tokens"] or not path.is_file():
             raise config.Mistake(f"shard {path} is missing: prepare the data again")
-        stat = path.stat()
-        if stat.st_size != length * dtype.itemsize:
+        stat, size = path.stat(), shard["tokens"] * dtype.itemsize
+        if stat.st_size != size:
             raise config.Mistake(f"shard {path} is truncated or altered: it has {stat.st_size} bytes "
-                                 f"instead of {length * dtype.itemsize}; prepare the data again")
-        version = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {sha}"
-        if type(known.get(version)) is not int:
-            found, known[version] = _contents(path, dtype)
-            if found != sha:
+                                 f"instead of {size}; prepare the data again")
+        version = f"{path.name} {size} {stat.st_mtime_ns} {shard['sha256']}"
+        if type(verified.get(version)) is not int:
+            sha256, verified[version] = _contents(path, dtype)
+            if sha256 != shard["sha256"]:
                 raise config.Mistake(f"shard {path} is altered: its sha256 is not the one in meta.json; prepare again")
             with contextlib.suppress(OSError):  # a read-only data set is hashed each time
-                write_text(self.directory / VERIFIED, json.dumps(known))
-        if not known[version] < self.vocab_size:
-            raise config.Mistake(f"shard {path} has ids up to {known[version]}, beyond the vocabulary of "
+                write_text(self.directory / VERIFIED, json.dumps(verified))
+        if verified[version] >= self.vocab_size:
+            raise config.Mistake(f"shard {path} has ids up to {verified[version]}, beyond the vocabulary of "
                                  f"{self.vocab_size}")
 
     def __len__(self):
@@ -275,32 +266,26 @@ class Split:
         i, j, step = at.indices(self.tokens)
         if step != 1:
             raise ValueError("a split is read in contiguous pieces")
-        first = bisect.bisect_right(self.starts, i) - 1
-        if j <= self.starts[min(first + 1, len(self.maps))]:  # the usual case: within one shard
-            start = self.starts[first]
-            return self.maps[min(first, len(self.maps) - 1)][i - start:max(i, j) - start]
-        last = bisect.bisect_left(self.starts, j) - 1
-        return np.concatenate([self.maps[s][max(i - self.starts[s], 0):j - self.starts[s]]
-                               for s in range(first, last + 1)])
+        first = min(bisect.bisect_right(self.starts, i), len(self.maps)) - 1  # the shard of i, and the one after j's
+        end = max(bisect.bisect_left(self.starts, j), first + 1)
+        parts = [self.maps[s][max(i - self.starts[s], 0):max(j - self.starts[s], 0)] for s in range(first, end)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _verified(directory):
-    """{"shard size mtime_ns sha256": largest id} of the shards read before; empty if there is no such file."""
+    """What the file VERIFIED says; {} where it is missing or damaged."""
     try:
-        known = json.loads((directory / VERIFIED).read_text(encoding="utf-8"))
-        return known if isinstance(known, dict) else {}
+        verified = json.loads((directory / VERIFIED).read_text(encoding="utf-8"))
+        return verified if isinstance(verified, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}
 
 
 def _contents(path, dtype):
     """(sha256, largest id) of a shard, read once from end to end."""
-    from tqdm import tqdm
-    sha, largest, size = hashlib.sha256(), 0, path.stat().st_size
-    with open(path, "rb") as f, tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False,
-                                     disable=size < 1 << 28) as bar:
+    sha, largest = hashlib.sha256(), 0
+    with open(path, "rb") as f:
         while chunk := f.read(1 << 24):
             sha.update(chunk)
             largest = max(largest, int(np.frombuffer(chunk, dtype).max()))
-            bar.update(len(chunk))
     return sha.hexdigest(), largest

@@ -12,33 +12,33 @@ import io
 import json
 import os
 import re
-import secrets
 import struct
 from pathlib import Path
 
 import config
 from prepare import chat_template, tokenizer_files
+from prepare.tokenizer_settings import SIDE_FILES, content, named_tokens
 from prepare.tokenizer_spec import (CHAR_TO_BYTE, CHARACTERS, around, bpe, byte_level, bytes_of_tokens, ends_of,
-                                    kind_of, make_spec, split)
+                                    kind_of, make_spec, split, valid)
 
 PROBE = "It's 12345.67  HELLO'S größer e\u0301 你好🙂\n\n\tx+=y; /* a */\r\n    end "  # shows how words are cut
 TIKTOKEN_LIMIT = 400_000  # characters in a text: on longer runs of spaces its regex overflows its stack
 STOP_NAMES = {*tokenizer_files.EOS_NAMES, "<|eot|>", "<|eot_id|>", "<|eom|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
 LINE_LIMIT = 250_000  # characters, at most 1,000,000 bytes: SentencePiece drops longer lines without a word
+# What SentencePiece trains on: lines, cut at U+2585, which it keeps for itself, and in front of a space where too long.
+LINE = re.compile(rf"[^\n\u2585]{{1,{LINE_LIMIT}}}(?![^ \n\u2585])|[^\n\u2585]{{1,{LINE_LIMIT}}}")
 
 
-class Tokenizer:
-    """Text to ids and back. Make one with `char`, `byte`, `train_sentencepiece` or `load`.
+class Tokenizer(chat_template.Conversations):
+    """Text to ids and back, and conversations to ids. Make one with `char`, `byte`, `train_sentencepiece` or `load`.
 
     spec: what its tokenizer.json holds; settings: its tokenizer_config.json; model: the SentencePiece file it came
     from, as bytes, which `save` hands on. kind: char | byte | sentencepiece | tiktoken | json, by how it works.
     vocab_size: the largest id + 1. added, special: {text: id} of the tokens that are found in a text before it is cut,
     and of those among them that mean more than their text. bos_id, eos_id: int or None. adds_bos, adds_eos: whether
     transformers puts them around a text unless told otherwise. stop_ids: the ids that end a generation: EOS, and those
-    of generation_config.json, or else the special tokens of the usual names. chat_template: jinja text, {name: text} of
-    several, or None.
+    of generation_config.json, or else the special tokens of the usual names. chat_template: {name: jinja text}.
     """
-    file = "tokenizer.json"
 
     def __init__(self, spec, settings=None, model=None):
         self.spec, self.model = spec | {"truncation": None, "padding": None}, model
@@ -67,8 +67,8 @@ class Tokenizer:
 
     def _read_settings(self):
         """BOS, EOS, stop tokens and chat templates."""
-        named = tokenizer_files.named_tokens(self.settings).items()
-        self._named = {key: tokenizer_files.content(token) for key, token in named}
+        named = named_tokens(self.settings).items()
+        self._named = {key: content(token) for key, token in named}
         self.bos_id, self.eos_id = (self.ids.get(self._named.get(key)) for key in ("bos_token", "eos_token"))
         before, after = ends_of(self.spec)
         if self.bos_id is None and before:  # nobody names it, but every text gets it
@@ -81,9 +81,9 @@ class Tokenizer:
                              f"EOS {self.eos_id}")
         usual = [i for text, i in self.special.items() if text in STOP_NAMES]
         self.stop_ids = {*self.settings.get("stop_ids", usual), self.eos_id} - {None}
-        self.chat_template = self.settings.get("chat_template")
-        if isinstance(self.chat_template, list):
-            self.chat_template = {t["name"]: t["template"] for t in self.chat_template}
+        template = self.settings.get("chat_template") or []
+        self.chat_template = ({"default": template} if isinstance(template, str) else
+                              {t["name"]: t["template"] for t in template})
 
     @functools.cached_property
     def fingerprint(self):
@@ -127,19 +127,18 @@ class Tokenizer:
         unknown = {self.vocab.get(model.get("unk_token")), model.get("unk_id")}
         return {self.vocab[t] for t in self.special if t in self.vocab} - unknown
 
-    def _run(self, texts, special=False, library=None):
+    def _run(self, texts, special=False):
         """Ids of each text by the library. special: take the names of special tokens for those tokens."""
-        library = library or self._library
-        library.encode_special_tokens = not special or self.settings.get("split_special_tokens", False)
+        self._library.encode_special_tokens = not special or self.settings.get("split_special_tokens", False)
         with config.mistakes(Exception, prefix="this tokenizer cannot encode that: "):
-            batch = [e.ids for e in library.encode_batch_fast(texts, add_special_tokens=False)]
+            batch = [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
         if not special and not all(self._never_text.isdisjoint(ids) for ids in batch):
             raise config.Mistake("this tokenizer makes special tokens of a plain text that spells their names")
         return batch
 
     def _encode(self, texts):
-        """Ids of each text, with nothing around them. The libraries use all cores, or one where the environment says
-        TOKENIZERS_PARALLELISM=false."""
+        """Ids of each text, names of special tokens being plain text, by the fastest way. The libraries use all cores,
+        or one where the environment says TOKENIZERS_PARALLELISM=false."""
         if self.kind == "byte":
             return [list(t.encode()) for t in texts]
         if self.kind == "char":
@@ -153,27 +152,22 @@ class Tokenizer:
             return self._tiktoken.encode_ordinary_batch(texts, num_threads=threads)
         return self._run(texts)
 
-    def encode_batch(self, texts, bos=False, eos=False):
+    def encode_batch(self, texts, bos=False, eos=False, special=False):
         """Ids of many texts at once: list[str] -> list[list[int]].
 
-        bos, eos: put that token around each text, if this tokenizer has one. Names of special tokens in the texts are
-        plain text. Lone surrogates become U+FFFD. A char tokenizer raises `config.Mistake` at a character that it does
-        not have.
+        bos, eos: put that token around each text, if this tokenizer has one. special: take the names of special tokens
+        in the texts for those tokens, as AutoTokenizer does, and not for plain text. Lone surrogates become U+FFFD.
+        A char tokenizer raises `config.Mistake` at a character that it does not have.
         """
-        batch = self._encode([valid(t) for t in texts])
-        first, last = self._around(bos, eos)
-        return [first + ids + last for ids in batch] if first or last else batch
+        texts = [valid(t) for t in texts]
+        batch = self._run(texts, special=True) if special else self._encode(texts)
+        before = [self.bos_id] if bos and self.bos_id is not None else []
+        after = [self.eos_id] if eos and self.eos_id is not None else []
+        return [before + ids + after for ids in batch] if before or after else batch
 
     def encode(self, text, bos=False, eos=False, special=False):
-        """Ids of one text, as in `encode_batch`. special=True takes the names of special tokens for those tokens, as
-        AutoTokenizer does."""
-        if not special:
-            return self.encode_batch([text], bos, eos)[0]
-        first, last = self._around(bos, eos)
-        return first + self._run([valid(text)], special=True)[0] + last
-
-    def _around(self, bos, eos):
-        return [self.bos_id] * (bos and self.bos_id is not None), [self.eos_id] * (eos and self.eos_id is not None)
+        """Ids of one text, as in `encode_batch`."""
+        return self.encode_batch([text], bos, eos, special)[0]
 
     # -- decoding ----------------------------------------------------------------------------------------------------
 
@@ -191,64 +185,7 @@ class Tokenizer:
             stream.feed(i)
         return stream
 
-    # -- conversations -----------------------------------------------------------------------------------------------
-
-    def render(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
-        """Text of a conversation, as apply_chat_template(tokenize=False) of transformers gives it.
-
-        messages: [{"role": ..., "content": ...}, ...]; tools: JSON schemas; documents: dicts; date: the datetime.date,
-        or "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox.
-        Raises `config.Mistake` if there is none, or if it refuses the conversation.
-        """
-        if not self.chat_template:
-            raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat")
-        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
-        if name not in templates:
-            raise config.Mistake(f"none of its chat templates {sorted(templates)} is the default")
-        values = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
-            return valid(chat_template.render(templates[name], messages, date, self._named | values))
-
-    @functools.cached_property
-    def _names(self):
-        """Matches the names of special tokens, the longest first."""
-        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)")
-
-    @functools.cached_property
-    def _secret(self):
-        return str(secrets.randbits(128))  # nobody can guess these digits, and no filter of a template changes them
-
-    @functools.cached_property
-    def _aliased(self):
-        """(a library tokenizer in which special tokens go by secret aliases alone, {name: alias}, {id of an alias: the
-        token's id})."""
-        import tokenizers
-        library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
-        tokens = [t for t in self.spec.get("added_tokens") or [] if t["special"]]
-        aliases = {t["content"]: f"<{self._secret}>{t['id']}>" for t in tokens}
-        flags = [{key: t.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized")} for t in tokens]
-        library.add_tokens([tokenizers.AddedToken(aliases[t["content"]], **f) for t, f in zip(tokens, flags)])
-        return library, aliases, {library.token_to_id(aliases[name]): i for name, i in self.special.items()}
-
-    def chat(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
-        """Ids of a conversation in the form that the model was trained on; arguments and errors as in `render`.
-
-        They are those of AutoTokenizer, but that a special token's name within a message stays text, so that no message
-        can end itself and speak for another: names are hidden from the template, and once they are text again, the
-        template's own special tokens go by their aliases.
-        """
-        hidden = {name: f"{self._secret}{i:010}" for name, i in self.special.items()}
-        given = chat_template.each_text([messages, tools, documents],
-                                        lambda text: self._names.sub(lambda name: hidden[name[0]], text))
-        text = self.render(given[0], add_generation_prompt, given[1], given[2], date)
-        if self._secret not in text:
-            return self._run([text], special=True)[0]
-        library, aliases, ids = self._aliased
-        text = self._names.sub(lambda name: aliases[name[0]], text)
-        shown = {digits: name for name, digits in hidden.items()}
-        text = re.sub(rf"{self._secret}\d{{10}}", lambda digits: shown[digits[0]], text)
-        return [ids.get(i, i) for i in self._run([text], library=library)[0]]
+    # -- this tokenizer as another one, and as files -------------------------------------------------------------
 
     def adding_bos(self):
         """This tokenizer with its BOS, if any, in front of a text by default: beside a model, it then does what its
@@ -289,15 +226,6 @@ class Stream:
         return self.utf8.decode(b"", final=True)
 
 
-def valid(text):
-    """text with U+FFFD for lone surrogates, which UTF-8 cannot hold: what `encode` sees of a text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 # -- making one --------------------------------------------------------------------------------------------------
 
 def char(text, special=()):
@@ -321,17 +249,9 @@ def byte():
 
 
 def sentences(texts):
-    """The lines of texts, cut where SentencePiece would drop one without a word: where it is too long, and at U+2585,
-    which it keeps for itself."""
+    """The lines of texts, so that SentencePiece drops none of them."""
     for text in texts:
-        for line in re.split(r"[\n\u2585]", valid(text)):
-            while len(line) > LINE_LIMIT:
-                end = line.rfind(" ", 1, LINE_LIMIT)
-                end = LINE_LIMIT if end < 0 else end
-                yield line[:end]
-                line = line[end:]
-            if line:
-                yield line
+        yield from (line[0] for line in LINE.finditer(valid(text)))
 
 
 def train_sentencepiece(texts, vocab_size):
@@ -372,7 +292,7 @@ def load(path):
         raise config.Mistake(f"{path}: there is no tokenizer (tokenizer.json, tokenizer.model, or encoder.json and "
                              "vocab.bpe)")
     in_folder = is_folder or path.name == "tokenizer.json" or path.name == "tokenizer.model" and any(
-        path.with_name(name).is_file() for name in tokenizer_files.SIDE_FILES)
+        path.with_name(name).is_file() for name in SIDE_FILES)
     wrong = (ValueError, TypeError, AttributeError, IndexError, RecursionError, OSError, config.Mistake)
     with config.mistakes(*wrong, prefix=f"{path} is no tokenizer that can be used: "), \
             config.mistakes(KeyError, prefix="it lacks "):

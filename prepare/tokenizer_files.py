@@ -7,13 +7,15 @@ and its cut of words, of which AutoTokenizer knows nothing; and a folder without
 usual names. A lone tokenizer.model means what Meta's code makes of it: BOS begins a text, and decoding gives back every
 character.
 
-Sources: transformers, tokenization_utils_tokenizers.py, tokenization_utils_base.py, convert_slow_tokenizer.py.
+Sources: transformers, tokenization_utils_tokenizers.py, convert_slow_tokenizer.py.
 """
 import base64
 import json
 import re
 
 import config
+from prepare.tokenizer_settings import (SIDE_FILES, add_tokens, content, declared_tokens, named_tokens, read_json,
+                                        read_settings)
 from prepare.tokenizer_spec import (BYTE_TO_CHAR, LLAMA3_WORDS, LLAMA4_WORDS, STRIP, added, around, bpe, byte_level,
                                     make_spec, merges_of, metaspace, replace, split)
 
@@ -23,8 +25,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces 
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # the first that exists, where no settings name one
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>")
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BUILD_ONLY = ("added_tokens_decoder", "add_bos_token", "add_eos_token", "legacy", "auto_map")  # tokenizer.json says it
 
 CLASS_NAMES = {  # the tokenizer classes that build a tokenizer of their own, and the tokens that they name unasked
@@ -41,9 +41,9 @@ def llama_spec(vocab, merges, settings):
     """What the class LlamaTokenizer makes of a vocabulary, whatever else its tokenizer.json says."""
     prefix = settings.get("add_prefix_space") is not False
     scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
-    undo = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP][:3 + prefix]
+    decoders = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP] * prefix
     return make_spec(bpe(vocab, merges, fuse_unk=True, byte_fallback=True), {}, metaspace("▁", scheme),
-                     {"type": "Sequence", "decoders": undo})
+                     {"type": "Sequence", "decoders": decoders})
 
 
 def gpt2_spec(vocab, merges, settings):
@@ -63,19 +63,20 @@ def sentencepiece_spec(proto, pieces, legacy, space):
     merges = merges_of(ranks, lambda left, right: (left, right))
     model = bpe({piece: i for i, piece in enumerate(pieces)}, merges, unk_token=proto.trainer_spec.unk_piece,
                 fuse_unk=True, byte_fallback=fallback, ignore_merges=bool(whole))
-    is_low = space != " "
-    normal, cut = [replace({"String": " "}, space)] * is_low, []
+    normalizers, cuts, decoders = [], [], []
+    if space != " ":
+        normalizers.append(replace({"String": " "}, space))
+        decoders.append(replace({"String": space}, " "))
     if prefix and legacy:
-        normal.append({"type": "Prepend", "prepend": space})
+        normalizers.append({"type": "Prepend", "prepend": space})
     elif prefix:
-        cut.append(metaspace(space, "first"))
+        cuts.append(metaspace(space, "first"))
     if whole:
-        cut.append(split("|".join(sorted(whole, key=len, reverse=True))))
-    undo = [replace({"String": space}, " ")] * is_low + [{"type": "ByteFallback"}] * fallback
-    undo += [{"type": "Fuse"}] + [STRIP] * prefix
-    return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cut} if cut else None,
-                     {"type": "Sequence", "decoders": undo},
-                     {"type": "Sequence", "normalizers": normal} if normal else None)
+        cuts.append(split("|".join(sorted(whole, key=len, reverse=True))))
+    decoders += [{"type": "ByteFallback"}] * fallback + [{"type": "Fuse"}] + [STRIP] * prefix
+    return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
+                     {"type": "Sequence", "decoders": decoders},
+                     {"type": "Sequence", "normalizers": normalizers} if normalizers else None)
 
 
 # -- SentencePiece: Llama 1 and 2, TinyLlama, Mistral, or trained here -------------------------------------------
@@ -118,23 +119,15 @@ def lone_sentencepiece(data):
                    "post_processor": around(special, names["bos_token"])}, names
 
 
-def folder_sentencepiece(data, family, settings, declared):
-    """(tokenizer.json, its names, tokens that it adds unasked) of a SentencePiece model in a folder."""
-    proto = parse_sentencepiece(data)
-    unasked = [added(p.piece, i, p.type == CONTROL, normalized=False) for i, p in enumerate(proto.pieces)
-               if p.type == CONTROL or p.type == USER_DEFINED and family]
-    if family:
-        vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
-        ranks = {p.piece: i for i, p in enumerate(proto.pieces) if p.type not in (UNKNOWN, CONTROL)}
-        merges = merges_of(ranks, lambda left, right: len(left))
-        return llama_spec(vocab, merges, settings), CLASS_NAMES[family], unasked
+def folder_sentencepiece(proto, settings, declared):
+    """tokenizer.json of a SentencePiece model in a folder that names no class which would build its own."""
     kept = {p.piece for i, p in enumerate(proto.pieces) if i not in declared}
     pieces = [declared[i]["content"] if i in declared and declared[i]["content"] not in kept else p.piece
               for i, p in enumerate(proto.pieces)]
     if proto.normalizer_spec.add_dummy_prefix:
         for token in declared.values():
             token["normalized"] = False
-    return sentencepiece_spec(proto, pieces, settings.get("legacy", True), "▁"), sentencepiece_names(proto), unasked
+    return sentencepiece_spec(proto, pieces, settings.get("legacy", True), "▁")
 
 
 # -- Meta's rank files and GPT-2's two files ---------------------------------------------------------------------
@@ -189,93 +182,6 @@ def read_gpt2(path):
     return vocab, [line.split(" ") for line in lines if line and not line.startswith("#version")]
 
 
-# -- what lies beside a vocabulary -------------------------------------------------------------------------------
-
-def read_json(path):
-    """The object in a JSON file, {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    with config.mistakes(ValueError, prefix=f"{path.name}: "):
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}, not an object")
-    return value
-
-
-def content(token):
-    return token["content"] if isinstance(token, dict) else token
-
-
-def read_settings(folder):
-    """A folder's tokenizer_config.json, with what special_tokens_map.json, generation_config.json (as "stop_ids") and
-    the files of chat templates add to it or put in its place."""
-    settings = read_json(folder / "tokenizer_config.json")
-    if "additional_special_tokens" in settings and not settings.get("extra_special_tokens"):
-        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
-    if "added_tokens_decoder" not in settings:  # the older way
-        older, extra = read_json(folder / "special_tokens_map.json"), settings.get("extra_special_tokens")
-        settings |= older
-        if isinstance(extra, list) and "extra_special_tokens" in older:
-            settings["extra_special_tokens"] = extra + [t for t in older["extra_special_tokens"] if t not in extra]
-    stops = read_json(folder / "generation_config.json").get("eos_token_id")
-    if stops is not None:
-        settings["stop_ids"] = stops if isinstance(stops, list) else [stops]
-        if not all(type(i) is int for i in settings["stop_ids"]):
-            raise ValueError(f"generation_config.json: eos_token_id {stops!r} is no id or list of ids")
-    templates = {path.stem: path.read_text(encoding="utf-8")
-                 for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if templates.keys() == {"default"}:
-        settings["chat_template"] = templates["default"]
-    elif templates:
-        settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
-    return settings
-
-
-def declared_tokens(folder, settings, own):
-    """{id: token} that a folder declares. own: the added_tokens of its tokenizer.json."""
-    if "added_tokens_decoder" in settings:
-        return {int(i): token for i, token in settings["added_tokens_decoder"].items()}
-    special = {content(settings[key]) for key in NAMED if settings.get(key)}
-    special |= {content(token) for token in settings.get("extra_special_tokens") or []}
-    older = {int(i): added(text, int(i), text in special)
-             for text, i in read_json(folder / "added_tokens.json").items()}
-    return older | {token["id"]: token for token in own}
-
-
-def named_tokens(settings):
-    """{key: token} of the tokens that settings name: bos_token, ..., then those that only this model has."""
-    keys = [*NAMED, *(key for key in settings if key.endswith("_token") and key not in NAMED)]
-    return {key: settings[key] for key in keys if isinstance(settings.get(key), (str, dict))}
-
-
-def add_tokens(spec, settings, declared, extra):
-    """spec with the tokens that it lacks, added in AutoTokenizer's order: declared, named, extra. The `tokenizers`
-    library gives each the next free id, or that of a piece of the same text."""
-    named = list(named_tokens(settings).values())
-    names = {content(token) for token in named}
-    wanted = {t["content"]: t | {"special": t.get("special", False) or t["content"] in names}
-              for _, t in sorted(declared.items())}
-    there = {t["content"]: t for t in spec["added_tokens"]}
-    known = there.keys() | wanted.keys()
-    for token in named + extra:
-        if (text := content(token)) not in known:
-            token = token if isinstance(token, dict) else {"content": text}
-            wanted[text] = token | {"special": token.get("special", True) or text in names}
-    if all(there.get(text) == there.get(text, {}) | token for text, token in wanted.items()):
-        return spec
-    import tokenizers
-    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    with config.mistakes(Exception):  # the library raises nothing more exact
-        library = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        library.add_tokens([tokenizers.AddedToken(**{k: t[k] for k in flags if k in t}) for t in wanted.values()])
-    for i, token in declared.items():
-        if (got := library.token_to_id(token["content"])) != i:
-            raise ValueError(f"it declares {token['content']!r} as id {i}, but AutoTokenizer gives it {got}")
-    return json.loads(library.to_str())
-
-
 # -- all of it ---------------------------------------------------------------------------------------------------
 
 def form_of(path, data):
@@ -301,16 +207,22 @@ def class_of(path, form, data, settings):
     return name
 
 
-def json_spec(data, family, settings):
-    """tokenizer.json as it is, or what the class `family` builds anew from its vocabulary."""
-    spec = json.loads(data)
-    spec["added_tokens"] = spec.get("added_tokens") or []
-    if family is None:
-        return spec
-    model, build = spec["model"], {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family]
-    if not isinstance(model["vocab"], dict) or "merges" not in model:
-        raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
-    return build(model["vocab"], model["merges"], settings) | {"post_processor": spec.get("post_processor")}
+def built_spec(family, form, source, settings):
+    """What the class `family` builds of a vocabulary. source: what `parse` gives."""
+    post_processor = None
+    if form == "gpt2":
+        vocab, merges = source
+    elif form == "sentencepiece":
+        vocab = {p.piece: i for i, p in enumerate(source.pieces)}
+        ranks = {p.piece: i for i, p in enumerate(source.pieces) if p.type not in (UNKNOWN, CONTROL)}
+        merges = merges_of(ranks, lambda left, right: len(left))
+    else:
+        model, post_processor = source["model"], source["post_processor"]
+        vocab, merges = model["vocab"], model.get("merges")
+        if not isinstance(vocab, dict) or merges is None:
+            raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
+    build = {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family]
+    return build(vocab, merges, settings) | {"post_processor": post_processor}
 
 
 def usual_names(spec):
@@ -320,48 +232,53 @@ def usual_names(spec):
             for key, names in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES))}
 
 
-def complete(spec, settings, declared, unasked):
-    """(spec with all tokens that settings and side files add, settings with the texts of the tokens they name)."""
-    if isinstance(settings.get("extra_special_tokens"), dict):
-        settings |= settings.pop("extra_special_tokens")
-    older = settings.pop("additional_special_tokens", None)
-    extra = settings.pop("extra_special_tokens", older if unasked is None else unasked)
-    spec = add_tokens(spec, settings, declared, extra or [])
-    return spec, settings | {key: content(token) for key, token in named_tokens(settings).items()}
-
-
-def asked_ends(spec, settings):
-    """The post-processor that add_bos_token and add_eos_token ask for, which a tokenizer.json does not heed."""
-    ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
-    return around(ids, *(settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None
-                         for end in ("bos", "eos")))
+def parse(path, form, data):
+    """What a file says of a vocabulary: (vocab, merges), a SentencePiece message, or a tokenizer.json."""
+    if form == "gpt2":
+        return read_gpt2(path)
+    if form == "sentencepiece":
+        return parse_sentencepiece(data)
+    spec = read_ranks(data) if form == "ranks" else json.loads(data)
+    return spec | {"added_tokens": spec.get("added_tokens") or [], "post_processor": spec.get("post_processor")}
 
 
 def read(path, in_folder):
     """(tokenizer.json, settings) of a vocabulary's file. in_folder: with all that lies beside it."""
-    data, settings, family, unasked, declared = path.read_bytes(), {}, None, None, {}
+    data, settings, family, declared, unasked = path.read_bytes(), {}, None, {}, None
     form = form_of(path, data)
     if form == "sentencepiece" and not in_folder:
         return lone_sentencepiece(data)
     if in_folder:
         settings = read_settings(path.parent)
         family = class_of(path, form, data, settings)
-        own = json.loads(data).get("added_tokens") or [] if form == "json" else []
-        declared = declared_tokens(path.parent, settings, own)
+    source = parse(path, form, data)
+    if in_folder:
+        declared = declared_tokens(path.parent, settings, source["added_tokens"] if form == "json" else [])
     if form == "sentencepiece":
-        spec, names, unasked = folder_sentencepiece(data, family, settings, declared)
-    elif form == "gpt2":
-        spec, names = gpt2_spec(*read_gpt2(path), settings), CLASS_NAMES["GPT2Tokenizer"]
-    elif form == "ranks":
-        spec, names = read_ranks(data), {}
+        unasked = [added(p.piece, i, p.type == CONTROL, normalized=False) for i, p in enumerate(source.pieces)
+                   if p.type == CONTROL or p.type == USER_DEFINED and family]
+    if form == "gpt2":
+        family = "GPT2Tokenizer"
+    if family:
+        spec, names = built_spec(family, form, source, settings), CLASS_NAMES[family]
+    elif form == "sentencepiece":
+        spec, names = folder_sentencepiece(source, settings, declared), sentencepiece_names(source)
     else:
-        spec, names = json_spec(data, family, settings), CLASS_NAMES.get(family, {})
+        spec, names = source, {}
     has_settings = in_folder and any(path.with_name(name).is_file() for name in SIDE_FILES)
     settings = (names if has_settings else usual_names(spec) | names) | settings
+    if isinstance(settings.get("extra_special_tokens"), dict):
+        settings |= settings.pop("extra_special_tokens")
+    older = settings.pop("additional_special_tokens", None)
+    extra = settings.pop("extra_special_tokens", older if unasked is None else unasked) or []
     known = {t["content"] for t in [*spec["added_tokens"], *declared.values()]}
-    spec, settings = complete(spec, settings, declared, unasked)
-    if form == "ranks" and (unknown := {t["content"] for t in spec["added_tokens"]} - known):
-        raise ValueError(f"{min(unknown)!r} is no special token of Meta's rank file, and nothing declares its id")
-    if form != "json" and (form != "ranks" or has_settings):
-        spec["post_processor"] = asked_ends(spec, settings)
+    spec = add_tokens(spec, settings, declared, extra)
+    settings |= {key: content(token) for key, token in named_tokens(settings).items()}
+    ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
+    if form == "ranks" and ids.keys() - known:
+        raise ValueError(f"{min(ids.keys() - known)!r} is no special token of Meta's rank file, and nothing declares "
+                         "its id")
+    if form != "json" and (form != "ranks" or has_settings):  # a tokenizer.json does not heed these settings
+        asked = (settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos"))
+        spec["post_processor"] = around(ids, *asked)
     return spec, {key: value for key, value in settings.items() if key not in BUILD_ONLY}

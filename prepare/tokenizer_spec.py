@@ -20,13 +20,22 @@ CHARACTERS = r"[\s\S]"
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}  # drops the space that encoding puts in front
 
 
+def valid(text):
+    """text with U+FFFD for lone surrogates, which UTF-8 cannot hold: what a tokenizer sees of a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 # -- writing one -------------------------------------------------------------------------------------------------
 
-def make_spec(model, special, cut, undo, normalizer=None, bos=None):
+def make_spec(model, special, pre_tokenizer, decoder, normalizer=None, bos=None):
     """A tokenizer.json. special: {text: id}; bos: the special token that AutoTokenizer puts in front of a text."""
     return {"version": "1.0", "added_tokens": [added(text, id) for text, id in special.items()],
-            "normalizer": normalizer, "pre_tokenizer": cut, "post_processor": around(special, bos), "decoder": undo,
-            "model": model}
+            "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": around(special, bos),
+            "decoder": decoder, "model": model}
 
 
 def added(content, id, special=True, **flags):
@@ -36,19 +45,13 @@ def added(content, id, special=True, **flags):
 
 
 def around(ids, before=None, after=None):
-    """The post-processor that puts the tokens `before` and `after` around a text; ids: {text: id}."""
+    """The post-processor that puts the tokens `before` and `after` around a text, None for neither; ids: {text: id}."""
     def with_ends(name, number):
-        parts = [{"Sequence": {"id": name, "type_id": number}}]
-        if before:
-            parts.insert(0, {"SpecialToken": {"id": before, "type_id": number}})
-        if after:
-            parts.append({"SpecialToken": {"id": after, "type_id": number}})
-        return parts
-    if not before and not after:
-        return None
+        parts = ("SpecialToken", before), ("Sequence", name), ("SpecialToken", after)
+        return [{part: {"id": id, "type_id": number}} for part, id in parts if id]
     used = {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (before, after) if token}
-    single, second = with_ends("A", 0), with_ends("B", 1)
-    return {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": used}
+    return {"type": "TemplateProcessing", "single": with_ends("A", 0), "pair": with_ends("A", 0) + with_ends("B", 1),
+            "special_tokens": used} if used else None
 
 
 def bpe(vocab, merges, **more):
@@ -105,13 +108,12 @@ def ends_of(spec):
     for step in steps_of(spec.get("post_processor")):
         if step["type"] not in ("TemplateProcessing", "ByteLevel"):
             raise ValueError(f"its post-processor {step['type']} is none that a Llama has")
-        text_seen = False
+        end = before
         for part in step.get("single", ()):
-            if "Sequence" in part:
-                text_seen = True
+            if "Sequence" in part:  # the text
+                end = after
             else:
-                ids = step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
-                before, after = (before, after + ids) if text_seen else (before + ids, after)
+                end.extend(step["special_tokens"][part["SpecialToken"]["id"]]["ids"])
     return before, after
 
 
@@ -122,30 +124,28 @@ def kind_of(spec, vocab, added):
     make every token, so that the lowest id that two neighbours form is also the first merge that applies to them.
     """
     model, cut = spec["model"], steps_of(spec.get("pre_tokenizer"))
-    undo, special = [step["type"] for step in steps_of(spec.get("decoder"))], {t["id"] for t in added}
-    plain = {t: i for t, i in vocab.items() if i not in special}
+    decoder, added_ids = [step["type"] for step in steps_of(spec.get("decoder"))], {t["id"] for t in added}
+    plain = {piece: i for piece, i in vocab.items() if i not in added_ids}
     as_it_comes = not spec.get("normalizer") and all(t["special"] for t in added)  # the text, before it is cut
-    kind = model.get("type", "BPE" if "merges" in model else None)  # old files leave it out
-    if kind == "WordLevel" and as_it_comes and cut == [split(CHARACTERS)] and undo == ["Fuse"]:
-        return "char" if {len(t) for t in plain} <= {1} else "json", None
-    if kind != "BPE":
+    algorithm = model.get("type", "BPE" if "merges" in model else None)  # old files leave it out
+    if algorithm == "WordLevel" and as_it_comes and cut == [split(CHARACTERS)] and decoder == ["Fuse"]:
+        return "char" if {len(piece) for piece in plain} <= {1} else "json", None
+    if algorithm != "BPE":
         return "json", None
     if model.get("byte_fallback"):
         return "sentencepiece", None
     *before, last = cut or [{"type": None}]
-    if undo != ["ByteLevel"] or last["type"] != "ByteLevel" or last["add_prefix_space"] or not as_it_comes:
+    if decoder != ["ByteLevel"] or last["type"] != "ByteLevel" or last["add_prefix_space"] or not as_it_comes:
         return "json", None
     if not before and plain == CHAR_TO_BYTE:
         return "byte", None
-    merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-    made = [vocab[a + b] for a, b in merges]
-    if made == sorted(made) and set(plain.values()) == {vocab.get(c) for c in CHAR_TO_BYTE}.union(made):
-        if not before and last.get("use_regex", True):
-            return "tiktoken", GPT2_WORDS
-        for words in (LLAMA3_WORDS, LLAMA4_WORDS):
-            if before == [split(words)] and not last.get("use_regex", True):
-                return "tiktoken", words
-    return "json", None
+    if last.get("use_regex", True):
+        words = None if before else GPT2_WORDS
+    else:
+        words = next((words for words in (LLAMA3_WORDS, LLAMA4_WORDS) if before == [split(words)]), None)
+    made = [vocab[a + b] for a, b in (m.split(" ") if isinstance(m, str) else m for m in model["merges"])]
+    by_rank = made == sorted(made) and set(plain.values()) == {vocab.get(c) for c in CHAR_TO_BYTE}.union(made)
+    return ("tiktoken", words) if words and by_rank else ("json", None)
 
 
 def bytes_of_tokens(spec, vocab):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import config
-from prepare import sources
+from prepare import formats, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECES = 1, 2, 7, 64, 1 << 20
@@ -40,7 +40,7 @@ def in_every_buffer(monkeypatch, paths, **options):
     """The one outcome that all sizes of buffers have."""
     found = []
     for size in PIECES:
-        monkeypatch.setattr(sources, "PIECE", size)
+        monkeypatch.setattr(formats, "PIECE", size)
         found.append(outcome(paths, **options))
     assert all(other == found[0] for other in found), found
     return found[0]
@@ -193,7 +193,7 @@ def test_separators_wherever_a_buffer_ends(tmp_path, monkeypatch, separator):
         (tmp_path / "a.txt").write_bytes(whole.encode())
         parts = [part.strip() for part in whole.split(separator)]
         wanted = [part for part in parts if part], len([part for part in parts[:-1] if not part])
-        monkeypatch.setattr(sources, "PIECE", 64)
+        monkeypatch.setattr(formats, "PIECE", 64)
         assert read([tmp_path / "a.txt"], separators=("never", separator)) == wanted
         if at % 20 == 0:
             assert in_every_buffer(monkeypatch, [tmp_path / "a.txt"], separators=("never", separator)) == wanted
@@ -217,7 +217,7 @@ def test_the_separator_a_file_has_may_come_late(tmp_path, monkeypatch):
 @pytest.mark.parametrize("separators", [END, ("\n\n",), ("<|e|>", "\n---\n")])
 def test_long_documents_are_cut_at_the_same_places(tmp_path, monkeypatch, separators):
     """Against a cut of the whole document, in whatever pieces it is read; no separator is cut in two."""
-    monkeypatch.setattr(sources, "LONGEST", 50)
+    monkeypatch.setattr(formats, "LONGEST", 50)
     draw = random.Random(1)
     for trial in range(20):
         words = draw.choices(["word", "\n", "\n\n", "a" * 60, " ", *separators, separators[0][:-1]], k=60)
@@ -280,7 +280,7 @@ def test_what_comes_before_a_damage_is_read_in_every_buffer(tmp_path, monkeypatc
     (tmp_path / name).write_bytes(content)
     counts = []
     for size in PIECES:
-        monkeypatch.setattr(sources, "PIECE", size)
+        monkeypatch.setattr(formats, "PIECE", size)
         n = 0
         with pytest.raises(config.Mistake):
             for _ in sources.Files([tmp_path / name], END, "text"):

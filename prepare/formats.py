@@ -1,0 +1,228 @@
+"""What a file holds: the records of txt, JSON and parquet, compressed or not, as a stream.
+
+What is read depends on the file alone, not on where a buffer ends, and an error names the line. txt and JSON are read
+here, not by `datasets`, because a text has to come back to the character: its "text" turns CR LF into LF and keeps the
+byte order mark; its "json" makes a date of a text that looks like one, refuses half a surrogate pair, holds a whole
+array in memory, and counts lines from the start of a block.
+"""
+import bz2
+import codecs
+import contextlib
+import gzip
+import itertools
+import json
+import lzma
+import os
+import re
+import zlib
+from pathlib import Path
+
+import config
+from prepare import tokenizer
+
+READABLE = "txt, jsonl, json (each also .gz, .bz2, .xz, .zst) and parquet"
+FORMATS = (".txt", ".jsonl", ".json", ".parquet")
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # in this order: one begins with another
+PIECE = 1 << 20  # bytes read at a time
+LONGEST = 1 << 20  # characters of a .txt document; longer ones are cut: a file without separators must fit in memory
+NEWLINE = "\n"
+EDGE = 32  # characters at the end of a buffer that may look wrong for want of more: \uXXXX, -Infinity, 1.5e+300
+
+
+def open_zst(file):
+    """What is compressed in a file by Zstandard. pyarrow comes with `datasets`."""
+    import pyarrow
+    return pyarrow.CompressedInputStream(file, "zstd")
+
+
+COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+
+
+def format_of(path):
+    """(one of FORMATS, one of COMPRESSIONS or "") by a file's name, in whatever case; None for what cannot be read."""
+    endings = ["", *(ending.lower() for ending in path.suffixes)]
+    compression = endings.pop() if endings[-1] in COMPRESSIONS else ""
+    format = endings[-1]
+    return (format, compression) if format in FORMATS and not (compression and format == ".parquet") else None
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The file, to be read in binary; whatever shows to be wrong with it is a `Mistake` that names it."""
+    with config.mistakes(OSError, ValueError, NotImplementedError, prefix=f"{path}: "), open(path, "rb") as file:
+        yield file
+
+
+def text_of_file(file, compression=""):
+    """The text of a file opened in binary, piece by piece, none of them empty: UTF-8, or UTF-16 and UTF-32 that begin
+    with their byte order mark. Raises ValueError with the place for anything else, and for a damaged archive."""
+    line, size = 1, 0
+    try:
+        stream = COMPRESSIONS[compression](file) if compression else file
+        data = stream.read(4)
+        if [byte == 0 for byte in data] in ([False, True] * 2, [True, False] * 2):
+            raise ValueError("this is UTF-16 without its byte order mark; save it as UTF-8")
+        encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+        decoder, ended = codecs.getincrementaldecoder(encoding)(), False
+        while not ended:
+            ended = not data
+            size += len(data)
+            text = decoder.decode(data, final=ended)
+            line += text.count("\n")
+            if text:
+                yield text
+            data = stream.read1(PIECE)  # unlike `read` it loses nothing that comes before a damage
+    except UnicodeDecodeError as e:
+        text = e.object[:e.start].decode(e.encoding, "ignore")
+        if text:
+            yield text
+        line += text.count("\n")
+        at = size - len(e.object) + e.start + 1
+        raise ValueError(f"line {line}, byte {at}: not {encoding.upper()} ({e.reason}); save it as UTF-8") from None
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+        raise ValueError(f"damaged after line {line}: {e}") from None
+
+
+# -- txt ---------------------------------------------------------------------------------------------------------
+
+def separator_of(pieces, separators):
+    """The first of the separators that a text contains, as a pattern; one that matches nothing where there is none.
+
+    A line in a separator may also end with CR LF. A CR at its very beginning is left to the document before, which
+    loses white space at its end: the search is ten times as fast.
+    """
+    patterns = [re.compile(re.escape(s).replace("\\\n", "\r?\n").removeprefix("\r?")) for s in separators]
+    first, tail = len(patterns), ""
+    for piece in pieces:
+        text = tail + piece
+        first = next((i for i, pattern in enumerate(patterns[:first]) if pattern.search(text)), first)
+        if first == 0:
+            break
+        tail = text[-2 * max(map(len, separators)):]  # a separator may lie across two pieces
+    return [*patterns, re.compile("(?!)")][first]
+
+
+def cut(text, slack=0):
+    """A document in parts of at most LONGEST characters (the last: + slack), which end with a line where they can."""
+    while len(text) > LONGEST + slack:
+        end = text.rfind("\n", 0, LONGEST) + 1 or LONGEST
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def txt_documents(pieces, separator):
+    """What lies between separators, without white space around it; nothing for white space after the last one."""
+    text, slack = "", len(separator.pattern)  # whatever separator begins within LONGEST characters is then seen whole
+    for piece in pieces:
+        *whole, text = separator.split(text + piece)
+        *parts, text = cut(text, slack)
+        for document in itertools.chain(*map(cut, whole), parts):
+            yield document.strip()
+    yield from filter(None, map(str.strip, cut(text)))
+
+
+# -- JSON and parquet --------------------------------------------------------------------------------------------
+
+def up_to_damage(pieces, damage):
+    """The pieces. A ValueError that ends them goes into the list `damage`, so that what comes before is used first."""
+    try:
+        yield from pieces
+    except ValueError as e:
+        damage.append(e)
+
+
+def json_values(pieces):
+    """(place, value) of the elements of a JSON array, or of JSON values one after another, as in jsonl.
+
+    place: "line 7 (record 5)". Commas may be missing between values, and one may follow the last value.
+    """
+    decode, gap, damage = json.JSONDecoder().raw_decode, re.compile(r"\s*,?\s*"), []
+    pieces = up_to_damage(pieces, damage)
+    text, ended, record = next(pieces, ""), False, 1
+    while text.isspace() and (piece := next(pieces, "")):
+        text += piece
+    is_array = text.lstrip().startswith("[")
+    at = text.index("[") + 1 if is_array else 0  # what stands before it is done with
+    line = 1 + text.count(NEWLINE, 0, at)  # the line of `at`
+    while True:
+        start = gap.match(text, at).end()
+        place = f"line {line + text.count(NEWLINE, at, start)} (record {record})"
+        if is_array and text.startswith("]", start):
+            break
+        error = ""
+        try:
+            value, end = decode(text, start)
+        except json.JSONDecodeError as e:
+            error, end = e.msg, e.pos
+        except (ValueError, RecursionError) as e:  # a number of thousands of digits, or lists in lists in lists
+            error, end = str(e), start
+        may_go_on = len(text) - end < EDGE or error.startswith("Unterminated string")
+        if may_go_on and not ended:
+            more = next(pieces, "")
+            while len(more) < len(text) - at and (piece := next(pieces, "")):  # double it: long values are read seldom
+                more += piece
+            text, at, ended = text[at:] + more, 0, not more
+            continue
+        if start == len(text) or error and may_go_on and damage:
+            break
+        line += text.count(NEWLINE, at, end)
+        if error:
+            raise ValueError(f"line {line} (record {record}): {error} at {text[end:end + 20]!r}")
+        yield place, value
+        at, record = end, record + 1
+    follows = is_array and (text[start + 1:].strip() or any(map(str.strip, pieces)))
+    if damage:
+        raise damage[0]
+    if is_array and start == len(text):
+        raise ValueError(f"{place}: the file ends before its list does")
+    if follows:
+        raise ValueError(f"{place}: something follows after the list")
+
+
+def parquet_rows(file, field):
+    """(place, {column: value}) of the rows of a parquet file, of the column `field` alone if there is one."""
+    from pyarrow import parquet
+    with parquet.ParquetFile(file.name) as table:
+        columns, n = [field] if field in table.schema_arrow.names else None, 0
+        for batch in table.iter_batches(256, columns=columns):
+            for i in range(len(batch)):
+                n += 1
+                with config.mistakes(UnicodeDecodeError, prefix=f"{file.name}: row {n}: "):
+                    row = [column[i].as_py() for column in batch.columns]
+                yield f"row {n}", dict(zip(batch.schema.names, row))
+            file.seek(os.path.getsize(file.name) * n // table.metadata.num_rows)  # pyarrow has opened it for itself
+
+
+# -- records and their texts -------------------------------------------------------------------------------------
+
+def records(file, separators=(), field=None):
+    """(place, record) of what a file opened in binary holds: a text (txt), a value (json), {column: value} (parquet).
+
+    field: the one column of parquet to read, None for all. The file's position shows how much of it has been read.
+    Raises ValueError, OSError or NotImplementedError where the file is not what its name says: see `opened`.
+    """
+    format, compression = format_of(Path(file.name))
+    if format == ".parquet":
+        yield from parquet_rows(file, field)
+    elif format == ".txt":
+        with open(file.name, "rb") as same:
+            separator = separator_of(text_of_file(same, compression), separators)
+        for n, text in enumerate(txt_documents(text_of_file(file, compression), separator), 1):
+            yield f"document {n}", text
+    else:
+        yield from json_values(text_of_file(file, compression))
+
+
+def text_of(record, field, place):
+    """The text of a record: the record itself or its field; lone surrogates, which UTF-8 lacks, become U+FFFD."""
+    if isinstance(record, dict):
+        if field not in record:
+            raise config.Mistake(f"{place}: a record has no field '{field}'; it has {', '.join(record)[:200]}: name "
+                                 "the right one with --field; records should stand in a list, or one a line")
+        record = record[field]
+    if not isinstance(record, str | None):
+        raise config.Mistake(f"{place}: a text is a string, not {str(record)[:40]} ({type(record).__name__}); if "
+                             "another field holds it, name that with --field")
+    return tokenizer.valid(record or "")
