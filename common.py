@@ -2,6 +2,7 @@
 import ctypes
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,9 +21,14 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # -- the processes of a run --------------------------------------------------------------------------------------
 
 def print0(*words):
-    """Print, on the first process only."""
+    """Print, on the first process only. A reader of the output that leaves, as `| head` does, stops the program as
+    SIGTERM does, which a training run answers by saving."""
     if RANK == 0:
-        print(*words, flush=True)
+        try:
+            print(*words, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what else is printed has somewhere to go
+            signal.raise_signal(signal.SIGTERM)
 
 
 def all_reduce_sum(*numbers):

@@ -415,7 +415,8 @@ def common_latest(out):
     path = Path(out) / "checkpoints" / f"step_{int(step):08d}"
     missing, = all_reduce_sum(int(not path.is_dir()))
     if missing == WORLD:
-        raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint")
+        run = next((p for p in Path(out).absolute().parents if (p / "checkpoints").is_dir()), None)
+        raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint" + (f"; {run} has some" if run else ""))
     if missing:
         raise config.Mistake(f"{missing:.0f} of {WORLD} processes do not see {path}: all need the same disk to resume")
     return path
@@ -592,11 +593,30 @@ def facts_of_run(cfg, model_config, agents):
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-def check_writable(out):
-    """Raise `Mistake` where a run directory cannot be made, without making it."""
+def check_writable(cfg, out):
+    """Raise `Mistake` if a run directory cannot be made, without making it, or is needed for something else."""
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise config.Mistake(f"cannot write the run directory {out}: {there} is not a directory that can be written to")
+    if Path(cfg.init_from).is_dir() and out.resolve() in (Path(cfg.init_from) / "_").resolve().parents:
+        raise config.Mistake(f"{out} is where this run starts from: give another --out_dir")
+    if out.is_dir() and os.listdir(out) and not (out / "run.json").exists() and cfg.init_from != "resume":
+        raise config.Mistake(f"{out} holds something else than a run: give another --out_dir")
+    held(out).close()
+
+
+def held(out):
+    """run.json of a run, if it has one, locked as long as it is open. Raises `Mistake` if another process holds it."""
+    path = out / "run.json"
+    file = open(path if path.exists() else os.devnull)
+    try:
+        import fcntl  # Windows has none
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise config.Mistake(f"another process is writing the run {out}: give another --out_dir") from None
+    except (ImportError, OSError):
+        pass  # or a disk that knows no locks
+    return file
 
 
 def start_directory(out, facts, log):
@@ -643,7 +663,8 @@ def fit(task, cfg, out):
     if cfg.init_from == "resume":
         state = resume(task, cfg, out, optimizers, scaler)
         log = Log(out, [entry for entry in read_log(out / "log.jsonl") if entry["step"] <= state["step"]])
-    check_writable(out)
+    if RANK == 0:
+        check_writable(cfg, out)
     compiled_model = compiled(model, cfg, device)
     ddp = WORLD > 1 and not sharded
     step_model = data_parallel(compiled_model) if ddp else compiled_model
@@ -654,6 +675,7 @@ def fit(task, cfg, out):
     start, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, torchrun_agents()
     most_bad_steps = 25 if scaler.is_enabled() else 5  # in a row; the scaler's first scales are too large on purpose
     with (stop_signals() as signals, IdleThreads(device) as threads, memory_advice(cfg, device, task.dtype),
+          contextlib.ExitStack() as stack,
           config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
         for step in range(start, cfg.max_iters):
             begin = time.perf_counter()
@@ -703,6 +725,7 @@ def fit(task, cfg, out):
             done, first, last = step + 1, step == start, step + 1 == cfg.max_iters
             if first and RANK == 0:  # now that a step fits into memory
                 start_directory(out, facts_of_run(cfg, llama.config, agents), log)
+                stack.enter_context(held(out))
                 print0(f"memory     {peak_memory(device) / 2**30:.1f} GiB after the first step")
             if done % cfg.log_interval == 0 or first or last or bad_steps:
                 typical = float(np.median(times))
@@ -768,7 +791,8 @@ def resume(task, cfg, out, optimizers, scaler):
     if state["val_fingerprint"] != task.val_fingerprint:
         print0("resume     with another validation set: best/ begins anew")
         state["best"] = math.inf
-    with config.mistakes(ValueError, KeyError, prefix=f"{checkpoint} was made by another optimizer: "):
+    with config.mistakes(ValueError, KeyError, prefix=f"{checkpoint} was made by another optimizer: leave --optimizer "
+                                                      "out: "):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
     if state["scaler"]:  # empty unless the run was in float16
@@ -805,7 +829,8 @@ def stop_signals():
         signals.append(number)
         signal.signal(number, before[number])
         if RANK == 0:  # print() is not safe here
-            os.write(1, b"stopping after the next step; a second Ctrl-C stops at once\n")
+            with contextlib.suppress(OSError):  # nobody may be reading
+                os.write(1, b"stopping after the next step; a second Ctrl-C stops at once\n")
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
@@ -913,6 +938,8 @@ class Text:
         self.dtype, self.why_dtype = pick_dtype(cfg.dtype, device)
         self.autocast = autocast_to(self.dtype, device)
         self.folder = folder_of(cfg)
+        if (self.folder / "train.jsonl").is_file():
+            raise config.Mistake(f"{self.folder} holds pictures, which are for vlm.py")
         self.val = shards.Split(self.folder, "val")
         self.data = self.val if cfg.eval_only else shards.Split(self.folder, "train")
         self.tok = tokenizer.load(self.folder)
@@ -924,9 +951,9 @@ class Text:
         if len(self.data) < 2 * cfg.block_size and not cfg.eval_only:
             raise config.Mistake(f"the training split has {len(self.data)} tokens, too few for "
                                  f"block_size={cfg.block_size}")
-        self.llama = self.model = build_model(cfg, shape, self.val, self.tok, out).train()
-        self.llama.model.checkpointing = cfg.checkpointing
         with memory_advice(cfg, device, self.dtype):
+            self.llama = build_model(cfg, shape, self.val, self.tok, out).train()
+            self.llama.model.checkpointing = cfg.checkpointing
             self.sharded = cfg.shard and WORLD > 1
             self.model = shard(self.llama, device, self.dtype) if self.sharded else self.llama.to(device)
         self.windows = Windows(self.data, cfg, self.tok.bos_id)
@@ -996,7 +1023,7 @@ class Text:
     def print_sample(self):
         """Print a text that the model makes up."""
         cfg, tok = self.cfg, self.tok
-        if not cfg.sample_tokens or (RANK > 0 and not self.sharded):
+        if not cfg.sample_tokens or (RANK > 0 and not self.sharded) or self.llama.config.context < 2:
             return
         start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(self.val[0])]], device=self.device)
         ends = tok.stop_ids if tok.stop_ids and not self.sharded else None  # sharded: equal lengths on all processes

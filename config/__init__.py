@@ -52,6 +52,7 @@ def run(main, *args):
     reader of its output that leaves, as `| head` does, with 141 and no word.
 
     Characters that the terminal lacks, or that it sends in another encoding, are replaced: they end no run."""
+    sys.excepthook = _one_line_for_ctrl_c  # while torch is being imported, outside of main
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None without a terminal, another class within a test
             stream.reconfigure(errors="replace")
@@ -69,6 +70,13 @@ def run(main, *args):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has somewhere to go
         sys.exit(141)
+
+
+def _one_line_for_ctrl_c(kind, error, traceback):
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 # -- keys --------------------------------------------------------------------------------------------------------
@@ -154,6 +162,8 @@ def _typed(key, value, where):
     if name.startswith("tuple["):
         item = name[len("tuple["):].split(",")[0]
         values = value if isinstance(value, (tuple, list)) else [value]
+        if item != "str" and len(values) == 1 and isinstance(values[0], str):
+            values = values[0].split(",")  # 8,1,4,8192
         return tuple(_typed(Key(key.name, item, None, "", key.interval), v, where) for v in values)
     kind = BASIC[name]
     if isinstance(value, str) and kind is not str:
@@ -204,6 +214,8 @@ def _from_file(path, known):
     except Exception as e:
         line = next((f.lineno for f in reversed(inspect.trace()) if Path(f.filename) == Path(path)), "?")
         raise Mistake(f"{path}, line {line}: {type(e).__name__}: {e}") from None
+    if Path(path).name.startswith("vlm_") and "stage" in left and "stage" not in known:
+        raise Mistake(f"{path} is for vlm.py")
     return {name: _typed(_find(known, name, path), value, path) for name, value in left.items()
             if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type))}
 
@@ -213,8 +225,10 @@ def _from_args(args, known):
     values, i = {}, 0
     while i < len(args):
         if not args[i].startswith("--"):
-            file = ROOT / "config" / f"{args[i]}.py"
-            hint = f"; did you mean {os.path.relpath(file)}?" if file.is_file() else ""
+            file = ROOT / "config" / f"{args[i].removeprefix('config/')}.py"
+            hint = f"; did you mean {os.path.relpath(file)}?" if file.is_file() else "; -h shows what is"
+            if args[i].endswith(".py"):
+                raise Mistake(f"command line: {args[i]} comes too late: config files stand before --keys")
             raise Mistake(f"command line: '{args[i]}' is neither a config file (*.py) nor --key=value{hint}")
         name, equals, value = args[i][2:].partition("=")
         i, key = i + 1, _find(known, name.replace("-", "_"), "command line")

@@ -52,6 +52,8 @@ class Settings:
     (["--learning_rate=0"], None, "learning_rate must lie in (0, 1], not 0.0"),
     (["--learning_rate=1"], "learning_rate", 1.0),
     (["tales"], None, "did you mean config"),
+    (["config/tales"], None, "did you mean config"),
+    (["--batch_size=2", "c.py"], None, "c.py comes too late: config files stand before --keys"),
     (["--zzzzzz=2"], None, "-h lists them all"),
     (["batch_size=2"], None, "neither a config file"),
     (["nowhere.py"], None, "no config file nowhere.py; there are config/llama4_tiny.py"),
@@ -100,6 +102,8 @@ def test_command_line_beats_file_beats_default(tmp_path):
 def test_keys_of_another_class():
     cfg, other = config.load(Settings, ["--n_layer=3", "--batch_size=2", "--rope_scaling", "8", "1", "4", "8192"],
                              also="model.py:LlamaConfig")
+    with_commas = config.load(Settings, ["--rope_scaling=8,1,4,8192"], also="model.py:LlamaConfig")
+    assert with_commas[1] == {"rope_scaling": (8.0, 1.0, 4.0, 8192.0)}
     assert cfg.batch_size == 2 and other == {"n_layer": 3, "rope_scaling": (8.0, 1.0, 4.0, 8192.0)}
 
 
@@ -142,6 +146,11 @@ def test_a_default_lies_within_its_range():
 def test_every_config_file_loads(path):
     known = config.keys_of("vlm.py:VlmConfig" if path.stem.startswith("vlm") else "train.py:TrainConfig")
     assert len(config._from_file(path, known | config.keys_of("model.py:LlamaConfig"))) > 3
+
+
+def test_a_file_for_pictures_says_so():
+    with pytest.raises(config.Mistake, match="vlm_shapes.py is for vlm.py"):
+        config.load("train.py:TrainConfig", [str(ROOT / "config/vlm_shapes.py")], "model.py:LlamaConfig")
 
 
 @pytest.mark.slow

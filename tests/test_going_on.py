@@ -14,7 +14,7 @@ from test_train import DENSE, SPARSE, log_of, same, settings, states, torchrun, 
 
 import config
 import train
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from model import Llama
 from prepare import shards, tokenizer
 
@@ -151,6 +151,55 @@ def test_evaluating_a_run_that_scored_hellaswag_gives_its_loss(run, monkeypatch)
     (run / "run.json").write_text(json.dumps(facts))
     assert read_settings(monkeypatch, "--eval_only", f"--init_from={run}")[0].hellaswag is False
     assert read_settings(monkeypatch, *flags(init_from="resume", out_dir=run))[0].hellaswag is True
+
+
+def test_a_run_is_written_by_one_process(run, monkeypatch):
+    """A second one once moved it aside while the first went on writing, and both were lost."""
+    settings = json.loads((run / "run.json").read_text())["settings"] | {"max_iters": 9}
+    with train.held(run):
+        for init_from in "resume", "scratch":
+            with pytest.raises(config.Mistake, match="another process is writing the run"):
+                train.main(*read_settings(monkeypatch, *flags(**settings | {"init_from": init_from})))
+    train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7)))
+
+
+def test_a_run_does_not_move_what_it_starts_from(run, stories, monkeypatch):
+    for source in run, run / "best":
+        with pytest.raises(config.Mistake, match="is where this run starts from: give another --out_dir"):
+            args = flags(init_from=source, out_dir=run, dataset=stories, block_size=40)
+            train.main(*read_settings(monkeypatch, *args))
+
+
+def test_a_run_takes_no_folder_that_holds_something_else(stories, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("mine")
+    with pytest.raises(config.Mistake, match="holds something else than a run"):
+        train.main(*read_settings(monkeypatch, *flags(**FLAGS | dict(dataset=stories, out_dir=tmp_path))))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_reader_that_leaves_costs_no_step(stories, tmp_path):
+    """`train.py | head` once ended the run without a save."""
+    out = tmp_path / "run"
+    args = flags(**FLAGS | dict(dataset=stories, out_dir=out, max_iters=100000, eval_interval=100000))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, **pipes)
+    try:
+        for line in run.stdout:
+            if line.startswith(b"step      3/"):
+                break
+        run.stdout.close()
+        errors = run.stderr.read()
+        run.wait(timeout=PATIENCE)
+    finally:
+        run.kill()
+    assert b"Traceback" not in errors
+    assert train.read_state(train.latest(out))["step"] >= 3
+
+
+def test_a_context_of_one_token_has_no_sample(stories, tmp_path, monkeypatch):
+    keys = FLAGS | dict(dataset=stories, out_dir=tmp_path / "run", block_size=1, sample_tokens=5, whole_docs=False)
+    train.main(*read_settings(monkeypatch, *flags(**keys)))
+    assert train.latest(tmp_path / "run").name == "step_00000006"
 
 
 def test_nothing_to_evaluate_is_one_line(monkeypatch):
