@@ -171,7 +171,7 @@ def begin(cfg, out, source):
     key = recipe(cfg, reading, given)
     if done := shards.unfinished(out, key):
         threshold = done["position"]["threshold"]
-        writer = shards.Writer(out, given or tokenizer.load(out), recipe=key)
+        writer = shards.Writer(out, given or tokenizer.load(Path(out) / shards.UNFINISHED), recipe=key)
     else:
         threshold = hold_out(source(), cfg)
         writer = shards.Writer(out, given or new_tokenizer(source(), cfg, threshold), recipe=key)
@@ -191,7 +191,7 @@ def write(cfg, out, source):
     start = committed = time.monotonic()
     style, tokens = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]", 0
     with tqdm(total=1, initial=state["fraction"], bar_format=style) as bar:
-        for splits, n, position, fraction in encoded(some_batches, workers, writer.tok, out, state["threshold"]):
+        for splits, n, position, fraction in encoded(some_batches, workers, writer.tok, writer.work, state["threshold"]):
             for split, (ids, n_bytes, n_documents) in splits.items():
                 writer.add(split, ids, n_bytes, n_documents)
                 tokens += len(ids)

@@ -47,7 +47,7 @@ def refusal(script, *args, **environment):
 def bytes_of(directory):
     """Everything a data set consists of, but for its name: {file: content}."""
     return {p.name: p.read_bytes().replace(f'"name": "{directory.name}"'.encode(), b"") for p in directory.iterdir()
-            if p.name != shards.VERIFIED}
+            if p.name not in (shards.VERIFIED, shards.UNFINISHED)}
 
 
 def make_documents(n, seed=0, alphabet="abc déÜ🙂\n你 "):
@@ -138,9 +138,12 @@ def test_a_new_data_set_replaces_the_old_one_and_spares_other_files(small):
     (directory / "notes.txt").write_text("mine")
     (directory / "train_set.bin").write_text("mine too")
     (directory / "tokenizer.model").write_text("of another tokenizer")
+    old = bytes_of(directory)
     writer = shards.Writer(directory, tokenizer.byte())
-    assert not (directory / "meta.json").exists()
     writer.add("train", [7], 1)
+    writer.commit(None)
+    assert bytes_of(directory) == old, "until the new one is complete"
+    assert shards.Split(directory, "train").tokens == 6500
     writer.add("val", [8], 1)
     writer.finish()
     assert list(shards.Split(directory, "train")[:]) == [7]
@@ -290,6 +293,64 @@ def test_the_writer_goes_on_from_its_last_commit(tmp_path):
         assert bytes_of(directory) == bytes_of(tmp_path / "whole")
 
 
+def test_killed_while_it_replaces_an_old_data_set_nothing_is_lost(tmp_path, monkeypatch):
+    """Before and after each file that `finish` moves, removes or writes: the old set or the new one can be read, or
+    the reader refuses; and the same command always ends with the new one, going on where it was."""
+    class Killed(BaseException):
+        pass
+
+    def begin(directory):
+        return shards.Writer(directory, tokenizer.byte(), shard_tokens=10, recipe="r")
+
+    def go_on(writer):
+        if not writer.position:
+            writer.add("train", range(35), 35)
+            writer.add("val", range(5), 5)
+            writer.commit("all")
+        writer.finish()
+    go_on(begin(tmp_path / "whole"))
+    whole, directory = bytes_of(tmp_path / "whole"), tmp_path / "new"
+    steps, last = 0, -1
+
+    def counted(function):
+        def inner(*arguments, **options):
+            nonlocal steps
+            for part in range(2):
+                steps += 1
+                if steps == last:
+                    raise Killed
+                result = function(*arguments, **options) if part == 0 else result
+            return result
+        return inner
+    for place, name in (os, "replace"), (Path, "unlink"), (shards.shutil, "rmtree"):
+        monkeypatch.setattr(place, name, counted(getattr(place, name)))
+    seen = set()
+    for kill in range(1, 200):
+        last = -1
+        old = shards.Writer(directory, tokenizer.byte(), shard_tokens=4)
+        old.add("train", [9] * 30, 30)
+        old.add("val", [8] * 3, 3)
+        old.finish()
+        (directory / "tokenizer.model").write_text("the old one's")
+        steps, last = 0, kill
+        try:
+            go_on(begin(directory))
+            break
+        except Killed:
+            last = -1
+        try:
+            seen.add(tuple(shards.Split(directory, "train")[:3]))
+        except config.Mistake as e:
+            assert "half prepared" in str(e) or "is missing" in str(e)
+            seen.add(str(e).split()[-1])
+        again = begin(directory)
+        progress = again.position
+        assert progress or kill < 8 or (0, 1, 2) in seen, "it goes on, unless it had no commit yet or had ended"
+        go_on(again)
+        assert bytes_of(directory) == whole and not (directory / shards.UNFINISHED).exists()
+    assert 50 < kill < 199 and {(9, 9, 9), (0, 1, 2)} < seen
+
+
 def test_the_writer_starts_over_for_another_recipe_or_damaged_shards(tmp_path):
     def begin(recipe):
         return shards.Writer(tmp_path, tokenizer.byte(), shard_tokens=2, recipe=recipe)
@@ -297,11 +358,11 @@ def test_the_writer_starts_over_for_another_recipe_or_damaged_shards(tmp_path):
     first.add("train", [1, 2, 3], 3)
     first.commit("here")
     assert begin("a").position == "here"
-    assert begin("b").position is None and not list(tmp_path.glob("*.bin*"))
+    assert begin("b").position is None and not list(tmp_path.glob("**/*.bin*"))
     first = begin("a")
     first.add("train", [1, 2, 3], 3)
     first.commit("here")
-    (tmp_path / "train_000.bin").write_bytes(b"1")
+    (tmp_path / shards.UNFINISHED / "train_000.bin").write_bytes(b"1")
     assert begin("a").position is None
     first = begin(None)
     first.commit("here")
