@@ -143,7 +143,7 @@ def correct(items, scores):
 
 def main():
     cfg = config.load(Settings)
-    out = Path(cfg.out) if cfg.out else FOLDER
+    out = shards.own_folder(cfg.out or FOLDER, r"val\.jsonl(\.\d+\.tmp)?", cfg.input)
     found = items(sources.find_files(cfg.input))
     lines = [json.dumps(item) for item in itertools.islice(found, cfg.limit)]
     out.mkdir(parents=True, exist_ok=True)

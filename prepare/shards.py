@@ -32,6 +32,7 @@ VERIFIED = ".verified.json"  # {"file size mtime sha256": largest id} of the sha
 SHARDS = r"(train|val)_\d{3,}\.bin"
 TOKENIZER_FILES = r"tokenizer\.(json|model)|tokenizer_config\.json"
 DATA_FILES = rf"{SHARDS}|{TOKENIZER_FILES}|(meta|\.verified)\.json(\.\d+\.tmp)?"  # those of a data set here
+RUN_FILES = {"config.json", "run.json", "model.safetensors", "checkpoints"}  # what tells a run directory
 META = {"vocab_size": int, "dtype": str, "tokenizer": {"kind": str, "file": str, "fingerprint": str}}
 META_OF_SPLIT = {"tokens": int, "documents": int, "bytes": int,
                  "shards": [{"file": str, "tokens": int, "sha256": str}]}
@@ -53,6 +54,23 @@ def write_text(path, text):
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
+
+def own_folder(out, pattern, inputs=()):
+    """The folder `out` to write to, as a Path. Raises `Mistake` where it holds a run, any of the inputs, or files whose
+    names do not match the pattern: nothing of others' is lost. Hidden files are left alone."""
+    out = Path(out)
+    with config.mistakes(OSError):
+        real, names = out.resolve(), sorted(p.name for p in out.iterdir()) if out.exists() else []
+        inside = [str(i) for i in inputs if real in (Path(i).resolve(), *Path(i).resolve().parents)]
+    others = [name for name in names if not name.startswith(".") and not re.fullmatch(pattern, name)]
+    if RUN_FILES & set(names):
+        raise config.Mistake(f"--out {out} holds a model or a run ({min(RUN_FILES & set(names))}): choose another folder")
+    if inside:
+        raise config.Mistake(f"--out {out} holds the input {inside[0]}: choose another folder")
+    if others:
+        raise config.Mistake(f"--out {out} holds other files than this data set's ({others[0]}): choose another folder")
+    return out
+
 
 def files_in(directory, pattern):
     """The files of a folder whose whole name matches the pattern; meta.json, which vouches for others, is the last."""

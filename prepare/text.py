@@ -211,7 +211,7 @@ def prepare(cfg, name, hub=None):
     """Write data/<name> (or cfg.out) from cfg.input, or from the hub's (repository, configuration)."""
     if not cfg.input and not hub:
         raise config.Mistake(f"which text? --input takes files, folders and globs of {sources.READABLE}")
-    out = Path(cfg.out) if cfg.out else config.ROOT / "data" / name
+    out = shards.own_folder(cfg.out or config.ROOT / "data" / name, shards.DATA_FILES, cfg.input)
     try:
         with config.mistakes(OSError):
             paths = sources.find_files(cfg.input, out)

@@ -725,6 +725,45 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("script", ["text", "tales", "shakespeare", "hellaswag", "shapes", "coco", "flickr8k", "llava",
+                                    "smollm2", "stories15m"])
+def test_a_folder_that_holds_something_else_is_refused_untouched(tmp_path, script):
+    mine, out = jsonl(tmp_path / "in/train.jsonl", make_documents(20)), tmp_path / "out"
+    given = [f"--input={mine}"] * (script not in ("tales", "shapes"))
+
+    def refused(words, **files):
+        folder = out / words
+        folder.mkdir(parents=True)
+        for name, content in files.items():
+            (folder / name.replace("_", ".")).write_text(content)
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        assert words in refusal(f"{script}.py", *given, "--out", folder)
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+    if script in ("smollm2", "stories15m"):
+        refused("holds a run that was trained", run_json="{}", config_json="{}")
+        refused("holds a data set", meta_json="{}", tokenizer_json="mine")
+        return
+    refused("holds a model or a run", config_json="{}")
+    refused("holds other files", essay="mine", meta_json="{}")
+    if given:
+        assert "holds the input" in refusal(f"{script}.py", *given, "--out", mine.parent)
+        assert [p.name for p in mine.parent.iterdir()] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("record, words", [
+    ({"conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "A dog."}]}, "do not match"),
+    ({"conversations": [{"from": "gpt", "value": "A dog."}]}, "from human to gpt"),
+    ({"conversations": "A dog."}, "record 1"), ({"text": "A dog."}, "says nothing"),
+    ({"image": "gone.png", "instruction": "What?", "output": "A dog."}, "gone.png: there is no such file")])
+def test_pictures_without_a_usable_record_are_one_line_and_leave_nothing(tmp_path, record, words):
+    (tmp_path / "in.json").write_text(json.dumps([record] * 3))
+    done = run("llava.py", "--input", tmp_path / "in.json", "--out", tmp_path / "out", "--val_fraction=0", check=False)
+    line = done.stderr.splitlines()[-1]  # after a progress bar
+    assert done.returncode == 2 and "no usable record" in line and words in line and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("script", ["tinystories", "fineweb_edu", "cosmopedia", "hellaswag", "shakespeare"])
 def test_offline_is_one_clear_line_at_once(tmp_path, script):
     nowhere = dict.fromkeys(("HF_ENDPOINT", "https_proxy", "http_proxy"), "http://127.0.0.1:9")
