@@ -495,7 +495,7 @@ def test_the_hub_goes_on_at_any_document(tmp_path, monkeypatch):
         parquet.write_table(table, tmp_path / f"{i}.parquet", row_group_size=90)
     load = functools.partial(datasets.load_dataset, "parquet", data_files=str(tmp_path / "*.parquet"))
     monkeypatch.setattr(datasets, "load_dataset", lambda _, __, **options: load(**options))
-    monkeypatch.setattr(sources, "reach_hub", lambda _: None)
+    monkeypatch.setattr(sources, "reach_hub", lambda *_: None)
     hub = sources.Hub("someone/something", None, "text")
     places, wanted = [hub.position], [t for t in texts if t != " "]
     for _ in hub:
@@ -692,6 +692,52 @@ def test_what_is_said_at_the_end_holds_and_can_be_pasted(tmp_path):
     assert "train.py" not in said and "--val_fraction" in said
 
 
+@pytest.mark.parametrize("texts, arguments, words", [
+    (["a" * 99] * 50 + ["b"], ["--val_fraction=0.2"], ""),
+    (["word " * 9] * 300, [], "validation has only [0-9]+ tokens: --val_fraction=0.1 holds out more$"),
+    (["word " * 9] * 60, ["--val_fraction=0.3"], "only [0-9]+ tokens: a larger --val_fraction holds out more$"),
+    (["word " * 99] * 300, ["--val_fraction=0.8"], r"more tokens \([0-9,]+\) than training \([0-9,]+\): a smaller"),
+    (["short", "long " * 999], [], "2 documents; --separator=.*blank lines$"),
+], ids=["sound", "small", "small still", "upside down", "one long"])
+def test_splits_that_make_no_sense_are_said(tmp_path, capsys, texts, arguments, words):
+    jsonl(tmp_path / "in.jsonl", [f"{i} {t}" for i, t in enumerate(texts)])
+    prepare("--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--tokenizer=byte", *arguments)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(words, last) and last.startswith("but validation has ") == bool(words), last
+
+
+def test_a_failure_in_the_middle_keeps_the_old_data_set_and_names_the_document(tmp_path):
+    out = tmp_path / "out"
+    jsonl(tmp_path / "a.jsonl", ["one two", "two three", "three one"])
+    prepare("--input", tmp_path / "a.jsonl", "--out", out, "--tokenizer=char")
+    old = bytes_of(out)
+    jsonl(tmp_path / "b.jsonl", ["one two", "two 7 three", "three"])
+    for workers in 1, 2:
+        done = run("text.py", "--input", tmp_path / "b.jsonl", "--out", out, f"--tokenizer={out}",
+                   f"--workers={workers}", check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "error: the document that begins 'two 7 three': the character '7' is not among" in done.stderr
+        assert bytes_of(out) == old and shards.Split(out, "train").documents
+
+
+def test_vocabularies_too_small_and_too_large_are_said(tmp_path, capsys):
+    with pytest.raises(config.Mistake, match=r"of 10 tokens: these characters need --vocab_size=(\d+) at least$") as e:
+        tokenizer.train_sentencepiece(["hello world"] * 9, 10)
+    least = int(re.search(r"size=(\d+)", str(e.value))[1])
+    with pytest.raises(config.Mistake, match="at least"):
+        tokenizer.train_sentencepiece(["hello world"] * 9, least - 1)
+    assert tokenizer.train_sentencepiece(["hello world"] * 9, least).vocab_size == least
+    assert "never used" not in capsys.readouterr().out
+    with pytest.raises(config.Mistake, match="give a larger --vocab_size$"):
+        tokenizer.train_sentencepiece(["hello world"] * 9, 2)
+    with pytest.raises(config.Mistake, match="no text to train on$"):
+        tokenizer.train_sentencepiece(["", "\n"], 300)
+    tok = tokenizer.train_sentencepiece(["hello world"] * 9, 2000)
+    found = int(re.search("^only ([0-9]+) of 2,000 tokens were found; the others are never used$",
+                          capsys.readouterr().out)[1])
+    assert tok.vocab_size == 2000 and sum(t.startswith("<unused_") for t in tok.ids) == 2000 - found
+
+
 @pytest.mark.parametrize("script", ["text", "tinystories", "fineweb_edu", "cosmopedia", "shakespeare", "hellaswag"])
 def test_help_is_true(script):
     said = " ".join(run(f"{script}.py", "-h").stdout.split())
@@ -769,7 +815,9 @@ def test_offline_is_one_clear_line_at_once(tmp_path, script):
     nowhere = dict.fromkeys(("HF_ENDPOINT", "https_proxy", "http_proxy"), "http://127.0.0.1:9")
     (tmp_path / "datasets.py").write_text("raise SystemExit('half a minute of attempts begins')")  # none is made
     line = refusal(f"{script}.py", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path), **nowhere)
-    assert "--input" in line and "python prepare/tales.py" in line and not (tmp_path / "out").exists()
+    assert "--input" in line and not (tmp_path / "out").exists()
+    assert ("hellaswag_val.jsonl" if script == "hellaswag" else "python prepare/tales.py") in line
+    assert ("tales.py" in line) == (script != "hellaswag")
 
 
 # -- the corpora ------------------------------------------------------------------------------------------------------
