@@ -6,8 +6,9 @@ damage shows.
     data/<name>/.unfinished/                      only while unfinished: all of this, and progress.json, which says how
                                                   much is safely on disk and where to go on
 
-An earlier data set stays as it is until the new one is complete and moves into its place. A split is one long sequence of ids, cut into shards of equal length wherever the cut falls. So the files depend on the
-documents alone: not on batches, processes or interruptions.
+An earlier data set stays as it is until the new one is complete and moves into its place. A split is one long sequence
+of ids, cut into shards of equal length wherever the cut falls. So the files depend on the documents alone: not on
+batches, processes or interruptions.
 """
 import bisect
 import contextlib
@@ -59,12 +60,15 @@ def own_folder(out, pattern, inputs=()):
     """The folder `out` to write to, as a Path. Raises `Mistake` where it holds a run, any of the inputs, or files whose
     names do not match the pattern: nothing of others' is lost. Hidden files are left alone."""
     out = Path(out)
+    if out.is_file():
+        raise config.Mistake(f"--out {out} is a file: choose a folder")
     with config.mistakes(OSError):
         real, names = out.resolve(), sorted(p.name for p in out.iterdir()) if out.exists() else []
         inside = [str(i) for i in inputs if real in (Path(i).resolve(), *Path(i).resolve().parents)]
     others = [name for name in names if not name.startswith(".") and not re.fullmatch(pattern, name)]
-    if RUN_FILES & set(names):
-        raise config.Mistake(f"--out {out} holds a model or a run ({min(RUN_FILES & set(names))}): choose another folder")
+    run = sorted(RUN_FILES & set(names))
+    if run:
+        raise config.Mistake(f"--out {out} holds a model or a run ({run[0]}): choose another folder")
     if inside:
         raise config.Mistake(f"--out {out} holds the input {inside[0]}: choose another folder")
     if others:

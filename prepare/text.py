@@ -201,10 +201,11 @@ def write(cfg, out, source):
     reading, writer, state = begin(cfg, out, source)
     workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     some_batches = batches(reading, cfg.limit and cfg.limit - state["documents"])
+    batches_of_ids = encoded(some_batches, workers, writer.tok, writer.work, state["threshold"])
     start = committed = time.monotonic()
     style, tokens = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]", 0
     with tqdm(total=1, initial=state["fraction"], bar_format=style) as bar:
-        for splits, n, position, fraction in encoded(some_batches, workers, writer.tok, writer.work, state["threshold"]):
+        for splits, n, position, fraction in batches_of_ids:
             for split, (ids, n_bytes, n_documents) in splits.items():
                 writer.add(split, ids, n_bytes, n_documents)
                 tokens += len(ids)

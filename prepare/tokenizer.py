@@ -271,7 +271,8 @@ def train_sentencepiece(texts, vocab_size):
     except RuntimeError as e:
         least = re.search(r"required_chars\. \d+ vs (\d+)", str(e))
         reason = ("there is no text to train on" if "sentences_.empty()" in str(e) else
-                  f"these characters need --vocab_size={least[1]} at least" if least else "give a larger --vocab_size")
+                  f"smaller than its characters need: --vocab_size={least[1]} at least" if least else
+                  "give a larger --vocab_size")
         raise config.Mistake(f"cannot train a vocabulary of {vocab_size} tokens: {reason}") from e
     proto = tokenizer_files.parse_sentencepiece(trained.getvalue())
     if len(proto.pieces) < vocab_size:
