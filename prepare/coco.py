@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images  # noqa: E402
+from prepare import images, shards  # noqa: E402
 
 HUB = "jxie/coco_captions"
 
@@ -39,7 +39,8 @@ def from_folder(folder, limit):
 
 def main():
     cfg = config.load(images.Settings)
-    out = Path(cfg.out) if cfg.out else config.ROOT / "data/coco"
+    inputs = [cfg.input] if cfg.input else []
+    out = shards.own_folder(cfg.out or config.ROOT / "data/coco", images.FILES, inputs)
     if cfg.input:
         records = from_folder(Path(cfg.input), cfg.limit)
     else:

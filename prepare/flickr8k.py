@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images  # noqa: E402
+from prepare import images, shards  # noqa: E402
 
 HUB = "jxie/flickr8k"
 LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
@@ -67,7 +67,8 @@ def from_folder(folder, out, limit):
 
 def main():
     cfg = config.load(images.Settings)
-    out = Path(cfg.out) if cfg.out else config.ROOT / "data/flickr8k"
+    inputs = [cfg.input] if cfg.input else []
+    out = shards.own_folder(cfg.out or config.ROOT / "data/flickr8k", images.FILES, inputs)
     if cfg.input:
         records = from_folder(Path(cfg.input), out, cfg.limit)
     else:

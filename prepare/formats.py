@@ -169,7 +169,8 @@ def json_values(pieces):
             break
         line += text.count(NEWLINE, at, end)
         if error:
-            raise ValueError(f"line {line} (record {record}): {error} at {text[end:end + 20]!r}")
+            raise ValueError(f"line {line} (record {record}): {error.removesuffix(' at')} at "
+                             f"{text[end:end + 20]!r}")
         yield place, value
         at, record = end, record + 1
     follows = is_array and (text[start + 1:].strip() or any(map(str.strip, pieces)))
@@ -215,9 +216,15 @@ def records(file, separators=(), field=None):
         yield from json_values(text_of_file(file, compression))
 
 
-def text_of(record, field, place):
-    """The text of a record: the record itself or its field; lone surrogates, which UTF-8 lacks, become U+FFFD."""
+def text_of(record, field, place, before=0):
+    """The text of a record: the record itself or its field; lone surrogates, which UTF-8 lacks, become U+FFFD.
+
+    before: the number of records before it that have a text."""
     if isinstance(record, dict):
+        if field not in record and before:
+            others = "the one before it has" if before == 1 else f"the {before:,} before it have"
+            raise config.Mistake(f"{place}: this record has no field '{field}', though {others}; it has "
+                                 f"{', '.join(record)[:200] or 'none at all'}")
         if field not in record:
             raise config.Mistake(f"{place}: a record has no field '{field}'; it has {', '.join(record)[:200]}: name "
                                  "the right one with --field; records should stand in a list, or one a line")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 import config  # noqa: E402
 from prepare import shards, sources  # noqa: E402
 
+OFFLINE = "give HellaSwag's own files, say hellaswag_val.jsonl, with --input"
 FOLDER = config.ROOT / "data/hellaswag"  # where train.py looks
 
 
@@ -60,7 +61,7 @@ def normalise(item):
 def items(paths):
     """The items of files, normalised; without any paths those of the hub."""
     if not paths:
-        for rows, _, _ in sources.hub_batches("Rowan/hellaswag", None, "validation"):
+        for rows, _, _ in sources.hub_batches("Rowan/hellaswag", None, "validation", otherwise=OFFLINE):
             with config.mistakes(ValueError, prefix="Rowan/hellaswag: "):
                 yield from map(normalise, rows)
     for path in paths:
@@ -143,7 +144,7 @@ def correct(items, scores):
 
 def main():
     cfg = config.load(Settings)
-    out = Path(cfg.out) if cfg.out else FOLDER
+    out = shards.own_folder(cfg.out or FOLDER, r"val\.jsonl(\.\d+\.tmp)?", cfg.input)
     found = items(sources.find_files(cfg.input))
     lines = [json.dumps(item) for item in itertools.islice(found, cfg.limit)]
     out.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ SPLITS = ("train", "val", "test")
 IMAGE = "<image>"
 TURNS = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}"  # for tokenizers without a chat template
          "{{ eos_token if m['role'] == 'assistant' else '\\n' }}{% endfor %}")
+FILES = r"((train|val|test)\.jsonl|bad_images\.txt|images\.npy|meta\.json)(\.\d+)?(\.tmp)?|images"  # of a data set here
 MAX_PIXELS = 100_000_000  # a photo has up to 60 million; more than this is a mistake or an attack
 
 
@@ -73,12 +74,10 @@ def save(records, folder, splits=SPLITS, progress=True):
     The bad ones are counted, and listed in bad_images.txt. Each picture is decoded once. Raises `Mistake` when
     nothing is left of the training split."""
     from tqdm import tqdm
-    folder, bad, checked = Path(folder), {}, {}
-    with config.mistakes(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    for split in splits:
-        kept = []
-        for record in tqdm(records.get(split, []), desc=f"checking {split}", unit=" records", disable=not progress):
+    folder, bad, checked, kept = Path(folder), {}, {}, {}
+    for split in (s for s in splits if s in records):
+        kept[split] = []
+        for record in tqdm(records[split], desc=f"checking {split}", unit=" records", disable=not progress):
             paths = [p for p in images_of(record) if isinstance(p, str)]
             for path in paths:
                 if path not in checked:
@@ -88,13 +87,14 @@ def save(records, folder, splits=SPLITS, progress=True):
                     except config.Mistake as e:
                         checked[path], bad[path] = False, str(e)
             if all(checked[p] for p in paths):
-                kept.append(record)
-        if split in records:
-            lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
-            shards.write_text(folder / f"{split}.jsonl", "".join(lines))
-            print(f"{split}: {len(kept):,} records, {len({p for r in kept for p in images_of(r)}):,} images")
-        if split == "train" and not kept:
-            raise config.Mistake("no usable record is left for training" + f": {next(iter(bad.values()))}" * bool(bad))
+                kept[split].append(record)
+    if "train" in splits and not kept.get("train"):
+        raise config.Mistake(": ".join(["no usable record is left for training", *list(bad.values())[:1]]))
+    with config.mistakes(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    for split, some in kept.items():
+        shards.write_text(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in some))
+        print(f"{split}: {len(some):,} records, {len({p for r in some for p in images_of(r)}):,} images")
     if bad:
         shards.write_text(folder / "bad_images.txt", "".join(line + "\n" for line in bad.values()))
         print(f"{len(bad):,} pictures cannot be read and were left out: {folder / 'bad_images.txt'}")

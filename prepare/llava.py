@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images  # noqa: E402
+from prepare import images, shards  # noqa: E402
 
 MARK = "<image>"
 
@@ -33,7 +33,7 @@ class Settings:
 
 
 def record_of(raw, place):
-    """A record for vlm.py from one of LLaVA's or RLAIF-V's, or None where it is of no use."""
+    """A record for vlm.py from one of LLaVA's or RLAIF-V's. Raises ValueError with the reason where it is of no use."""
     pictures = [str((place / p).resolve()) for p in images.images_of(raw) if p]
     if "chosen" in raw:
         texts = [raw.get(k) for k in ("question", "chosen", "rejected")]
@@ -43,13 +43,13 @@ def record_of(raw, place):
                                              {"from": "gpt", "value": raw.get("output")}]
         texts = [t.get("value") for t in turns]
         if any(t.get("from") != ("human", "gpt")[i % 2] for i, t in enumerate(turns)) or len(turns) % 2:
-            return None
+            raise ValueError("its turns do not go from human to gpt and back")
         made = {"conversations": [{"from": t["from"], "value": t["value"]} for t in turns]}
     if not all(isinstance(t, str) and t.strip() for t in texts):
-        return None
+        raise ValueError("it says nothing, or not in LLaVA's or RLAIF-V's fields")
     marks = sum(t.count(MARK) for t in texts[::2 if "conversations" in made else 1])
     if sum(t.count(MARK) for t in texts) != marks or marks not in ({0, len(pictures)} if pictures else {0}):
-        return None
+        raise ValueError(f"its pictures ({len(pictures)}) and its {MARK} marks in questions ({marks}) do not match")
     return made | ({"image": pictures if len(pictures) > 1 else pictures[0]} if pictures else {})
 
 
@@ -58,15 +58,22 @@ def main():
     if not cfg.input:
         raise config.Mistake("name LLaVA's files with --input, for example llava_instruct_150k.json from "
                              "huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K, and its pictures with --images")
-    out, place = Path(cfg.out) if cfg.out else config.ROOT / "data/llava", Path(cfg.images or Path(cfg.input[0]).parent)
-    records = {"train": [], "val": []}
+    out = shards.own_folder(cfg.out or config.ROOT / "data/llava", images.FILES, cfg.input)
+    place = Path(cfg.images or Path(cfg.input[0]).parent)
+    records, reasons = {"train": [], "val": []}, []
     for path in cfg.input:
-        raw = images.read_json(path)[:cfg.limit]
-        made = [m for r in raw if (m := record_of(r, place)) is not None]
-        print(f"{path}: {len(raw):,} records, {len(raw) - len(made):,} of no use")
+        raw, made, before = images.read_json(path)[:cfg.limit], [], len(reasons)
+        for n, record in enumerate(raw, 1):
+            try:
+                made.append(record_of(record, place))
+            except (ValueError, TypeError, AttributeError) as e:
+                reasons.append(f"{path}: record {n}: {e}")
+        print(f"{path}: {len(raw):,} records, {len(reasons) - before:,} of no use")
         for m in made:
             share = int.from_bytes(hashlib.sha256(json.dumps(m, sort_keys=True).encode()).digest()[:4], "big") / 2**32
             records["val" if share < cfg.val_fraction else "train"].append(m)
+    if reasons and not records["train"] + records["val"]:
+        raise config.Mistake(f"no usable record: {reasons[0]}")
     images.save(records, out)
 
 

@@ -50,6 +50,7 @@ def read(cfg):
 
 def main():
     cfg = config.load(Settings)
+    out = shards.own_folder(cfg.out or config.ROOT / "data/shakespeare", shards.DATA_FILES, cfg.input)
     whole = read(cfg)[:cfg.limit]
     cut = int(len(whole) * (1 - cfg.val_fraction))
     if not 0 < cut < len(whole):
@@ -58,7 +59,7 @@ def main():
     tok = (tokenizer.char(whole) if cfg.tokenizer == "char" else tokenizer.byte() if cfg.tokenizer == "byte" else
            tokenizer.load(cfg.tokenizer) if cfg.tokenizer else
            tokenizer.train_sentencepiece([whole[:cut]], cfg.vocab_size))
-    writer = shards.Writer(cfg.out or config.ROOT / "data/shakespeare", tok)
+    writer = shards.Writer(out, tok)
     for split, part in ("train", whole[:cut]), ("val", whole[cut:]):
         writer.add(split, tok.encode(part), len(part.encode()))
         print(f"{split}: {len(part):,} characters")

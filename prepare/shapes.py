@@ -26,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
+from prepare import images, shards  # noqa: E402
 
 COLORS = {"red": (215, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 55), "green": (45, 160, 70),
           "blue": (45, 85, 215), "purple": (135, 50, 170), "black": (20, 20, 20), "white": (248, 248, 248)}
@@ -164,7 +165,7 @@ def chance(train, val):
 def main():
     from tqdm import tqdm
     cfg = config.load(Settings)
-    out = Path(cfg.out) if cfg.out else config.ROOT / "data/shapes"
+    out = shards.own_folder(cfg.out or config.ROOT / "data/shapes", images.FILES)
     sizes = {"train": cfg.images, "val": cfg.val_images}
     with config.mistakes(OSError):
         out.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,12 @@ damage shows.
 
     data/<name>/train_000.bin, val_000.bin, ...   ids, little-endian uint16 (uint32 for vocabularies over 65,535)
     data/<name>/meta.json                         tokenizer, vocabulary, counts, sha256 of each shard; written last
-    data/<name>/progress.json                     only while unfinished: how much is safely on disk, where to go on
+    data/<name>/.unfinished/                      only while unfinished: all of this, and progress.json, which says how
+                                                  much is safely on disk and where to go on
 
-A split is one long sequence of ids, cut into shards of equal length wherever the cut falls. So the files depend on the
-documents alone: not on batches, processes or interruptions.
+An earlier data set stays as it is until the new one is complete and moves into its place. A split is one long sequence
+of ids, cut into shards of equal length wherever the cut falls. So the files depend on the documents alone: not on
+batches, processes or interruptions.
 """
 import bisect
 import contextlib
@@ -15,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,9 +28,12 @@ import config
 
 SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+UNFINISHED = ".unfinished"  # the folder, within that of the data set, where a new one is made
 VERIFIED = ".verified.json"  # {"file size mtime sha256": largest id} of the shards read before: each is hashed once
-DATA_FILES = r"((train|val)_\d{3,}\.bin|(meta|progress|\.verified)\.json(\.\d+)?)(\.tmp)?"  # those of a data set here
+SHARDS = r"(train|val)_\d{3,}\.bin"
 TOKENIZER_FILES = r"tokenizer\.(json|model)|tokenizer_config\.json"
+DATA_FILES = rf"{SHARDS}|{TOKENIZER_FILES}|(meta|\.verified)\.json(\.\d+\.tmp)?"  # those of a data set here
+RUN_FILES = {"config.json", "run.json", "model.safetensors", "checkpoints"}  # what tells a run directory
 META = {"vocab_size": int, "dtype": str, "tokenizer": {"kind": str, "file": str, "fingerprint": str}}
 META_OF_SPLIT = {"tokens": int, "documents": int, "bytes": int,
                  "shards": [{"file": str, "tokens": int, "sha256": str}]}
@@ -50,11 +56,45 @@ def write_text(path, text):
 
 # -- writing -----------------------------------------------------------------------------------------------------
 
+def own_folder(out, pattern, inputs=()):
+    """The folder `out` to write to, as a Path. Raises `Mistake` where it holds a run, any of the inputs, or files whose
+    names do not match the pattern: nothing of others' is lost. Hidden files are left alone."""
+    out = Path(out)
+    if out.is_file():
+        raise config.Mistake(f"--out {out} is a file: choose a folder")
+    with config.mistakes(OSError):
+        real, names = out.resolve(), sorted(p.name for p in out.iterdir()) if out.exists() else []
+        inside = [str(i) for i in inputs if real in (Path(i).resolve(), *Path(i).resolve().parents)]
+    others = [name for name in names if not name.startswith(".") and not re.fullmatch(pattern, name)]
+    run = sorted(RUN_FILES & set(names))
+    if run:
+        raise config.Mistake(f"--out {out} holds a model or a run ({run[0]}): choose another folder")
+    if inside:
+        raise config.Mistake(f"--out {out} holds the input {inside[0]}: choose another folder")
+    if others:
+        raise config.Mistake(f"--out {out} holds other files than this data set's ({others[0]}): choose another folder")
+    return out
+
+
+def files_in(directory, pattern):
+    """The files of a folder whose whole name matches the pattern; meta.json, which vouches for others, is the last."""
+    found = [path for path in Path(directory).iterdir() if re.fullmatch(pattern, path.name) and path.is_file()]
+    return sorted(found, key=lambda path: (path.name == "meta.json", path.name))
+
+
 def unfinished(directory, recipe):
-    """What progress.json says an interrupted run with the same recipe has safely on disk, or None."""
+    """What progress.json says an interrupted run with the same recipe has safely on disk, or None.
+
+    What that run had already moved to its final place comes back: it is all that lies there without a meta.json."""
+    directory, work = Path(directory), Path(directory) / UNFINISHED
     try:
-        state = json.loads((Path(directory) / "progress.json").read_text(encoding="utf-8"))
-        return state if recipe is not None and state["recipe"] == recipe else None
+        state = json.loads((work / "progress.json").read_text(encoding="utf-8"))
+        if recipe is None or state["recipe"] != recipe:
+            return None
+        if not (directory / "meta.json").exists():
+            for path in files_in(directory, f"{SHARDS}|{TOKENIZER_FILES}"):
+                os.replace(path, work / path.name)
+        return state if (work / "tokenizer.json").is_file() else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -114,35 +154,38 @@ class _SplitWriter:
 
 
 class Writer:
-    """Writes one data set directory; whatever data set was there before is removed first.
+    """Writes one data set directory. An earlier data set stays there until `finish` puts the new one in its place.
 
     tok: the tokenizer, saved beside the shards. shard_tokens: ids in each shard but the last. recipe: text that stands
     for everything the result depends on. If an earlier run with the same recipe was interrupted, the Writer goes on
-    from its last `commit`, whose argument is then in `.position` (None otherwise).
+    from its last `commit`, whose argument is then in `.position` (None otherwise). work: the folder it writes to.
     """
 
     def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None):
         self.directory, self.tok, self.recipe = Path(directory), tok, recipe
+        self.work = self.directory / UNFINISHED
         self.dtype, self.shard_tokens = dtype_of(tok.vocab_size), shard_tokens
         progress = unfinished(directory, recipe)
         try:
             self.tails, self.position = self._open(progress["splits"]), progress["position"]
         except (OSError, ValueError, TypeError, KeyError):  # there is nothing to go on from, or it is damaged
             with config.mistakes(OSError):
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._clear(f"{DATA_FILES}|{TOKENIZER_FILES}")
-                tok.save(self.directory)
+                shutil.rmtree(self.work, ignore_errors=True)
+                self.work.mkdir(parents=True)
+                if not (self.directory / "meta.json").exists():  # what is left there is no data set
+                    self._clear(self.directory, DATA_FILES)
+                tok.save(self.work)
             nothing = {"tokens": 0, "documents": 0, "bytes": 0}
             self.tails, self.position = self._open(dict.fromkeys(SPLITS, nothing)), None
 
     def _open(self, counts):
         dtype = DTYPES[self.dtype]
-        return {s: _SplitWriter(self.directory, s, dtype, self.shard_tokens, counts[s]) for s in SPLITS}
+        return {s: _SplitWriter(self.work, s, dtype, self.shard_tokens, counts[s]) for s in SPLITS}
 
-    def _clear(self, pattern, keep=()):
-        """Remove what an earlier data set left here (meta.json before its shards), and nothing else."""
-        for path in sorted(self.directory.iterdir()):
-            if re.fullmatch(pattern, path.name) and path.name not in keep:
+    def _clear(self, directory, pattern, keep=()):
+        """Remove the files whose names match, but for those to keep, and nothing else."""
+        for path in files_in(directory, pattern):
+            if path.name not in keep:
                 path.unlink()
 
     def add(self, split, ids, n_bytes, documents=1):
@@ -160,7 +203,7 @@ class Writer:
         for tail in self.tails.values():
             tail.flush()
         progress = {"recipe": self.recipe, "position": position, "splits": {s: t.counts for s, t in self.tails.items()}}
-        write_text(self.directory / "progress.json", json.dumps(progress))
+        write_text(self.work / "progress.json", json.dumps(progress))
 
     def finish(self, floor_bpb=None, **extra):
         """Close the last shards, write meta.json and return it. floor_bpb: {split: exact bits per byte}; extra: more
@@ -169,8 +212,12 @@ class Writer:
         meta = {"name": self.directory.resolve().name,
                 "tokenizer": {"kind": self.tok.kind, "file": "tokenizer.json", "fingerprint": self.tok.fingerprint},
                 "vocab_size": self.tok.vocab_size, "dtype": self.dtype, **extra, "splits": splits}
+        self._clear(self.work, SHARDS, {s["file"] for split in splits.values() for s in split["shards"]})
+        self._clear(self.directory, DATA_FILES)
+        for path in files_in(self.work, f"{SHARDS}|{TOKENIZER_FILES}"):
+            os.replace(path, self.directory / path.name)
         write_text(self.directory / "meta.json", json.dumps(meta, indent=1) + "\n")
-        self._clear(DATA_FILES, {"meta.json"} | {s["file"] for split in splits.values() for s in split["shards"]})
+        shutil.rmtree(self.work)
         return meta
 
 
@@ -194,8 +241,9 @@ def read_meta(directory):
     directory = Path(directory)
     path, script = directory / "meta.json", f"prepare/{directory.name}.py"
     if not path.is_file():
-        if (directory / "progress.json").is_file():
-            raise config.Mistake(f"{directory} is only half prepared: run the same prepare command again, it continues")
+        if (directory / UNFINISHED).is_dir():
+            again = ", it continues" if (directory / UNFINISHED / "progress.json").is_file() else ""
+            raise config.Mistake(f"{directory} is only half prepared: run the same prepare command again{again}")
         if not (config.ROOT / script).is_file():
             script = f"prepare/text.py --input YOUR_FILES --out {shlex.quote(str(directory))}"
         raise config.Mistake(f"no data in {directory}: run `python {script}` first")

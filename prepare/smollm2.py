@@ -88,6 +88,8 @@ def read_gguf(path):
 
 def main():
     cfg = config.load(Settings)
+    out = cfg.out or config.ROOT / "out/smollm2"
+    weights.check_out(out)
     source = cfg.input or packaged() or HUB
     if str(source).endswith(".gguf"):
         print(f"reading {source}")
@@ -102,7 +104,7 @@ def main():
                 raise config.Mistake(f"{e}{package}") from None
             tok, model = tokenizer.load(folder), Llama.from_pretrained(folder)
         shape, state = replace(model.config, bos_id=tok.bos_id), dict(model.named_parameters())
-    weights.save(cfg.out or config.ROOT / "out/smollm2", shape, state, tok)
+    weights.save(out, shape, state, tok)
 
 
 if __name__ == "__main__":

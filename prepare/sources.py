@@ -13,6 +13,9 @@ import config
 from prepare.formats import READABLE, format_of, opened, records, text_of
 
 
+OFFLINE = "give your own files with --input, or make data that needs no network with `python prepare/tales.py`"
+
+
 # -- which files -------------------------------------------------------------------------------------------------
 
 def why_skipped(path):
@@ -44,7 +47,7 @@ def find_files(patterns, out=None):
     """The readable files that files, folders (searched to the bottom) and globs stand for, each once, in order.
 
     Says what it skips; leaves out what lies in `out`, where the results go. Raises `Mistake` for a pattern without any
-    readable file, and for a file of another kind that is named itself.
+    readable file, and for a file of another kind that is named itself; an empty one is skipped.
     """
     files, skipped, said = {}, Counter(), ""  # {real path: path}, {reason: number}
     for pattern in patterns:
@@ -64,9 +67,11 @@ def find_files(patterns, out=None):
             else:
                 files[real] = Path(os.path.abspath(path))
         said = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()) if n)
-        if not readable:
+        if not readable and why_skipped(Path(pattern)) != "empty":
             raise config.Mistake(f"--input {pattern}: no such file, nor a folder with any of {READABLE}"
                                  + (f"; skipped: {said}" if said else ""))
+    if patterns and not files:
+        raise config.Mistake(f"--input {' '.join(patterns)[:200]}: empty, there is nothing to read")
     if said:
         print(f"files skipped: {said}", flush=True)
     return list(files.values())
@@ -75,14 +80,15 @@ def find_files(patterns, out=None):
 # -- sources of documents ----------------------------------------------------------------------------------------
 
 class Source:
-    """The documents of what a subclass reads, in order, but for empty ones.
+    """The documents of what a subclass reads, in order, but for empty ones. `read` gives (position, place, record); the
+    last number of that position counts the records of the same file or data set.
 
     position: JSON that says how much has been read, to be set before going on; its last number counts the empty ones.
     """
 
     def __iter__(self):
         for position, place, record in self.read(*self.position[:-1]):
-            text = text_of(record, self.field, place)
+            text = text_of(record, self.field, place, before=position[-1] - 1)
             is_empty = not text.strip()
             self.position = [*position, self.skipped + is_empty]
             if not is_empty:
@@ -131,8 +137,9 @@ class Files(Source):
             done = 0
 
 
-def reach_hub(repository):
-    """Raise a `Mistake` at once where the Hugging Face hub does not answer; `datasets` takes half a minute for that."""
+def reach_hub(repository, otherwise):
+    """Raise a `Mistake` at once where the Hugging Face hub does not answer; `datasets` takes half a minute for that.
+    otherwise: what to do then."""
     from huggingface_hub import constants
     address = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
     try:
@@ -140,16 +147,16 @@ def reach_hub(repository):
     except urllib.error.HTTPError:
         pass  # it answers; whether it lets us in, `datasets` says better
     except (OSError, ValueError) as e:
-        raise config.Mistake(f"cannot reach {address} for {repository} ({e}): give your own files with --input, or "
-                             "make data that needs no network with `python prepare/tales.py`") from None
+        raise config.Mistake(f"cannot reach {address} for {repository} ({e}): {otherwise}") from None
 
 
-def hub_batches(repository, name, split, state=None):
+def hub_batches(repository, name, split, state=None, otherwise=OFFLINE):
     """(records, state of the stream after them, number of records in all or None) of a data set on the hub, by batches.
 
-    state: where to go on. Whatever the libraries raise, for a missing or a gated data set say, is a `Mistake`.
+    state: where to go on; otherwise: what to do without a network. Whatever the libraries raise, for a missing or a
+    gated data set say, is a `Mistake`.
     """
-    reach_hub(repository)
+    reach_hub(repository, otherwise)
     with config.mistakes(Exception, prefix=f"{repository}: "):  # nothing here but calls of `datasets`
         import datasets
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised as well

@@ -85,13 +85,15 @@ def read(path):
 
 def main():
     cfg = config.load(Settings)
+    out = cfg.out or config.ROOT / "out/stories15m"
+    weights.check_out(out)
     with tempfile.TemporaryDirectory() as folder:
         path = cfg.input or download(WEIGHTS, "input", Path(folder))
         tok = tokenizer.load(cfg.tokenizer or download(TOKENIZER, "tokenizer", Path(folder))).adding_bos()
         shape, state = read(path)
     shape.bos_id = tok.bos_id
     shape.eos_ids = tuple(sorted({tok.bos_id, *tok.stop_ids}))  # in training a story ended where the next one began
-    weights.save(cfg.out or config.ROOT / "out/stories15m", shape, state, tok)
+    weights.save(out, shape, state, tok)
 
 
 if __name__ == "__main__":

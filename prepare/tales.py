@@ -346,10 +346,11 @@ def tell(seed, count, without=()):
 def main():
     from tqdm import tqdm
     cfg = config.load(Settings)
+    out = shards.own_folder(cfg.out or config.ROOT / "data/tales", shards.DATA_FILES)
     val = dict(tell(f"{cfg.seed} val", cfg.val_stories))
     tok = tokenizer.train_sentencepiece(
         (text for text, _ in tell(f"{cfg.seed} train", min(cfg.stories, 10_000), val)), cfg.vocab_size)
-    writer, floor = shards.Writer(cfg.out or config.ROOT / "data/tales", tok), {}
+    writer, floor = shards.Writer(out, tok), {}
     for split, stories in ("val", iter(val.items())), ("train", tell(f"{cfg.seed} train", cfg.stories, val)):
         bits = size = 0
         with tqdm(desc=split, unit=" stories", total=len(val) if split == "val" else cfg.stories) as bar:

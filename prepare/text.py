@@ -32,6 +32,8 @@ from prepare import shards, sources, tokenizer  # noqa: E402
 
 BATCH = 1 << 19  # characters a worker tokenizes at a time
 HEAD = 1000  # documents among which at least one validates and one trains, however small the fraction
+FEW_TOKENS = 1000  # of validation, below which its loss says little
+FEW_DOCUMENTS = 20  # among which a single one may be most of a split
 SAMPLE = 1 << 25  # characters a new tokenizer is trained on
 SHARE = 1 << 20  # characters of that sample which each of many files may give at least
 COMMIT_SECONDS = 2  # at most so much work is done again after an interruption
@@ -118,14 +120,25 @@ def start_worker(directory, threshold):
     worker.update(tok=tokenizer.load(directory), threshold=threshold)
 
 
+def ids_of(tok, texts):
+    """The ids of each text, between BOS and EOS. A `Mistake` names the text by its beginning."""
+    bos, eos = tok.bos_id is not None, tok.eos_id not in (None, tok.bos_id)  # one mark is enough if they are the same
+    try:
+        return tok.encode_batch(texts, bos=bos, eos=eos)
+    except config.Mistake:
+        for text in texts:
+            with config.mistakes(config.Mistake, prefix=f"the document that begins {text[:40]!r}: "):
+                tok.encode(text)
+        raise
+
+
 def encode(texts):
     """{split: (ids, UTF-8 bytes, documents)} of the documents that belong there, in order."""
     tok, sides = worker["tok"], {split: [] for split in shards.SPLITS}
     for text in texts:
         sides["val" if hash_of(text) < worker["threshold"] else "train"].append(text)
-    bos, eos = tok.bos_id is not None, tok.eos_id not in (None, tok.bos_id)  # one mark is enough if they are the same
     dtype = shards.DTYPES[shards.dtype_of(tok.vocab_size)]
-    return {split: (np.fromiter(itertools.chain.from_iterable(tok.encode_batch(some, bos=bos, eos=eos)), dtype),
+    return {split: (np.fromiter(itertools.chain.from_iterable(ids_of(tok, some)), dtype),
                     sum(len(text.encode()) for text in some), len(some)) for split, some in sides.items() if some}
 
 
@@ -171,7 +184,7 @@ def begin(cfg, out, source):
     key = recipe(cfg, reading, given)
     if done := shards.unfinished(out, key):
         threshold = done["position"]["threshold"]
-        writer = shards.Writer(out, given or tokenizer.load(out), recipe=key)
+        writer = shards.Writer(out, given or tokenizer.load(Path(out) / shards.UNFINISHED), recipe=key)
     else:
         threshold = hold_out(source(), cfg)
         writer = shards.Writer(out, given or new_tokenizer(source(), cfg, threshold), recipe=key)
@@ -188,10 +201,11 @@ def write(cfg, out, source):
     reading, writer, state = begin(cfg, out, source)
     workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     some_batches = batches(reading, cfg.limit and cfg.limit - state["documents"])
+    batches_of_ids = encoded(some_batches, workers, writer.tok, writer.work, state["threshold"])
     start = committed = time.monotonic()
     style, tokens = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]", 0
     with tqdm(total=1, initial=state["fraction"], bar_format=style) as bar:
-        for splits, n, position, fraction in encoded(some_batches, workers, writer.tok, out, state["threshold"]):
+        for splits, n, position, fraction in batches_of_ids:
             for split, (ids, n_bytes, n_documents) in splits.items():
                 writer.add(split, ids, n_bytes, n_documents)
                 tokens += len(ids)
@@ -207,11 +221,28 @@ def write(cfg, out, source):
     return writer.finish(skipped=reading.skipped)
 
 
+def odd_split(splits, val_fraction):
+    """A line about two splits of which one is too small to train or to validate on, or "".
+
+    splits: {split: {"tokens", "documents"}} as in meta.json, neither of them empty."""
+    train, val = splits["train"], splits["val"]
+    if FEW_TOKENS <= val["tokens"] <= train["tokens"]:
+        return ""
+    said = (f"validation has more tokens ({val['tokens']:,}) than training ({train['tokens']:,})"
+            if val["tokens"] > train["tokens"] else f"validation has only {val['tokens']:,} tokens")
+    documents = train["documents"] + val["documents"]
+    if documents < FEW_DOCUMENTS:
+        return f"{said}: there are {documents} documents; --separator='\\n\\n' cuts texts at their blank lines"
+    larger = "--val_fraction=0.1" if val_fraction < 0.1 else "a larger --val_fraction"
+    return said + (": a smaller --val_fraction holds out less" if val["tokens"] > train["tokens"] else
+                   f": {larger} holds out more")
+
+
 def prepare(cfg, name, hub=None):
     """Write data/<name> (or cfg.out) from cfg.input, or from the hub's (repository, configuration)."""
     if not cfg.input and not hub:
         raise config.Mistake(f"which text? --input takes files, folders and globs of {sources.READABLE}")
-    out = Path(cfg.out) if cfg.out else config.ROOT / "data" / name
+    out = shards.own_folder(cfg.out or config.ROOT / "data" / name, shards.DATA_FILES, cfg.input)
     try:
         with config.mistakes(OSError):
             paths = sources.find_files(cfg.input, out)
@@ -226,6 +257,8 @@ def prepare(cfg, name, hub=None):
     name = out.name if out.resolve().parent == config.ROOT / "data" else out
     if splits["val"]["tokens"] and splits["train"]["tokens"]:
         print(f"{out} is ready: python train.py {shlex.quote(f'--dataset={name}')}")
+        if odd := odd_split(splits, cfg.val_fraction):
+            print(f"but {odd}")
     else:
         print(f"{out} is ready, but for training there is nothing to validate on: see --val_fraction")
 

@@ -269,9 +269,14 @@ def train_sentencepiece(texts, vocab_size):
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
     except RuntimeError as e:
-        reason = str(e).rpartition("] ")[2].strip() or "there is no text to train on"
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(e))
+        reason = ("there is no text to train on" if "sentences_.empty()" in str(e) else
+                  f"smaller than its characters need: --vocab_size={least[1]} at least" if least else
+                  "give a larger --vocab_size")
         raise config.Mistake(f"cannot train a vocabulary of {vocab_size} tokens: {reason}") from e
     proto = tokenizer_files.parse_sentencepiece(trained.getvalue())
+    if len(proto.pieces) < vocab_size:
+        print(f"only {len(proto.pieces):,} of {vocab_size:,} tokens were found; the others are never used")
     for i in range(vocab_size - len(proto.pieces)):
         proto.pieces.add(piece=f"<unused_{i}>", type=tokenizer_files.UNUSED)
     data = proto.SerializeToString()

@@ -1,5 +1,6 @@
 """Weights that others keep in other layouts, as a run directory: config.json, model.safetensors and the tokenizer."""
 import os
+from pathlib import Path
 
 import config
 
@@ -8,6 +9,15 @@ def halves(weight, n_head):
     """Rows of a q_proj or k_proj (n_head·d, D) from Meta's RoPE layout, pairs side by side, to Hugging Face's, pairs
     half a head apart. llama2.c and GGUF files have the former; without this they load and talk nonsense."""
     return weight.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def check_out(out):
+    """Raise `config.Mistake` where the directory `out` holds a run that was trained, or a data set: they would lose
+    their weights or their tokenizer."""
+    for name, what in ("checkpoints", "run that was trained"), ("run.json", "run that was trained"), \
+            ("meta.json", "data set"):
+        if (Path(out) / name).exists():
+            raise config.Mistake(f"--out {out} holds a {what}: choose another folder")
 
 
 def save(out, cfg, state, tok):

@@ -47,7 +47,7 @@ def refusal(script, *args, **environment):
 def bytes_of(directory):
     """Everything a data set consists of, but for its name: {file: content}."""
     return {p.name: p.read_bytes().replace(f'"name": "{directory.name}"'.encode(), b"") for p in directory.iterdir()
-            if p.name != shards.VERIFIED}
+            if p.name not in (shards.VERIFIED, shards.UNFINISHED)}
 
 
 def make_documents(n, seed=0, alphabet="abc déÜ🙂\n你 "):
@@ -138,9 +138,12 @@ def test_a_new_data_set_replaces_the_old_one_and_spares_other_files(small):
     (directory / "notes.txt").write_text("mine")
     (directory / "train_set.bin").write_text("mine too")
     (directory / "tokenizer.model").write_text("of another tokenizer")
+    old = bytes_of(directory)
     writer = shards.Writer(directory, tokenizer.byte())
-    assert not (directory / "meta.json").exists()
     writer.add("train", [7], 1)
+    writer.commit(None)
+    assert bytes_of(directory) == old, "until the new one is complete"
+    assert shards.Split(directory, "train").tokens == 6500
     writer.add("val", [8], 1)
     writer.finish()
     assert list(shards.Split(directory, "train")[:]) == [7]
@@ -290,6 +293,67 @@ def test_the_writer_goes_on_from_its_last_commit(tmp_path):
         assert bytes_of(directory) == bytes_of(tmp_path / "whole")
 
 
+def test_killed_while_it_replaces_an_old_data_set_nothing_is_lost(tmp_path, monkeypatch):
+    """Before and after each file that `finish` moves, removes or writes: the old set or the new one can be read, or
+    the reader refuses; and the same command always ends with the new one, going on where it was."""
+    class Killed(BaseException):
+        pass
+
+    def begin(directory):
+        return shards.Writer(directory, tokenizer.byte(), shard_tokens=10, recipe="r")
+
+    def go_on(writer):
+        if not writer.position:
+            writer.add("train", range(35), 35)
+            writer.add("val", range(5), 5)
+            writer.commit("all")
+        writer.finish()
+    go_on(begin(tmp_path / "whole"))
+    whole, directory = bytes_of(tmp_path / "whole"), tmp_path / "new"
+    steps, last = 0, -1
+
+    def step():
+        nonlocal steps
+        steps += 1
+        if steps == last:
+            raise Killed
+
+    def counted(function):
+        def inner(*arguments, **options):
+            step()
+            result = function(*arguments, **options)
+            step()
+            return result
+        return inner
+    for place, name in (os, "replace"), (Path, "unlink"), (shards.shutil, "rmtree"):
+        monkeypatch.setattr(place, name, counted(getattr(place, name)))
+    seen = set()
+    for kill in range(1, 200):
+        last = -1
+        old = shards.Writer(directory, tokenizer.byte(), shard_tokens=4)
+        old.add("train", [9] * 30, 30)
+        old.add("val", [8] * 3, 3)
+        old.finish()
+        (directory / "tokenizer.model").write_text("the old one's")
+        steps, last = 0, kill
+        try:
+            go_on(begin(directory))
+            break
+        except Killed:
+            last = -1
+        try:
+            seen.add(tuple(shards.Split(directory, "train")[:3]))
+        except config.Mistake as e:
+            assert "half prepared" in str(e) or "is missing" in str(e)
+            seen.add(str(e).split()[-1])
+        again = begin(directory)
+        progress = again.position
+        assert progress or kill < 8 or (0, 1, 2) in seen, "it goes on, unless it had no commit yet or had ended"
+        go_on(again)
+        assert bytes_of(directory) == whole and not (directory / shards.UNFINISHED).exists()
+    assert 50 < kill < 199 and {(9, 9, 9), (0, 1, 2)} < seen
+
+
 def test_the_writer_starts_over_for_another_recipe_or_damaged_shards(tmp_path):
     def begin(recipe):
         return shards.Writer(tmp_path, tokenizer.byte(), shard_tokens=2, recipe=recipe)
@@ -297,11 +361,11 @@ def test_the_writer_starts_over_for_another_recipe_or_damaged_shards(tmp_path):
     first.add("train", [1, 2, 3], 3)
     first.commit("here")
     assert begin("a").position == "here"
-    assert begin("b").position is None and not list(tmp_path.glob("*.bin*"))
+    assert begin("b").position is None and not list(tmp_path.glob("**/*.bin*"))
     first = begin("a")
     first.add("train", [1, 2, 3], 3)
     first.commit("here")
-    (tmp_path / "train_000.bin").write_bytes(b"1")
+    (tmp_path / shards.UNFINISHED / "train_000.bin").write_bytes(b"1")
     assert begin("a").position is None
     first = begin(None)
     first.commit("here")
@@ -434,7 +498,7 @@ def test_the_hub_goes_on_at_any_document(tmp_path, monkeypatch):
         parquet.write_table(table, tmp_path / f"{i}.parquet", row_group_size=90)
     load = functools.partial(datasets.load_dataset, "parquet", data_files=str(tmp_path / "*.parquet"))
     monkeypatch.setattr(datasets, "load_dataset", lambda _, __, **options: load(**options))
-    monkeypatch.setattr(sources, "reach_hub", lambda _: None)
+    monkeypatch.setattr(sources, "reach_hub", lambda *_: None)
     hub = sources.Hub("someone/something", None, "text")
     places, wanted = [hub.position], [t for t in texts if t != " "]
     for _ in hub:
@@ -631,6 +695,52 @@ def test_what_is_said_at_the_end_holds_and_can_be_pasted(tmp_path):
     assert "train.py" not in said and "--val_fraction" in said
 
 
+@pytest.mark.parametrize("texts, arguments, words", [
+    (["a" * 99] * 50 + ["b"], ["--val_fraction=0.2"], ""),
+    (["word " * 9] * 300, [], "validation has only [0-9]+ tokens: --val_fraction=0.1 holds out more$"),
+    (["word " * 9] * 60, ["--val_fraction=0.3"], "only [0-9]+ tokens: a larger --val_fraction holds out more$"),
+    (["word " * 99] * 300, ["--val_fraction=0.8"], r"more tokens \([0-9,]+\) than training \([0-9,]+\): a smaller"),
+    (["short", "long " * 999], [], "2 documents; --separator=.*blank lines$"),
+], ids=["sound", "small", "small still", "upside down", "one long"])
+def test_splits_that_make_no_sense_are_said(tmp_path, capsys, texts, arguments, words):
+    jsonl(tmp_path / "in.jsonl", [f"{i} {t}" for i, t in enumerate(texts)])
+    prepare("--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--tokenizer=byte", *arguments)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(words, last) and last.startswith("but validation has ") == bool(words), last
+
+
+def test_a_failure_in_the_middle_keeps_the_old_data_set_and_names_the_document(tmp_path):
+    out = tmp_path / "out"
+    jsonl(tmp_path / "a.jsonl", ["one two", "two three", "three one"])
+    prepare("--input", tmp_path / "a.jsonl", "--out", out, "--tokenizer=char")
+    old = bytes_of(out)
+    jsonl(tmp_path / "b.jsonl", ["one two", "two 7 three", "three"])
+    for workers in 1, 2:
+        done = run("text.py", "--input", tmp_path / "b.jsonl", "--out", out, f"--tokenizer={out}",
+                   f"--workers={workers}", check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "error: the document that begins 'two 7 three': the character '7' is not among" in done.stderr
+        assert bytes_of(out) == old and shards.Split(out, "train").documents
+
+
+def test_vocabularies_too_small_and_too_large_are_said(tmp_path, capsys):
+    with pytest.raises(config.Mistake, match=r"of 10 tokens: smaller than .*: --vocab_size=(\d+) at least$") as e:
+        tokenizer.train_sentencepiece(["hello world"] * 9, 10)
+    least = int(re.search(r"size=(\d+)", str(e.value))[1])
+    with pytest.raises(config.Mistake, match="at least"):
+        tokenizer.train_sentencepiece(["hello world"] * 9, least - 1)
+    assert tokenizer.train_sentencepiece(["hello world"] * 9, least).vocab_size == least
+    assert "never used" not in capsys.readouterr().out
+    with pytest.raises(config.Mistake, match="give a larger --vocab_size$"):
+        tokenizer.train_sentencepiece(["hello world"] * 9, 2)
+    with pytest.raises(config.Mistake, match="no text to train on$"):
+        tokenizer.train_sentencepiece(["", "\n"], 300)
+    tok = tokenizer.train_sentencepiece(["hello world"] * 9, 2000)
+    found = int(re.search("^only ([0-9]+) of 2,000 tokens were found; the others are never used$",
+                          capsys.readouterr().out)[1])
+    assert tok.vocab_size == 2000 and sum(t.startswith("<unused_") for t in tok.ids) == 2000 - found
+
+
 @pytest.mark.parametrize("script", ["text", "tinystories", "fineweb_edu", "cosmopedia", "shakespeare", "hellaswag"])
 def test_help_is_true(script):
     said = " ".join(run(f"{script}.py", "-h").stdout.split())
@@ -664,12 +774,55 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("script", ["text", "tales", "shakespeare", "hellaswag", "shapes", "coco", "flickr8k", "llava",
+                                    "smollm2", "stories15m"])
+def test_a_folder_that_holds_something_else_is_refused_untouched(tmp_path, script):
+    mine, out = jsonl(tmp_path / "in/train.jsonl", make_documents(20)), tmp_path / "out"
+    given = [f"--input={mine}"] * (script not in ("tales", "shapes"))
+
+    def refused(words, **files):
+        folder = out / words
+        folder.mkdir(parents=True)
+        for name, content in files.items():
+            (folder / name.replace("_", ".")).write_text(content)
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        assert words in refusal(f"{script}.py", *given, "--out", folder)
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+    if script in ("smollm2", "stories15m"):
+        refused("holds a run that was trained", run_json="{}", config_json="{}")
+        refused("holds a data set", meta_json="{}", tokenizer_json="mine")
+        return
+    assert "is a file" in refusal(f"{script}.py", *given, "--out", mine)
+    refused("holds a model or a run", config_json="{}")
+    refused("holds other files", essay="mine", meta_json="{}")
+    if given:
+        assert "holds the input" in refusal(f"{script}.py", *given, "--out", mine.parent)
+        assert [p.name for p in mine.parent.iterdir()] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("record, words", [
+    ({"conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "A dog."}]},
+     "its pictures (0) and its <image> marks in questions (1) do not match"),
+    ({"conversations": [{"from": "gpt", "value": "A dog."}]}, "from human to gpt"),
+    ({"conversations": "A dog."}, "record 1"), ({"text": "A dog."}, "says nothing"),
+    ({"image": "gone.png", "instruction": "What?", "output": "A dog."}, "gone.png: there is no such file")])
+def test_pictures_without_a_usable_record_are_one_line_and_leave_nothing(tmp_path, record, words):
+    (tmp_path / "in.json").write_text(json.dumps([record] * 3))
+    done = run("llava.py", "--input", tmp_path / "in.json", "--out", tmp_path / "out", "--val_fraction=0", check=False)
+    line = done.stderr.splitlines()[-1]  # after a progress bar
+    assert done.returncode == 2 and "no usable record" in line and words in line and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("script", ["tinystories", "fineweb_edu", "cosmopedia", "hellaswag", "shakespeare"])
 def test_offline_is_one_clear_line_at_once(tmp_path, script):
     nowhere = dict.fromkeys(("HF_ENDPOINT", "https_proxy", "http_proxy"), "http://127.0.0.1:9")
     (tmp_path / "datasets.py").write_text("raise SystemExit('half a minute of attempts begins')")  # none is made
     line = refusal(f"{script}.py", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path), **nowhere)
-    assert "--input" in line and "python prepare/tales.py" in line and not (tmp_path / "out").exists()
+    assert "--input" in line and not (tmp_path / "out").exists()
+    assert ("hellaswag_val.jsonl" if script == "hellaswag" else "python prepare/tales.py") in line
+    assert ("tales.py" in line) == (script != "hellaswag")
 
 
 # -- the corpora ------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ TABLE = [
     ("crlf.jsonl", OBJECTS.replace(b"\n", b"\r\n"), WANTED),
     ("nul.txt", b"a\0b<|endoftext|>\0c", ["a\0b", "\0c"]),
     ("nul.jsonl", b'"a\\u0000b"\n', ["a\0b"]),
-    ("rawnul.jsonl", b'"a"\n"a\0b"\n', r"rawnul.jsonl: line 2 \(record 2\): Invalid control character at at '\\x00b"),
+    ("rawnul.jsonl", b'"a"\n"a\0b"\n', r"rawnul.jsonl: line 2 \(record 2\): Invalid control character at '\\x00b"),
     # txt
     ("end.txt", b"a\n<|endoftext|>\nb<|endoftext|>\n", ["a", "b"]),
     ("empties.txt", b"<|endoftext|>a<|endoftext|> \n<|endoftext|><|endoftext|>b", (["a", "b"], 3)),
@@ -112,6 +112,10 @@ TABLE = [
     ("long.jsonl", b'"' + b"word " * 999 + b'"\n"b"', ["word " * 999, "b"]),
     ("nested.json", b'{"data": [{"text": "a"}]}',
      r"nested.json: line 1 \(record 1\): .*no field 'text'; it has data.*--field"),
+    ("fieldless.jsonl", b'"a"\n{"text": "b"}\n{"x": 1}',
+     r"fieldless.jsonl: line 3 \(record 3\): this record has no field 'text', though the 2 before it have; it has x$"),
+    ("nofields.jsonl", b'{"text": "a"}\n{}', r"line 2 .*though the one before it has; it has none at all$"),
+    ("cutoff.jsonl", b'"a"\n"b', r"cutoff.jsonl: line 2 \(record 2\): Unterminated string starting at '"),
     ("other.jsonl", b'{"text": "a"}\n\n{"title": "x", "body": "b"}', r"line 3 \(record 2\): .* it has title, body"),
     ("number.jsonl", b'{"text": "a"}\n{"text": 15}',
      r"number.jsonl: line 2 \(record 2\): a text is a string, not 15 \(int\)"),
@@ -142,7 +146,7 @@ TABLE = [
     ("C.Json.GZ", gzip.compress(b'"a"'), ["a"]), ("[1].txt", b"a", ["a"]), ("a b.txt", b"a", ["a"]),
     ("picture.png", b"x", "picture.png: cannot read this kind of file, only txt"),
     ("txt", b"x", "txt: cannot read this kind of file"), ("a.parquet.gz", b"x", "a.parquet.gz: cannot read this kind"),
-    ("zero.txt", b"", "zero.txt: no such file.*skipped: 1 empty"),
+    ("zero.txt", b"", "zero.txt: empty"),
     # archives
     *((f"ok.jsonl{ending}", pack(OBJECTS), WANTED) for ending, pack in PACK.items()),
     *((f"utf16.txt{ending}", pack("né".encode("utf-16")), ["né"]) for ending, pack in PACK.items()),
@@ -327,6 +331,11 @@ def test_what_a_folder_holds_besides_is_said_and_counted(tmp_path, capsys):
     assert found == [tmp_path / "A.TXT", tmp_path / "deep/er/h.Txt"]
     assert capsys.readouterr().out == ("files skipped: 1 .MD, 1 .gz, 1 .md, 1 .pdf, 1 empty, 2 given twice, 2 hidden, "
                                        "2 no file, 1 without an ending\n")
+    named = [str(tmp_path / name) for name in ("A.TXT", "e.txt")]  # as a shell spells my_folder/*.txt
+    assert sources.find_files(named) == [tmp_path / "A.TXT"]
+    assert capsys.readouterr().out == "files skipped: 1 empty\n"
+    with pytest.raises(config.Mistake, match="e.txt: empty"):
+        sources.find_files(named[1:])
     (tmp_path / "only").mkdir()
     (tmp_path / "only/x.pdf").write_text("x")
     with pytest.raises(config.Mistake, match="no such file, nor a folder with any of txt.*; skipped: 1 .pdf$"):
