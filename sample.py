@@ -35,6 +35,10 @@ class SampleConfig:
     def __post_init__(self):
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.chat and self.start:
+            raise ValueError("--chat asks for what you say: leave --start out")
+        if self.system and not self.chat:
+            raise ValueError("--system is for --chat")
 
 
 if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
@@ -251,8 +255,11 @@ def complete(model, tok, cfg, title):
         for i in range(cfg.num_samples):
             print(prompt, end="", flush=True)
             begin = time.perf_counter()
-            count += len(write(model, tok, ids, cfg, cfg.seed + i))
+            new = write(model, tok, ids, cfg, cfg.seed + i)
+            count += len(new)
             seconds += time.perf_counter() - begin
+            if len(ids) + len(new) == model.config.context and len(new) < cfg.max_new_tokens:
+                print(f"(the model's context of {model.config.context} tokens is full)", file=sys.stderr)
             if len(prompts) * cfg.num_samples > 1:
                 print("---", flush=True)
     print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)

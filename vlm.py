@@ -81,6 +81,8 @@ class VlmConfig(train.TrainConfig):
                                      ("encoder", self.encoder, (None, *names))):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(a for a in allowed if a)}, not {value!r}")
+        if sum(map(bool, (self.caption, self.ask, self.chat))) > 1:
+            raise ValueError("give one of --caption, --ask and --chat")
         if self.ask and len(self.ask) < 2:
             raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
         if self.doc_mask or self.whole_docs:

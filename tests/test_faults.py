@@ -170,6 +170,8 @@ SAMPLE = [
     (["--temperature=warm"], "temperature takes float, not 'warm'"),
     (["--top_p=2"], "top_p must lie in [0, 1], not 2.0"),
     (["--start", ""], "the prompt is empty"),
+    (["--start", "ab", "--chat"], "--chat asks for what you say: leave --start out"),
+    (["--system", "Be kind."], "--system is for --chat"),
     (["--start", "abcd" * 5], "the prompt has 20 tokens, and the model's context holds 16: shorten it by at least 5"),
     (["--start", "ab", "abcd" * 5], "the prompt has 20 tokens"),
     (["--start", "xyz"], "the character 'x' is not among"),

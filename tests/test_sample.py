@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import sample
-from model import PRESETS, KVCache, Llama
+from model import PRESETS, KVCache, Llama, LlamaConfig
+from prepare import tokenizer
 from sample import Conversation, SampleConfig, to_decode
 
 USER, ASSISTANT, END = 1, 2, 3
@@ -201,3 +202,15 @@ def test_a_cache_of_another_model_is_not_needed():
     more = [t.item() for t in model.stream(torch.tensor([[first[-1], 9]]), 6, temperature=0, cache=cache)]
     whole = torch.tensor([[5, 6, 7, *first, 9]])
     assert more == model.generate(whole, 6, temperature=0)[0, whole.shape[1]:].tolist()
+
+
+def test_a_full_context_is_said(tmp_path, capsys):
+    """A text that ends for want of room once looked like one that the model had ended."""
+    tok = tokenizer.byte()
+    Llama(LlamaConfig(vocab_size=258, n_layer=1, n_head=2, dim=16, ffn_dim=16, context=12)).save_pretrained(tmp_path)
+    tok.save(tmp_path)
+    for count, full in (50, True), (3, False):
+        cfg = sample.SampleConfig(init_from=str(tmp_path), start=("abcd",), max_new_tokens=count, temperature=0.0,
+                                  device="cpu")
+        sample.main(cfg)
+        assert ("context of 12 tokens is full" in capsys.readouterr().err) == full
