@@ -661,11 +661,11 @@ def fit(task, cfg, out):
     scaler = torch.amp.GradScaler(device.type, enabled=task.dtype == torch.float16)
     state = {"step": 0, "sequences": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
     log = Log(out, [])
+    if RANK == 0:
+        check_writable(cfg, out)
     if cfg.init_from == "resume":
         state = resume(task, cfg, out, optimizers, scaler)
         log = Log(out, [entry for entry in read_log(out / "log.jsonl") if entry["step"] <= state["step"]])
-    if RANK == 0:
-        check_writable(cfg, out)
     compiled_model = compiled(model, cfg, device)
     ddp = WORLD > 1 and not sharded
     step_model = data_parallel(compiled_model) if ddp else compiled_model
