@@ -24,6 +24,7 @@ def read_json(path):
 
 
 def content(token):
+    """The text of a token, which side files give as a string or as an object."""
     return token["content"] if isinstance(token, dict) else token
 
 

@@ -237,7 +237,8 @@ def test_a_run_has_a_folder_of_its_own(dataset, monkeypatch):
 
 # -- signals, terminals, tools -------------------------------------------------------------------------------------
 
-def test_what_a_signal_prints_can_be_pasted(stories, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_signal_prints_can_be_pasted(stories, tmp_path, number):
     """Stop a run, then type the command that it prints: it goes on with the next step."""
     out = tmp_path / "a run"
     args = flags(**FLAGS | dict(dataset=stories, out_dir=out, max_iters=100000, eval_interval=100000))
@@ -247,14 +248,14 @@ def test_what_a_signal_prints_can_be_pasted(stories, tmp_path):
         for line in run.stdout:
             if line.startswith("step      3/"):
                 break
-        run.send_signal(signal.SIGINT)
+        run.send_signal(number)
         rest, errors = run.communicate(timeout=60)
     finally:
         run.kill()
     assert run.returncode == 0 and errors == ""
     python, *command = shlex.split(rest.strip().splitlines()[-1].partition("to go on: ")[2])
     saved = train.read_state(train.latest(out))["step"]
-    assert python == "python" and saved >= 3
+    assert python == "python" and saved >= 3 and train.read_log(out / "log.jsonl")[-1]["step"] == saved
     done = subprocess.run([sys.executable, *command, f"--max_iters={saved + 2}"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

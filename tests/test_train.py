@@ -3,7 +3,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -220,27 +219,6 @@ def test_two_processes_do_what_one_does(words, tmp_path):
                 for key in a.keys() & {"train_loss", "val_loss", "val_bpb", "grad_norm"}:
                     rel = 1e-5 if key == "grad_norm" else 0
                     assert a[key] == pytest.approx(b[key], abs=1e-5, rel=rel), (name, run, a, b)
-
-
-def test_a_signal_saves_and_resume_goes_on(words, tmp_path):
-    out = tmp_path / "run"
-    keys = dict(dataset=words, out_dir=out, batch_size=4, block_size=32, max_iters=100000, log_interval=1,
-                eval_interval=100000, device="cpu", dtype="float32", **DENSE)
-    args = [f"--{k}={v}" for k, v in keys.items()]
-    run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
-    try:
-        for line in run.stdout:
-            if line.startswith("step      3/"):
-                break
-        run.send_signal(signal.SIGTERM)
-        rest, errors = run.communicate(timeout=PATIENCE)
-    finally:
-        run.kill()
-    assert run.returncode == 0 and errors == ""
-    assert "--init_from=resume" in rest
-    saved = train.read_state(train.latest(out))["step"]
-    assert saved >= 3 and train.read_log(out / "log.jsonl")[-1]["step"] == saved
 
 
 def test_a_rank_that_dies_is_started_again(words, tmp_path):
