@@ -63,6 +63,11 @@ def cleanup():
         os._exit(0)
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # -- hardware ----------------------------------------------------------------------------------------------------
 
 def pick_device(name):
@@ -75,7 +80,7 @@ def pick_device(name):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise config.Mistake(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
+        raise config.Mistake(f"device {name!r} cannot be used here: {first_line(e)}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32

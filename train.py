@@ -129,8 +129,8 @@ import torch  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 
 from common import (  # noqa: E402
-    RANK, WORLD, IdleThreads, all_reduce_sum, atomic_write, autocast_to, cleanup, init_distributed, keep_freed_memory,
-    peak_memory, pick_device, pick_dtype, print0, to_device)
+    RANK, WORLD, IdleThreads, all_reduce_sum, atomic_write, autocast_to, cleanup, first_line, init_distributed,
+    keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
 from model import PRESETS, Llama, find_checkpoint  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
 from prepare.windows import Windows, document_positions, rng_for  # noqa: E402
@@ -275,11 +275,6 @@ def compiled(model, cfg, device):
         raise config.Mistake(f"torch.compile does not work here ({first_line(e)}): "
                              "leave it off with --compile=False") from e
     return torch.compile(model)
-
-
-def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def data_parallel(model):
@@ -907,12 +902,12 @@ def need_fit(c, cfg, shape, vocab_size):
 
 
 def load_llama(source, shape):
-    """(Llama, tokenizer, directory) of a checkpoint: a directory or a hub name."""
+    """(Llama, tokenizer) of a checkpoint: a directory or a hub name."""
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(source)
         kept = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
         llama = Llama.from_pretrained(directory, dtype=torch.float32, **kept)
-    return llama, tokenizer.load(directory), directory
+    return llama, tokenizer.load(directory)
 
 
 def build_model(cfg, shape, data, tok, out):
@@ -922,7 +917,7 @@ def build_model(cfg, shape, data, tok, out):
         need_fit(c, cfg, {}, data.vocab_size)
         return Llama(c, cfg.seed)
     source = common_latest(out) if cfg.init_from == "resume" else cfg.init_from
-    llama, its_tok, _ = load_llama(source, shape)
+    llama, its_tok = load_llama(source, shape)
     if its_tok.fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
                              f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
@@ -1077,7 +1072,7 @@ def main(cfg, shape):
     out = run_directory(cfg.out_dir, cfg.dataset)
     init_distributed(device)
     if cfg.eval_only and cfg.hellaswag:
-        llama, tok, _ = load_llama(common_latest(out) if cfg.init_from == "resume" else cfg.init_from, {})
+        llama, tok = load_llama(common_latest(out) if cfg.init_from == "resume" else cfg.init_from, {})
         score = HellaSwag(cfg, tok, llama.config.context)
         score(llama.to(device), device, autocast_to(pick_dtype(cfg.dtype, device)[0], device))
     elif cfg.eval_only:
