@@ -48,7 +48,8 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 
 from common import pick_device, pick_dtype  # noqa: E402
-from model import KVCache, Linear, Llama, RMSNorm, find_checkpoint, product_dtype  # noqa: E402
+from checkpoint import find_checkpoint  # noqa: E402
+from model import KVCache, Linear, Llama, RMSNorm, product_dtype  # noqa: E402
 from prepare import tokenizer  # noqa: E402
 
 

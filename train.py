@@ -12,24 +12,18 @@ train_state.pt, run.json, log.jsonl and loss.png beside it; best/ has the weight
 A run that goes on or is evaluated keeps the settings of its run.json, but for the keys that are given now.
 """
 import contextlib
-import gc
-import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
-import platform
 import re
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import config
@@ -126,122 +120,18 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
 
+import optim  # noqa: E402
+import runs  # noqa: E402
+from checkpoint import find_checkpoint  # noqa: E402
 from common import (  # noqa: E402
-    RANK, WORLD, IdleThreads, all_reduce_sum, atomic_write, autocast_to, cleanup, first_line, init_distributed,
+    RANK, WORLD, IdleThreads, all_reduce_sum, autocast_to, cleanup, first_line, init_distributed,
     keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
-from model import PRESETS, Llama, find_checkpoint  # noqa: E402
+from model import PRESETS, Llama  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
 from prepare.windows import Windows, document_positions, rng_for  # noqa: E402
 
-NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "pos_embedding")  # matrices that Muon is not meant for
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16
-
-
-# -- optimizers --------------------------------------------------------------------------------------------------
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is brought near an orthogonal matrix, for hidden weight matrices.
-
-    Takes matrices (out, in), convolutions (out, in, h, w) as (out, in·h·w), and stacks of matrices (E, in, out);
-    those of one shape are handled as one batch.
-    Updates have the root mean square of AdamW's (0.2 * sqrt(max(out, in)) times an orthogonal matrix).
-    Sources: Keller Jordan, "Muon", 2024 (the quintic iteration); Moonlight, arXiv:2502.16982 (the scale).
-    """
-    BATCH = 2**26  # elements on each process that are handled at once: a few copies of them must fit in memory
-
-    def __init__(self, params, lr, momentum, weight_decay, dtype):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype  # of the iteration's products
-
-    def orthogonalize(self, g):
-        """g (n, a, b) -> about U V^T of each matrix's singular value decomposition."""
-        x = g.to(self.dtype)
-        tall = x.shape[-2] > x.shape[-1]
-        x = x.mT if tall else x
-        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-        for _ in range(5):  # drives every singular value into 0.7 .. 1.2
-            s = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-        return (x.mT if tall else x).to(g.dtype)
-
-    def orthogonalize_stack(self, stack):
-        """stack (n, ..., a, b), each matrix orthogonalized. Of a sharded stack each process has some rows of every
-        matrix; for this they are exchanged, so that it has some matrices whole, and then back."""
-        if not hasattr(stack, "placements"):
-            return self.orthogonalize(stack.flatten(0, -3)).view_as(stack)
-        from torch.distributed.tensor import DTensor, Shard
-        whole = stack.redistribute(placements=[Shard(0)])
-        done = DTensor.from_local(self.orthogonalize_stack(whole.to_local()), whole.device_mesh, [Shard(0)],
-                                  run_check=False, shape=whole.shape, stride=whole.stride())
-        return done.redistribute(placements=stack.placements)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
-                processes = WORLD if hasattr(params[0], "placements") else 1  # that share a stack
-                count = max(processes, self.BATCH * processes // params[0].numel())
-                for i in range(0, len(params), count):
-                    self.update(params[i:i + count], group)
-
-    def update(self, params, group):
-        """One step of parameters of one shape."""
-        for p in params:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        shape, grads, m = params[0].shape, [p.grad for p in params], group["momentum"]
-        buffers = [self.state[p]["momentum"] for p in params]
-        torch._foreach_mul_(buffers, m)
-        torch._foreach_add_(buffers, grads, alpha=1 - m)
-        nesterov = torch._foreach_add(torch._foreach_mul(grads, 1 - m), buffers, alpha=m)
-        stack = torch.stack(nesterov)  # (n, ..., a, b)
-        stack = stack.flatten(2) if len(shape) == 4 else stack  # convolutions: (n, out, in·h·w)
-        update = self.orthogonalize_stack(stack) * (-0.2 * group["lr"] * max(stack.shape[-2:]) ** 0.5)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, [u.view(shape) for u in update.unbind()])
-
-
-def for_muon(name, p, cfg):
-    """Whether Muon takes this parameter; AdamW has the others."""
-    return cfg.optimizer == "muon" and p.dim() > 1 and not any(part in name for part in NOT_HIDDEN)
-
-
-def make_optimizers(model, cfg, device, dtype):
-    """[AdamW] or [AdamW, Muon] over the parameters of a model that are to learn."""
-    hidden, matrices, vectors = [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p.dim() == 1:
-            vectors.append(p)
-        elif for_muon(name, p, cfg):
-            hidden.append(p)
-        else:
-            matrices.append(p)
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
-    if not hidden:
-        return [adamw]
-    iteration = torch.float32 if device.type == "cpu" and dtype != torch.bfloat16 else torch.bfloat16
-    return [adamw, Muon(hidden, cfg.learning_rate, cfg.muon_momentum, cfg.weight_decay, iteration)]
-
-
-def learning_rate(step, cfg):
-    """The rate of this step: linear warmup, then cosine decay, or flat and linear decay ("wsd")."""
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
-    if cfg.schedule == "cosine":
-        done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
-        height = 0.5 * (1 + math.cos(math.pi * done))
-    else:
-        height = min(1.0, (cfg.max_iters - step) / max(1, cfg.decay_frac * cfg.max_iters))
-    return cfg.min_lr + height * (cfg.learning_rate - cfg.min_lr)
 
 
 # -- a model on several processes, or compiled -------------------------------------------------------------------
@@ -395,251 +285,6 @@ class HellaSwag:
         return {"hellaswag_acc": acc, "hellaswag_acc_norm": norm, "hellaswag_items": count}
 
 
-# -- the run directory -------------------------------------------------------------------------------------------
-
-def latest(out):
-    """The newest complete checkpoint of a run directory, or None. A checkpoint appears by one rename, whole."""
-    checkpoints = sorted((Path(out) / "checkpoints").glob("step_*"))
-    return checkpoints[-1] if checkpoints else None
-
-
-def common_latest(out):
-    """The newest checkpoint as the first process sees it. Raises `Mistake` where there is none, or another process
-    does not see it: they would go on from different steps."""
-    newest = latest(out)
-    step, = all_reduce_sum(int(newest.name.removeprefix("step_")) if newest and RANK == 0 else 0)
-    path = Path(out) / "checkpoints" / f"step_{int(step):08d}"
-    missing, = all_reduce_sum(int(not path.is_dir()))
-    if missing == WORLD:
-        run = next((p for p in Path(out).absolute().parents if (p / "checkpoints").is_dir()), None)
-        raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint" + (f"; {run} has some" if run else ""))
-    if missing:
-        raise config.Mistake(f"{missing:.0f} of {WORLD} processes do not see {path}: all need the same disk to resume")
-    return path
-
-
-def link_checkpoint(source, directory, skip=()):
-    """Link (or copy) the files of a checkpoint into directory, each replacing the old one whole."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.name in skip:
-            continue
-        tmp = directory / (path.name + ".tmp")
-        tmp.unlink(missing_ok=True)
-        try:
-            try:
-                os.link(path, tmp)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, tmp)
-            os.replace(tmp, directory / path.name)
-        finally:
-            tmp.unlink(missing_ok=True)
-
-
-def save_checkpoint(out, write, state, keep, best):
-    """Make a checkpoint of what write(directory) writes and of `state`; link it as the run's own files, and in best/ if
-    it is the best. Raises `Mistake`, with the earlier checkpoints as they were, when the disk is full."""
-    final, tmp = out / "checkpoints" / f"step_{state['step']:08d}", out / "checkpoints" / ".writing"
-    try:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        write(tmp)
-        with open(tmp / "train_state.pt", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, final)
-        link_checkpoint(final, out)
-        if best:
-            link_checkpoint(final, out / "best", skip=("train_state.pt",))
-    except (OSError, RuntimeError, SafetensorError) as e:  # each library has its own error for a full disk
-        shutil.rmtree(tmp, ignore_errors=True)
-        before = latest(out)
-        rest = f"the checkpoint {before.name} is intact" if before else "there is no checkpoint yet"
-        raise config.Mistake(f"cannot save to {out}: {first_line(e)}; {rest}") from e
-    for old in sorted((out / "checkpoints").glob("step_*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def read_state(path):
-    """train_state.pt of a checkpoint directory. Of older runs it does not count sequences and tokens: None."""
-    try:
-        state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
-        if missing := {"step", "seconds", "best", "optimizers", "scaler"} - state.keys():
-            raise ValueError(f"without {missing}")
-        return {"sequences": None, "tokens": None, "val_fingerprint": state.get("held_out"), "improved": False} | state
-    except Exception as e:  # torch advises to load it without weights_only, which would run what code it holds
-        raise config.Mistake(f"{path / 'train_state.pt'} cannot be read, or is no state of a run "
-                             f"({type(e).__name__}): remove {path} to go on from the checkpoint before") from e
-
-
-def gathered(state):
-    """A nested state whose sharded tensors are whole on the first process, and None on the others."""
-    if isinstance(state, dict):
-        return {key: gathered(value) for key, value in state.items()}
-    if not hasattr(state, "full_tensor"):
-        return state
-    whole = state.full_tensor()  # every process takes part
-    return whole.cpu() if RANK == 0 else None
-
-
-def load_optimizer(optimizer, saved):
-    """Restore an optimizer's state from a whole one, but keep its settings, which may be given anew. Of sharded
-    parameters this process keeps its part."""
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        if hasattr(p, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-            for key, value in saved["state"].get(i, {}).items():
-                if value.shape == p.shape:
-                    saved["state"][i][key] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, own in zip(optimizer.param_groups, settings):
-        group.update(own)
-
-
-def read_log(path):
-    """The objects of a log.jsonl; a line that a crash cut short ends it."""
-    lines = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
-
-
-DOTS = dict(marker="o", markersize=3)
-STYLES = {"training": dict(color="#9db4d0", linewidth=1), "validation": dict(color="#c0392b", linewidth=2) | DOTS}
-
-
-def plot(curves, path, title, floor=None):
-    """Draw {name: [(step, loss), ...]}. floor: nats per token that no model beats, or None."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    axes, values = figure.add_subplot(), []
-    for name, points in curves.items():
-        points = np.array(points).reshape(-1, 2)  # (n, 2)
-        if len(points):
-            axes.plot(*points.T, label=f"{name}, {points[-1, 1]:.3f} at the end", **STYLES.get(name, DOTS))
-            values += points[:, 1].min(), points[:, 1].max()
-    if floor is not None:
-        axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.3f}")
-    if values and max(values) > 2 * min(values) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_figure(figure, path)
-
-
-def write_figure(figure, path):
-    """Write a matplotlib figure as a PNG, whole or not at all, and free it."""
-    with atomic_write(path) as tmp:
-        figure.savefig(tmp, format="png")
-    figure.clear()
-    gc.collect()  # figures are full of cycles, and would pile up for a hundred evaluations
-
-
-class Log:
-    """log.jsonl and loss.png of a run."""
-
-    def __init__(self, out, entries):
-        self.out, self.entries, self.curves = out, entries, {"training": [], "validation": []}
-        for entry in entries:
-            self.add_to_curves(entry)
-
-    def add_to_curves(self, entry):
-        for name, key in ("training", "train_loss"), ("validation", "val_loss"):
-            if entry.get(key) is not None:
-                self.curves[name].append((entry["step"], entry[key]))
-
-    def start(self):
-        """Write anew what earlier runs logged up to the step that is resumed."""
-        shards.write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.entries))
-
-    def write(self, entry):
-        """Append an entry; of a number that is none, JSON's null."""
-        if RANK == 0:
-            entry = {key: None if value != value or value in (math.inf, -math.inf) else value
-                     for key, value in entry.items()}
-            self.add_to_curves(entry)
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
-
-
-def facts_of_run(cfg, model_config, agents):
-    """What run.json records: every setting, versions, hardware, code."""
-    try:
-        describe = ["git", "-C", config.ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    settings = asdict(cfg)
-    if Path(cfg.dataset).is_dir():
-        settings["dataset"] = os.path.abspath(cfg.dataset)  # found again from any folder
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"command": sys.argv, "settings": settings, "model": asdict(model_config), "processes": WORLD,
-            "agents": agents, "git_commit": commit,
-            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "gpu": gpu,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-
-
-def check_writable(cfg, out):
-    """Raise `Mistake` if a run directory cannot be made, without making it, or is needed for something else."""
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise config.Mistake(f"cannot write the run directory {out}: {there} is not a directory that can be written to")
-    if Path(cfg.init_from).is_dir() and out.resolve() in (Path(cfg.init_from) / "_").resolve().parents:
-        raise config.Mistake(f"{out} is where this run starts from: give another --out_dir")
-    if out.is_dir() and os.listdir(out) and not (out / "run.json").exists() and cfg.init_from != "resume":
-        raise config.Mistake(f"{out} holds something else than a run: give another --out_dir")
-    held(out).close()
-
-
-def held(out):
-    """run.json of a run, if it has one, locked as long as it is open. Raises `Mistake` if another process holds it."""
-    path = out / "run.json"
-    file = open(path if path.exists() else os.devnull)
-    try:
-        import fcntl  # Windows has none
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise config.Mistake(f"another process is writing the run {out}: give another --out_dir") from None
-    except (ImportError, OSError):
-        pass  # or a disk that knows no locks
-    return file
-
-
-def start_directory(out, facts, log):
-    """Make the run directory, or move an earlier run out of the way; write run.json and the log so far."""
-    with config.mistakes(OSError, prefix="cannot write the run directory: "):
-        if facts["settings"]["init_from"] != "resume" and latest(out):
-            aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
-            out.rename(aside)
-            print0(f"{out} held an earlier run, which is now {aside}")
-        new = not out.exists()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            shards.write_text(out / "run.json", json.dumps(facts, indent=1) + "\n")
-            log.start()
-        except OSError:
-            if new:
-                shutil.rmtree(out, ignore_errors=True)
-            raise
-
-
-def command_to_resume(out):
-    """What to type to go on with a run."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", WORLD)
-    launcher = ["torchrun", f"--nproc_per_node={local}"] if WORLD > 1 else ["python"]
-    return shlex.join([*launcher, sys.argv[0], "--init_from=resume", f"--out_dir={os.path.relpath(out)}"])
-
-
 # -- the loop ----------------------------------------------------------------------------------------------------
 
 def fit(task, cfg, out):
@@ -652,15 +297,15 @@ def fit(task, cfg, out):
     """
     model, device, llama = task.model, task.device, task.llama
     sharded, autocast = hasattr(model, "unshard"), autocast_to(task.dtype, device)
-    optimizers = make_optimizers(model, cfg, device, task.dtype)
+    optimizers = optim.make_optimizers(model, cfg, device, task.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=task.dtype == torch.float16)
     state = {"step": 0, "sequences": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
-    log = Log(out, [])
+    log = runs.Log(out, [])
     if RANK == 0:
-        check_writable(cfg, out)
+        runs.check_writable(cfg, out)
     if cfg.init_from == "resume":
         state = resume(task, cfg, out, optimizers, scaler)
-        log = Log(out, [entry for entry in read_log(out / "log.jsonl") if entry["step"] <= state["step"]])
+        log = runs.Log(out, [entry for entry in runs.read_log(out / "log.jsonl") if entry["step"] <= state["step"]])
     compiled_model = compiled(model, cfg, device)
     ddp = WORLD > 1 and not sharded
     step_model = data_parallel(compiled_model) if ddp else compiled_model
@@ -668,14 +313,14 @@ def fit(task, cfg, out):
                  and gpu in torch.cuda.get_device_name(device)), 0) * WORLD
     print0(f"run        {out}, compile {'off' if compiled_model is model else 'on'}"
            + (f", resumed after step {state['step']}" if state["step"] else ""))
-    start, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, torchrun_agents()
+    start, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, runs.torchrun_agents()
     most_bad_steps = 25 if scaler.is_enabled() else 5  # in a row; the scaler's first scales are too large on purpose
     with (stop_signals() as signals, IdleThreads(device) as threads, memory_advice(cfg, device, task.dtype),
           contextlib.ExitStack() as stack,
           config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
         for step in range(start, cfg.max_iters):
             begin = time.perf_counter()
-            rate = learning_rate(step, cfg)
+            rate = optim.learning_rate(step, cfg)
             for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate
 
@@ -720,8 +365,8 @@ def fit(task, cfg, out):
                              "tokens": state["tokens"] + int(targets), "seconds": state["seconds"] + elapsed}
             done, first, last = step + 1, step == start, step + 1 == cfg.max_iters
             if first and RANK == 0:  # now that a step fits into memory
-                start_directory(out, facts_of_run(cfg, llama.config, agents), log)
-                stack.enter_context(held(out))
+                runs.start_directory(out, runs.facts_of_run(cfg, llama.config, agents), log)
+                stack.enter_context(runs.held(out))
                 print0(f"memory     {peak_memory(device) / 2**30:.1f} GiB after the first step")
             if done % cfg.log_interval == 0 or first or last or bad_steps:
                 typical = float(np.median(times))
@@ -747,15 +392,15 @@ def fit(task, cfg, out):
                     state["best"] = scores["val_loss"] if improved else state["best"]
                     facts = {"step": done, "tokens": state["tokens"], "seconds": round(state["seconds"], 3)}
                     log.write(facts | scores)
-                weights = gathered(model.state_dict()) if sharded else None
+                weights = runs.gathered(model.state_dict()) if sharded else None
                 saved = state | {"improved": improved, "val_fingerprint": task.val_fingerprint,
-                                 "optimizers": [gathered(optimizer.state_dict()) for optimizer in optimizers],
+                                 "optimizers": [runs.gathered(optimizer.state_dict()) for optimizer in optimizers],
                                  "scaler": scaler.state_dict()}
                 if RANK == 0:
-                    save_checkpoint(out, lambda directory: task.save(directory, weights), saved, cfg.keep, improved)
-                    plot(log.curves, out / "loss.png", out.name, task.floor)
+                    runs.save_checkpoint(out, lambda folder: task.save(folder, weights), saved, cfg.keep, improved)
+                    runs.plot(log.curves, out / "loss.png", out.name, task.floor)
             if stopping and not last:
-                print0(f"stopped by a signal after step {done} and saved; to go on: {command_to_resume(out)}")
+                print0(f"stopped by a signal after step {done} and saved; to go on: {runs.command_to_resume(out)}")
                 break
 
 
@@ -774,12 +419,12 @@ def micro_batches_per_process(cfg):
 
 def resume(task, cfg, out, optimizers, scaler):
     """Restore optimizers and scaler from the newest checkpoint; returns the state of the loop."""
-    checkpoint = common_latest(out)
-    state = read_state(checkpoint)
+    checkpoint = runs.common_latest(out)
+    state = runs.read_state(checkpoint)
     if RANK == 0:  # a crash may have come between the checkpoint and its links
-        link_checkpoint(checkpoint, out)
+        runs.link_checkpoint(checkpoint, out)
         if state["improved"]:
-            link_checkpoint(checkpoint, out / "best", skip=("train_state.pt",))
+            runs.link_checkpoint(checkpoint, out / "best", skip=("train_state.pt",))
     if state["sequences"] is None:  # an older run, whose steps had the size that its run.json holds
         settings, _ = config.of_run(out, KEYS, SHAPE_KEYS)
         sequences = state["step"] * sequences_per_step(replace(cfg, **settings))
@@ -790,7 +435,7 @@ def resume(task, cfg, out, optimizers, scaler):
     with config.mistakes(ValueError, KeyError, prefix=f"{checkpoint} was made by another optimizer: leave --optimizer "
                                                       "out: "):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
+            runs.load_optimizer(optimizer, saved)
     if state["scaler"]:  # empty unless the run was in float16
         scaler.load_state_dict(state["scaler"])
     return {key: state[key] for key in ("step", "sequences", "tokens", "seconds", "best")}
@@ -916,7 +561,7 @@ def build_model(cfg, shape, data, tok, out):
         c = new_shape(cfg, shape, tok, data.vocab_size)
         need_fit(c, cfg, {}, data.vocab_size)
         return Llama(c, cfg.seed)
-    source = common_latest(out) if cfg.init_from == "resume" else cfg.init_from
+    source = runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from
     llama, its_tok = load_llama(source, shape)
     if its_tok.fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
@@ -1037,30 +682,21 @@ class Text:
 
 # -- starting ----------------------------------------------------------------------------------------------------
 
-def torchrun_agents():
-    """A number for the torchrun of each process, [] without one. It outlives processes that it starts again."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return []
-    name = f"{platform.node()} {os.getppid()}".encode()
-    mine = int.from_bytes(hashlib.blake2b(name, digest_size=6).digest(), "big")  # 48 bits: exact as a float
-    return [int(n) for n in all_reduce_sum(*(mine if rank == RANK else 0 for rank in range(WORLD)))]
-
-
 def after_restart(cfg, shape, out):
     """(cfg, shape), made to resume if torchrun has started all processes again after one of the run in `out` had died:
     one of its agents is there still. The first process decides for all. Refuses to resume a run that is complete."""
     if cfg.init_from == "resume":
-        step = int(common_latest(out).name.removeprefix("step_"))
+        step = int(runs.common_latest(out).name.removeprefix("step_"))
         if step >= cfg.max_iters:
             raise config.Mistake(f"{out} has done its {step} steps: to go on, give a larger --max_iters")
         return cfg, shape
-    agents, goes_on = torchrun_agents(), 0
-    if RANK == 0 and agents and latest(out) and (out / "run.json").is_file():
+    agents, goes_on = runs.torchrun_agents(), 0
+    if RANK == 0 and agents and runs.latest(out) and (out / "run.json").is_file():
         facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
         goes_on = int(bool(set(facts.get("agents", ())) & set(agents)) and facts["command"] == sys.argv)
     if not all_reduce_sum(goes_on)[0]:
         return cfg, shape
-    print0(f"restart    a process had died; going on from {latest(out)}")
+    print0(f"restart    a process had died; going on from {runs.latest(out)}")
     return replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
 
 
@@ -1072,7 +708,7 @@ def main(cfg, shape):
     out = run_directory(cfg.out_dir, cfg.dataset)
     init_distributed(device)
     if cfg.eval_only and cfg.hellaswag:
-        llama, tok = load_llama(common_latest(out) if cfg.init_from == "resume" else cfg.init_from, {})
+        llama, tok = load_llama(runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, {})
         score = HellaSwag(cfg, tok, llama.config.context)
         score(llama.to(device), device, autocast_to(pick_dtype(cfg.dtype, device)[0], device))
     elif cfg.eval_only:

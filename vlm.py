@@ -39,6 +39,8 @@ import torch.nn.functional as F  # noqa: E402
 import common  # noqa: E402
 import model  # noqa: E402
 import sample  # noqa: E402
+import checkpoint  # noqa: E402
+import runs  # noqa: E402
 import train  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
 from prepare import images, tokenizer  # noqa: E402
@@ -288,7 +290,7 @@ class Vlm(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
         directory = Path(directory)
-        facts = model.read_json(directory / "vlm.json")
+        facts = checkpoint.read_json(directory / "vlm.json")
         try:
             keys = ("encoder", "encoder_learned", "image_id", "pixel_shuffle")
             name, learned, image_id, joined = (facts[k] for k in keys)
@@ -422,7 +424,7 @@ def draw(path, pictures, texts):
         axes.set_title(lines, fontsize=8)
     for axes in figure.axes:
         axes.axis("off")
-    train.write_figure(figure, path)
+    runs.write_figure(figure, path)
 
 
 # -- a model at work ---------------------------------------------------------------------------------------------
@@ -534,10 +536,10 @@ def build(cfg, shape, folder, out):
     kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
     source = None if cfg.init_from == "scratch" else cfg.init_from
     if source == "resume":
-        source = train.common_latest(out)
+        source = runs.common_latest(out)
     torch.manual_seed(cfg.seed)
     with config.mistakes(ValueError, FileNotFoundError):
-        source = source and model.find_checkpoint(source)
+        source = source and checkpoint.find_checkpoint(source)
         if source and (source / "vlm.json").is_file():
             vlm, tok = Vlm.from_pretrained(source, cfg.vit_weights, cfg.beta, **kept), tokenizer.load(source)
             for key, have in (("encoder", vlm.encoder_name), ("pixel_shuffle", vlm.pixel_shuffle)):
@@ -581,7 +583,7 @@ class Stage:
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
         self.references = None, None  # log-probabilities of the training and the validation pairs
         if cfg.stage == "prefer":
-            saved = train.common_latest(out) / "reference.pt" if cfg.init_from == "resume" else None
+            saved = runs.common_latest(out) / "reference.pt" if cfg.init_from == "resume" else None
             self.references = (torch.load(saved, weights_only=True) if saved
                                else [self.run.reference(data) for data in (self.data, self.val)])
         questions = self.val.questions()
@@ -670,7 +672,7 @@ def load(cfg):
     if cfg.dtype == "auto" and device.type == "cpu":
         cfg = replace(cfg, dtype="float32")  # of packed weights
     with config.mistakes(ValueError, FileNotFoundError):
-        directory = model.find_checkpoint(directory)
+        directory = checkpoint.find_checkpoint(directory)
         run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
     sample.to_decode(run.vlm.llama)
     return run

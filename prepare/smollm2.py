@@ -95,7 +95,8 @@ def main():
         print(f"reading {source}")
         shape, state, tok = read_gguf(source)
     else:
-        from model import Llama, find_checkpoint
+        from checkpoint import find_checkpoint
+        from model import Llama
         with config.mistakes(ValueError, FileNotFoundError):
             try:
                 folder = find_checkpoint(source)

@@ -237,7 +237,7 @@ def peers():
 def twin(model):
     """transformers' model of the same shape with the same weights."""
     transformers = peers()
-    from model import config_to_hf
+    from checkpoint import config_to_hf
     shape = transformers.AutoConfig.for_model(**config_to_hf(model.config))
     theirs = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa").float()
     theirs.load_state_dict(model.state_dict())
@@ -410,7 +410,8 @@ def moe(cfg):
     """Forward and backward of a mixture-of-experts layer: 16 experts, top-1 beside a shared one, 4,096 tokens."""
     import torch
 
-    from model import LlamaConfig, MoE, SwiGLU, config_to_hf
+    from checkpoint import config_to_hf
+    from model import LlamaConfig, MoE, SwiGLU
     device, dtype, autocast = precision(cfg.device)
     torch.manual_seed(0)
     shape = LlamaConfig(arch="llama4", dim=512, n_head=8, n_layer=1, ffn_dim=1024, n_experts=16, expert_dim=1024,
@@ -686,6 +687,8 @@ def start_up(cfg):
 def overhead(cfg):
     """What train.py's loop costs beside forward, backward and optimizers, and what its evaluations cost, with
     config/tales.py."""
+    import optim
+    import runs
     import train
     from prepare import shards, tokenizer
     device, dtype, autocast = precision(cfg.device)
@@ -697,7 +700,7 @@ def overhead(cfg):
     tok, steps = tokenizer.load(folder), 40
     windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
     model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train())
-    optimizers = train.make_optimizers(model, settings, device, dtype)
+    optimizers = optim.make_optimizers(model, settings, device, dtype)
     draws = [windows["train"].draw(i * settings.batch_size, settings.batch_size) for i in range(steps)]
     batches = [common.to_device(device, *windows["train"].read(spans)) for spans in draws]
 
@@ -716,7 +719,7 @@ def overhead(cfg):
         with tempfile.TemporaryDirectory() as name, redirect_stdout(StringIO()):
             train.main(replace(settings, max_iters=steps + 1, eval_interval=steps + 1, eval_tokens=256,
                                sample_tokens=0, log_interval=1, out_dir=f"{name}/run"), shape)
-            log = [r for r in train.read_log(Path(name) / "run/log.jsonl") if "train_loss" in r]
+            log = [r for r in runs.read_log(Path(name) / "run/log.jsonl") if "train_loss" in r]
         return log[-1]["seconds"] - log[0]["seconds"]
     yield Pair(f"{steps} steps of train.py, a log line at each, against forward, backward and optimizers alone",
                loop, bare, 0.97, runs=3)

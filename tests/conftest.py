@@ -68,8 +68,10 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture
 def project(tmp_path):
     """command(*words) -> (stdout, stderr) of Python, in a copy of the project that may write its data/ and out/."""
-    for part in "common.py", "train.py", "model.py", "config", "prepare":
-        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
+    for part in "config", "prepare":
+        shutil.copytree(ROOT / part, tmp_path / part)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
 
     def command(*words):
         done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,

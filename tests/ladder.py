@@ -39,7 +39,8 @@ def rungs(base, block_size):
 
 def main(argv):
     settings, shape = config.load("train.py:TrainConfig", argv, "model.py:LlamaConfig")
-    import train  # only now: a typo is told at once
+    import runs  # only now: a typo is told at once
+    import train
     from model import PRESETS, Llama
     with config.mistakes(ValueError, KeyError, prefix="the first rung: "):
         cfg = train.TrainConfig(**settings)
@@ -51,22 +52,22 @@ def main(argv):
             train.shape_from(base, changes)
     for name, changes in ladder.items():
         out = top / name.strip("+ ").lower().replace(",", "").replace(" ", "_")
-        log = train.read_log(out / "log.jsonl")
+        log = runs.read_log(out / "log.jsonl")
         if not any("val_loss" in entry and entry["step"] == cfg.max_iters for entry in log):
             print(f"\n== {name}", flush=True)
-            keys = changes | {"out_dir": out} | ({"init_from": "resume"} if train.latest(out) else {})
+            keys = changes | {"out_dir": out} | ({"init_from": "resume"} if runs.latest(out) else {})
             done = subprocess.run([sys.executable, ROOT / "train.py", *argv,
                                    *(f"--{key}={value}" for key, value in keys.items())])
             if done.returncode:
                 sys.exit(done.returncode)
-            log = train.read_log(out / "log.jsonl")
+            log = runs.read_log(out / "log.jsonl")
         total, active = Llama.from_pretrained(out).counts()
         evaluations, steps = ([entry for entry in log if key in entry] for key in ("val_loss", "tokens_per_s"))
         curves[name], last = [(entry["step"], entry["val_loss"]) for entry in evaluations], evaluations[-1]
         lines.append(f"| {name} | {total:,} | {active:,} | "
                      f"{last['val_loss']:.4f} | {last.get('val_bpb', float('nan')):.4f} | "
                      f"{median_high(entry['tokens_per_s'] for entry in steps):,} |")
-    train.plot(curves, top / "ladder.png", f"validation, {Path(cfg.dataset).name}, {steps[-1]['tokens']:,} tokens")
+    runs.plot(curves, top / "ladder.png", f"validation, {Path(cfg.dataset).name}, {steps[-1]['tokens']:,} tokens")
     print("\n| what | parameters | active | nats/token | bits/byte | tokens/s |\n|---|---|---|---|---|---|",
           *lines, top / "ladder.png", sep="\n")
 

@@ -11,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import optim  # noqa: E402
 import train  # noqa: E402
 from model import PRESETS, Llama  # noqa: E402
 
@@ -29,7 +30,7 @@ def memory_estimate(model, cfg, dtype, world):
     m, size = model.config, dtype.itemsize
     share, tokens = world if cfg.shard else 1, cfg.batch_size * cfg.block_size
     learn = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for n, p in learn.items() if train.for_muon(n, p, cfg)]
+    hidden = [p for n, p in learn.items() if optim.for_muon(n, p, cfg)]
     weights, gradients = 4 * model.counts()[0], 4 * sum(p.numel() for p in learn.values())
     states = 2 * gradients - 4 * sum(p.numel() for p in hidden)
     first = last = weights / 4 * size * (size < 4)  # beside activations, at both ends of the backward pass
@@ -40,7 +41,7 @@ def memory_estimate(model, cfg, dtype, world):
     muon = 0
     for p in hidden:
         of_this_shape = sum(q.numel() for q in hidden if q.shape == p.shape)
-        muon = max(muon, 16 * max(min(train.Muon.BATCH, of_this_shape), p.numel()))
+        muon = max(muon, 16 * max(min(optim.Muon.BATCH, of_this_shape), p.numel()))
     attention = (22 if size == 4 else 28) * m.dim + (3 * m.n_head + 2 * m.n_kv_head) * m.head_dim * size
     layers = []
     for i in range(m.n_layer):

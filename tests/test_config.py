@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 import config
-import train
+import runs
 from conftest import ROOT, real_data
 from model import Llama
 
@@ -165,7 +165,7 @@ def test_config_runs_as_it_is_on_a_processor(name, script, sizes, project, tmp_p
                      "--batch_size=1", "--block_size=256", "--eval_tokens=512", "--hellaswag_items=4",
                      "--log_interval=1", "--device=cpu")
     assert f"model      {sizes}\n" in out and "vocabulary 32,000\n" in out
-    log = train.read_log(tmp_path / "out" / name / "log.jsonl")
+    log = runs.read_log(tmp_path / "out" / name / "log.jsonl")
     losses = [r["train_loss"] for r in log if "train_loss" in r]
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(32000), abs=1)
     assert ("hellaswag_acc" in log[-1]) == (name == "mini_llama")

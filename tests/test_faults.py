@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import config
 import model
+import checkpoint
+import runs
 import train
 from conftest import PATIENCE, ROOT
 from prepare import shards, tokenizer
@@ -287,8 +289,8 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint(place, tmp_path, monkeypatch
     assert contents() == before
     code, said, _ = run_script(monkeypatch, capsys, "train.py", again)
     assert code == 0 and "resumed after step" in said
-    assert train.read_state(train.latest(out))["step"] == steps
-    assert [r["step"] for r in train.read_log(out / "log.jsonl") if "train_loss" in r] == [*range(1, steps + 1)]
+    assert runs.read_state(runs.latest(out))["step"] == steps
+    assert [r["step"] for r in runs.read_log(out / "log.jsonl") if "train_loss" in r] == [*range(1, steps + 1)]
 
 
 @pytest.mark.parametrize("where", ["forward", "to"])
@@ -353,9 +355,9 @@ def tensors_of(data):
 def load_run(d):
     """Llama.from_pretrained(d), which must be what the files say: each number of config.json, each weight's bits."""
     found = model.Llama.from_pretrained(d)
-    said, kept = json.loads((d / "config.json").read_bytes()), model.config_to_hf(found.config)
+    said, kept = json.loads((d / "config.json").read_bytes()), checkpoint.config_to_hf(found.config)
     lists = {"interleave_moe_layer_step", "no_rope_layer_interval"}  # overruled by config.json's lists of each layer
-    table = model.LLAMA4_KEYS if found.config.arch == "llama4" else model.LLAMA_KEYS
+    table = checkpoint.LLAMA4_KEYS if found.config.arch == "llama4" else checkpoint.LLAMA_KEYS
     for key in {key for key, _ in table.values()} & said.keys() - lists:
         if key == "attn_scale" and not (found.config.nope_every and said.get("attn_temperature_tuning", True)):
             continue  # tunes NoPE layers only

@@ -13,6 +13,8 @@ import torch
 from test_train import DENSE, SPARSE, log_of, same, settings, states, torchrun, words  # noqa: F401
 
 import config
+import optim
+import runs
 import train
 from conftest import PATIENCE, ROOT
 from model import Llama
@@ -98,8 +100,8 @@ def test_another_batch_size_goes_on_where_the_data_was(run, stories, monkeypatch
 
 def test_settings_of_optimizers_that_are_given_anew_count(run, monkeypatch):
     """An optimizer's saved state holds its old settings too."""
-    made, make = [], train.make_optimizers
-    monkeypatch.setattr(train, "make_optimizers", lambda *args: made.extend(make(*args)) or made)
+    made, make = [], optim.make_optimizers
+    monkeypatch.setattr(optim, "make_optimizers", lambda *args: made.extend(make(*args)) or made)
     train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7, weight_decay=0.3,
                                                   beta1=0.5, muon_momentum=0.8)))
     adamw, muon = made
@@ -113,13 +115,13 @@ def test_another_dtype_goes_on(run, monkeypatch):
     """A run in float32 has no scale of gradients that one in float16 could go on with."""
     train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7, dtype="float16")))
     train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=8, dtype="float32")))
-    assert train.read_state(train.latest(run))["step"] == 8
+    assert runs.read_state(runs.latest(run))["step"] == 8
 
 
 def test_a_crash_between_checkpoint_and_links_is_mended(run, monkeypatch):
     """The state says that its weights are the best: best/ gets them when the run goes on."""
-    path = train.latest(run)
-    state = train.read_state(path)
+    path = runs.latest(run)
+    state = runs.read_state(path)
     assert state["improved"]
     good = (path / "model.safetensors").read_bytes()
     (run / "best/model.safetensors").unlink()
@@ -156,7 +158,7 @@ def test_evaluating_a_run_that_scored_hellaswag_gives_its_loss(run, monkeypatch)
 def test_a_run_is_written_by_one_process(run, monkeypatch):
     """A second one once moved it aside while the first went on writing, and both were lost."""
     settings = json.loads((run / "run.json").read_text())["settings"] | {"max_iters": 9}
-    with train.held(run):
+    with runs.held(run):
         for init_from in "resume", "scratch":
             with pytest.raises(config.Mistake, match="another process is writing the run"):
                 train.main(*read_settings(monkeypatch, *flags(**settings | {"init_from": init_from})))
@@ -193,13 +195,13 @@ def test_a_reader_that_leaves_costs_no_step(stories, tmp_path):
     finally:
         run.kill()
     assert b"Traceback" not in errors
-    assert train.read_state(train.latest(out))["step"] >= 3
+    assert runs.read_state(runs.latest(out))["step"] >= 3
 
 
 def test_a_context_of_one_token_has_no_sample(stories, tmp_path, monkeypatch):
     keys = FLAGS | dict(dataset=stories, out_dir=tmp_path / "run", block_size=1, sample_tokens=5, whole_docs=False)
     train.main(*read_settings(monkeypatch, *flags(**keys)))
-    assert train.latest(tmp_path / "run").name == "step_00000006"
+    assert runs.latest(tmp_path / "run").name == "step_00000006"
 
 
 def test_nothing_to_evaluate_is_one_line(monkeypatch):
@@ -210,7 +212,7 @@ def test_nothing_to_evaluate_is_one_line(monkeypatch):
 def test_an_older_state_goes_on(run, monkeypatch):
     """States written before sequences were counted, with a router's bias that no longer exists."""
     path = run / "checkpoints/step_00000006"
-    state = train.read_state(path)
+    state = runs.read_state(path)
     for key in "sequences", "tokens", "val_fingerprint":
         del state[key]
     torch.save(state | {"held_out": None, "router_bias": []}, path / "train_state.pt")
@@ -218,7 +220,7 @@ def test_an_older_state_goes_on(run, monkeypatch):
     facts["model"]["router_bias"] = 0.001
     (run / "run.json").write_text(json.dumps(facts))
     train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7, batch_size=2)))
-    assert train.read_state(train.latest(run))["sequences"] == 26
+    assert runs.read_state(runs.latest(run))["sequences"] == 26
 
 
 def test_a_run_json_of_no_use_is_one_line(run, monkeypatch):
@@ -254,8 +256,8 @@ def test_what_a_signal_prints_can_be_pasted(stories, tmp_path, number):
         run.kill()
     assert run.returncode == 0 and errors == ""
     python, *command = shlex.split(rest.strip().splitlines()[-1].partition("to go on: ")[2])
-    saved = train.read_state(train.latest(out))["step"]
-    assert python == "python" and saved >= 3 and train.read_log(out / "log.jsonl")[-1]["step"] == saved
+    saved = runs.read_state(runs.latest(out))["step"]
+    assert python == "python" and saved >= 3 and runs.read_log(out / "log.jsonl")[-1]["step"] == saved
     done = subprocess.run([sys.executable, *command, f"--max_iters={saved + 2}"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -311,7 +313,7 @@ def test_one_nan_evaluation_does_not_end_best(words, tmp_path, monkeypatch):  # 
     train.main(settings(words, tmp_path / "run", max_iters=8, eval_interval=2, keep=9), DENSE)
     best = (tmp_path / "run/best/model.safetensors").read_bytes()
     assert best == (tmp_path / "run/checkpoints/step_00000008/model.safetensors").read_bytes()
-    assert train.read_state(train.latest(tmp_path / "run"))["best"] == 2.0
+    assert runs.read_state(runs.latest(tmp_path / "run"))["best"] == 2.0
 
 
 @pytest.mark.parametrize("overflow", ["lm_head", "q_proj"], ids=["AdamW's", "Muon's"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import config
+import runs
 import train
 from model import Llama, LlamaConfig
 from prepare import hellaswag, shards, tokenizer
@@ -74,7 +75,7 @@ def test_in_training_it_lands_in_the_log(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
     prepared(tmp_path / "hellaswag")
     train.main(cfg, shape)
-    found = [r for r in train.read_log(tmp_path / "run/log.jsonl") if "hellaswag_acc" in r]
+    found = [r for r in runs.read_log(tmp_path / "run/log.jsonl") if "hellaswag_acc" in r]
     assert [r["step"] for r in found] == [1, 2] and all(r["hellaswag_items"] == 5 and "val_loss" in r for r in found)
     model, tok, items = Llama.from_pretrained(tmp_path / "run"), tokenizer.load(tmp_path / "run"), (ITEMS * 3)[:5]
     scores = train.log_likelihoods(model, hellaswag.rows(items, tok, 256), torch.device("cpu"), 1)
@@ -97,7 +98,7 @@ def test_processes_that_share_a_model_score_together(project, tmp_path):
                 "--n_head=2", "--dim=16", "--ffn_dim=24", "--context=256", "--block_size=32", "--batch_size=2",
                 "--gradient_accumulation_steps=2", "--sample_tokens=0", "--device=cpu", "--dtype=float32",
                 f"--shard={split}", f"--out_dir={tmp_path / 'out' / str(len(found))}")
-        found.append({k: v for k, v in train.read_log(tmp_path / "out" / str(len(found)) / "log.jsonl")[-1].items()
+        found.append({k: v for k, v in runs.read_log(tmp_path / "out" / str(len(found)) / "log.jsonl")[-1].items()
                       if k.startswith("hellaswag")})
     assert found[0] == found[1] and found[0]["hellaswag_items"] == 7
 

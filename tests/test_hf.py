@@ -17,7 +17,8 @@ import torch
 from conftest import need_transformers_5_24
 from safetensors.torch import load_file, save_file
 
-from model import Llama, LlamaConfig, find_checkpoint
+from checkpoint import find_checkpoint
+from model import Llama, LlamaConfig
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the oracle of these tests")
 transformers.logging.set_verbosity(transformers.logging.CRITICAL)

@@ -5,6 +5,7 @@ import memory
 import pytest
 import torch
 
+import optim
 import train
 from model import PRESETS, Llama, LlamaConfig
 
@@ -31,7 +32,7 @@ def test_the_memory_estimate_is_what_training_takes(name):
         common = dict(vocab_size=512, n_layer=4, n_head=4, n_kv_head=2, dim=128, ffn_dim=384, context=256)
         model = Llama(LlamaConfig(**common | shape)).train()
         model.model.checkpointing = cfg.checkpointing
-        optimizers = train.make_optimizers(model, cfg, device, torch.float32)
+        optimizers = optim.make_optimizers(model, cfg, device, torch.float32)
         tracker.track_external(model, *optimizers)
         x = torch.randint(0, 512, (cfg.batch_size, cfg.block_size))
         for _ in range(2):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from model import PRESETS, KVCache, Llama, LlamaConfig, config_from_hf, config_to_hf
+from checkpoint import config_from_hf, config_to_hf
+from model import PRESETS, KVCache, Llama, LlamaConfig
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the oracle of these tests")
 VOCAB = 61

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import config
+import optim
+import runs
 import train
 from conftest import PATIENCE, ROOT
 from model import PRESETS, Llama
@@ -50,12 +52,12 @@ def settings(words, out, **more):
 
 
 def log_of(out):
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in train.read_log(out / "log.jsonl")]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in runs.read_log(out / "log.jsonl")]
 
 
 def states(out, step):
     folder = out / "checkpoints" / f"step_{step:08d}"
-    return Llama.from_pretrained(folder).state_dict(), train.read_state(folder)
+    return Llama.from_pretrained(folder).state_dict(), runs.read_state(folder)
 
 
 def same(a, b):
@@ -98,7 +100,7 @@ def test_a_run_learns_and_leaves_a_checkpoint(words, tmp_path, capsys):
     val = [r for r in log if "val_loss" in r]
     assert val[-1]["val_loss"] < 0.6 * math.log(vocab)
     assert val[-1]["val_bpb"] == pytest.approx(val[-1]["val_loss"] / math.log(2), rel=1e-3)  # one byte a character
-    assert set(train.read_log(out / "log.jsonl")[0]) == {"step", "tokens", "train_loss", "lr", "grad_norm",
+    assert set(runs.read_log(out / "log.jsonl")[0]) == {"step", "tokens", "train_loss", "lr", "grad_norm",
                                                          "tokens_per_s", "mfu", "seconds"}
     for name in ("config.json", "model.safetensors", "tokenizer.json", "train_state.pt", "run.json", "loss.png",
                  "best/model.safetensors"):
@@ -247,7 +249,7 @@ common.cleanup()
     args = [f"--{k}={v}" for k, v in keys.items()]
     said = torchrun(2, tmp_path / "dies.py", *args, first=["--max_restarts=3"])
     assert f"going on from {out / 'checkpoints'}/step_000000" in said
-    assert train.read_state(train.latest(out))["step"] == 20
+    assert runs.read_state(runs.latest(out))["step"] == 20
     assert [r["step"] for r in log_of(out) if "train_loss" in r] == [*range(1, 21)]
     assert not (tmp_path / "run.1").exists()
 
@@ -328,7 +330,7 @@ def test_positions_restart_at_documents():
 def test_muon_orthogonalizes(shape):
     """Singular values near 1, singular vectors kept; a stack is treated matrix by matrix."""
     torch.manual_seed(0)
-    muon = train.Muon([torch.nn.Parameter(torch.zeros(shape))], 0.1, 0.95, 0.0, torch.float32)
+    muon = optim.Muon([torch.nn.Parameter(torch.zeros(shape))], 0.1, 0.95, 0.0, torch.float32)
     g = torch.randn(shape).view(-1, *shape[-2:])
     out = muon.orthogonalize(g)
     for a, b in zip(g, out):
@@ -341,7 +343,7 @@ def test_muon_orthogonalizes(shape):
 def test_muon_step_is_the_formula():
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(3, 8, 12))
-    muon, before = train.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32), p.detach().clone()
+    muon, before = optim.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32), p.detach().clone()
     p.grad = torch.randn_like(p)
     muon.step()
     momentum = 0.1 * p.grad
@@ -354,7 +356,7 @@ def test_muon_takes_a_convolution_as_one_matrix():
     """Its step is near U V^T of the singular value decomposition of (out, in·h·w), at the same root mean square."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(16, 8, 3, 3))
-    muon = train.Muon([p], lr=1.0, momentum=0.0, weight_decay=0.0, dtype=torch.float32)
+    muon = optim.Muon([p], lr=1.0, momentum=0.0, weight_decay=0.0, dtype=torch.float32)
     p.grad = torch.randn_like(p)
     muon.step()
     u, _, v = torch.linalg.svd(p.grad.view(16, 72), full_matrices=False)
@@ -365,11 +367,11 @@ def test_muon_takes_a_convolution_as_one_matrix():
 
 def test_learning_rate_schedules(words):
     cfg = settings(words, "unused", max_iters=100, warmup_iters=10, learning_rate=1.0, min_lr=0.1)
-    rates = [train.learning_rate(s, cfg) for s in range(101)]
+    rates = [optim.learning_rate(s, cfg) for s in range(101)]
     assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
     assert all(a < b for a, b in zip(rates[:10], rates[1:11])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
-    flat = [train.learning_rate(s, replace(cfg, schedule="wsd", decay_frac=0.2)) for s in range(101)]
+    flat = [optim.learning_rate(s, replace(cfg, schedule="wsd", decay_frac=0.2)) for s in range(101)]
     assert flat[10:81] == [1.0] * 71 and flat[90] == pytest.approx(0.55) and flat[100] == pytest.approx(0.1)
 
 
@@ -377,12 +379,12 @@ def test_optimizers_hold_every_parameter_once(words):
     shape = SPARSE | dict(vocab_size=50, moe_every=2, chunk=8, context=32)
     model = Llama(train.shape_from(PRESETS["llama4-tiny"], shape))
     for name in ("muon", "adamw"):
-        made = train.make_optimizers(model, settings(words, "unused", optimizer=name), CPU, torch.float32)
+        made = optim.make_optimizers(model, settings(words, "unused", optimizer=name), CPU, torch.float32)
         held = [p for o in made for g in o.param_groups for p in g["params"]]
         assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
         decayed = {id(p) for o in made for g in o.param_groups if g["weight_decay"] for p in g["params"]}
         assert all((id(p) in decayed) == (p.dim() > 1) for p in model.parameters())
-    muon = train.make_optimizers(model, settings(words, "unused"), CPU, torch.float32)[1]
+    muon = optim.make_optimizers(model, settings(words, "unused"), CPU, torch.float32)[1]
     hidden = {id(p) for p in muon.param_groups[0]["params"]}
     assert not any(id(p) in hidden for n, p in model.named_parameters()
                    if "embed" in n or "lm_head" in n or "router" in n or "norm" in n)
@@ -446,7 +448,7 @@ def test_killed_at_any_moment_it_resumes(words, tmp_path):
     shape = [f"--{k}={v}" for k, v in DENSE.items()]
     reached = 0
     for _ in range(20):
-        resume = ["--init_from=resume"] if train.latest(out) else shape
+        resume = ["--init_from=resume"] if runs.latest(out) else shape
         run = subprocess.Popen([sys.executable, "train.py", *args, *resume], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
         for line in run.stdout:
@@ -457,13 +459,13 @@ def test_killed_at_any_moment_it_resumes(words, tmp_path):
         time.sleep(float(rng.uniform(0, 1.0)))
         run.kill()
         run.communicate()
-        if found := train.latest(out):
-            state = train.read_state(found)
+        if found := runs.latest(out):
+            state = runs.read_state(found)
             Llama.from_pretrained(found)
             assert state["step"] >= reached
             reached = state["step"]
     assert reached > 20
-    steps = [r["step"] for r in train.read_log(out / "log.jsonl") if "train_loss" in r]
+    steps = [r["step"] for r in runs.read_log(out / "log.jsonl") if "train_loss" in r]
     assert steps == list(range(1, len(steps) + 1))
 
 
@@ -490,7 +492,7 @@ def test_memory_stays_flat(words, tmp_path):
     at, memory, files = np.array(samples).T
     slope = np.polyfit(at, memory, 1)[0]  # bytes a second
     half = len(files) // 2
-    steps = train.read_log(tmp_path / "run/log.jsonl")[-1]["step"]
+    steps = runs.read_log(tmp_path / "run/log.jsonl")[-1]["step"]
     print(f"{seconds:.0f} s, {steps} steps: {memory.mean() / 2**20:.1f} MiB, {slope * 60 / 2**10:+.2f} KiB a minute, "
           f"{files[:half].min():.0f} then {files[half:].min():.0f} files always open")
     assert abs(slope) * (at[-1] - at[0]) < 0.01 * memory.mean()

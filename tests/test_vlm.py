@@ -14,6 +14,7 @@ from PIL import Image
 
 import common
 import config
+import runs
 import train
 import vlm
 from conftest import PATIENCE, ROOT, real_data
@@ -414,7 +415,7 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(start, squares, tmp
         out = tmp_path / str(batch_size)
         vlm.fit(settings(folder, out, stage=stage, init_from=str(start), encoder=None, batch_size=batch_size,
                          gradient_accumulation_steps=passes, max_iters=3, eval_interval=3), {})
-        logs.append(train.read_log(out / "log.jsonl"))
+        logs.append(runs.read_log(out / "log.jsonl"))
     for log in logs[1:]:
         for a, b in zip(logs[0], log, strict=True):
             for key in a.keys() & {"train_loss", "grad_norm", "val_loss", "tokens"}:
@@ -422,7 +423,7 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(start, squares, tmp
 
 
 def test_it_learns_and_draws(start):
-    log = [r for r in train.read_log(start / "log.jsonl") if "val_loss" in r]
+    log = [r for r in runs.read_log(start / "log.jsonl") if "val_loss" in r]
     assert log[-1]["val_loss"] < 1.0 and "exact" in log[-1]
     with Image.open(start / "samples.png") as picture:
         assert picture.width > 100
@@ -471,7 +472,7 @@ def test_preferences(start, squares, tmp_path):
     cfg = settings(folder, tmp_path / "run", stage="prefer", init_from=str(start), encoder=None, max_iters=30,
                    eval_interval=15, keep=9)
     vlm.fit(cfg, {})
-    log = train.read_log(tmp_path / "run/log.jsonl")
+    log = runs.read_log(tmp_path / "run/log.jsonl")
     assert log[0]["train_loss"] == pytest.approx(np.log(2), abs=1e-5)
     last = [r for r in log if "val_loss" in r][-1]
     assert last["accuracy"] == 1.0 and last["margin"] > 0.5 and last["val_loss"] < 0.5
@@ -492,7 +493,7 @@ def test_preferences(start, squares, tmp_path):
     halfway.mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_00000015").rename(halfway / "step_00000015")
     vlm.fit(replace(cfg, out_dir=str(tmp_path / "again"), init_from="resume"), {})  # its reference: the first model
-    again = [r for r in train.read_log(tmp_path / "again/log.jsonl") if "val_loss" in r][-1]
+    again = [r for r in runs.read_log(tmp_path / "again/log.jsonl") if "val_loss" in r][-1]
     assert again["val_loss"] == last["val_loss"]
 
 
@@ -507,7 +508,7 @@ def test_two_processes_do_what_one_does(squares, tmp_path):
                                "vlm.py", f"--out_dir={tmp_path / str(n)}", *args],
                               cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (train.read_log(tmp_path / n / "log.jsonl") for n in "12")
+    one, two = (runs.read_log(tmp_path / n / "log.jsonl") for n in "12")
     assert len(one) == len(two) == 12
     for a, b in zip(one, two):
         for key in ("train_loss", "val_loss"):

@@ -1,0 +1,347 @@
+"""Checkpoints in Hugging Face's format: config.json and safetensors files, as transformers writes and reads them.
+
+    model = checkpoint.load(name)          a directory, or a model's name on the Hugging Face hub
+    checkpoint.save(model, directory)
+
+Parameters have Hugging Face's names already, so only config.json is translated: `config_to_hf`, `config_from_hf`.
+"""
+import functools
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from model import Llama, LlamaConfig
+
+
+def load(name, dtype=None, device="cpu", **overrides):
+    """A Llama from a directory or a Hugging Face hub name: config.json and *.safetensors, whole or in parts.
+
+    dtype None keeps the file's; overrides replace fields of the config (dropout=0.1). Raises FileNotFoundError where
+    there is nothing to read, and ValueError, naming it, for what is not supported and for missing, unexpected or
+    mis-shaped tensors.
+    """
+    directory = find_checkpoint(name)
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory} holds an adapter (adapter_config.json): merge it into its base model first")
+    generation = directory / "generation_config.json"
+    cfg = config_from_hf(read_json(directory / "config.json"), read_json(generation) if generation.exists() else {})
+    cfg = replace(cfg, **overrides)
+    with torch.device("meta"):
+        llama = Llama(cfg)
+    shapes = {name: t.shape for name, t in llama.state_dict().items()}
+    llama.load_state_dict(_read_tensors(directory, cfg, shapes, dtype, device), assign=True)
+    if cfg.tie_embeddings:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    return llama.to(device).requires_grad_(True).eval()
+
+
+def save(llama, directory, state=None, max_shard_size="5GB"):
+    """Write config.json and the weights (state; None: the model's own) as transformers does: model.safetensors, or
+    parts of at most max_shard_size and an index. Each file appears whole or not at all.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = dict(llama.state_dict() if state is None else state)
+    if llama.config.tie_embeddings:
+        state.pop("lm_head.weight", None)
+    state = {n: t.detach().cpu().contiguous() for n, t in state.items()}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    texts = {"config.json": config_to_hf(llama.config, dtype)}
+    if split.is_sharded:
+        texts["model.safetensors.index.json"] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    with tempfile.TemporaryDirectory(".tmp", dir=directory) as folder:
+        for file, content in texts.items():
+            Path(folder, file).write_text(json.dumps(content, indent=2) + "\n")
+        for file, names in split.filename_to_tensors.items():
+            save_file({name: state[name] for name in names}, Path(folder, file), metadata={"format": "pt"})
+            shutil.copymode(Path(folder, "config.json"), Path(folder, file))  # safetensors lets only the owner read
+        written = {directory / file.name for file in Path(folder).iterdir()}
+        for file in Path(folder).iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+            file.replace(directory / file.name)
+    earlier = {directory / "model.safetensors", directory / "model.safetensors.index.json",
+               *directory.glob("model-?????-of-?????.safetensors")}
+    for file in earlier - written:  # weights of before, cut in another way
+        file.unlink(missing_ok=True)
+
+
+def find_checkpoint(name):
+    """The local directory of a checkpoint: `name` itself, or the copy of the Hugging Face hub's model of that name.
+
+    Raises FileNotFoundError when there is neither. A model that is not public needs a token in HF_TOKEN."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import errors, snapshot_download
+    name = str(name)
+    if name.count("/") != 1:  # a name on the hub is owner/model
+        raise FileNotFoundError(f"no directory {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
+                                      ignore_patterns="*/*"))  # folders hold other formats
+    except errors.HFValidationError:
+        raise FileNotFoundError(f"no directory {name}") from None
+    except errors.GatedRepoError:
+        why = "the hub's model of that name is gated: ask for access on its page and set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        why = "the hub has no public model of that name (a private one needs HF_TOKEN)"
+    except errors.LocalEntryNotFoundError:
+        why = "the hub does not answer, and nothing of that name is in its cache"
+    except Exception as e:  # the hub's client raises many kinds, none of them ours to mend
+        why = f"the hub did not give a model of that name: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    raise FileNotFoundError(f"no directory {name}, and {why}")
+
+
+# -- config.json ----------------------------------------------------------------------------------------------------
+
+LLAMA_KEYS = {  # field of LlamaConfig: (key of config.json, what transformers takes where the key is left out)
+    "vocab_size": ("vocab_size", 32000), "n_layer": ("num_hidden_layers", 32), "n_head": ("num_attention_heads", 32),
+    "n_kv_head": ("num_key_value_heads", None), "dim": ("hidden_size", 4096), "head_dim": ("head_dim", None),
+    "ffn_dim": ("intermediate_size", 11008), "context": ("max_position_embeddings", 2048),
+    "norm_eps": ("rms_norm_eps", 1e-6), "tie_embeddings": ("tie_word_embeddings", False), "bos_id": ("bos_token_id", 1)}
+LLAMA4_KEYS = {
+    "vocab_size": ("vocab_size", 202048), "n_layer": ("num_hidden_layers", 48), "n_head": ("num_attention_heads", 40),
+    "n_kv_head": ("num_key_value_heads", 8), "dim": ("hidden_size", 5120), "head_dim": ("head_dim", 128),
+    "ffn_dim": ("intermediate_size_mlp", 16384), "context": ("max_position_embeddings", 131072),
+    "norm_eps": ("rms_norm_eps", 1e-5), "tie_embeddings": ("tie_word_embeddings", False), "bos_id": ("bos_token_id", 1),
+    "expert_dim": ("intermediate_size", 8192), "n_experts": ("num_local_experts", 16),
+    "top_k": ("num_experts_per_tok", 1), "moe_every": ("interleave_moe_layer_step", 1),
+    "nope_every": ("no_rope_layer_interval", 4), "chunk": ("attention_chunk_size", 8192),
+    "qk_norm": ("use_qk_norm", True), "attn_scale": ("attn_scale", 0.1), "floor_scale": ("floor_scale", 8192)}
+SCALING_KEYS = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+SUPPORTED = {  # config keys that change what a model computes, and their values that are supported here
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
+    "partial_rotary_factor": (1, None), "sliding_window": (None,), "per_layer_config": (None,),
+    "quantization_config": (None,), "compression_config": (None,)}
+ARCHITECTURES = {"LlamaForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
+
+
+def config_to_hf(cfg, dtype="float32"):
+    """LlamaConfig -> the dict of a config.json, with the spellings of transformers 4 and 5 for dtype and RoPE."""
+    llama4, scaling = cfg.arch == "llama4", None
+    if cfg.rope_scaling:  # whole numbers as int, which transformers requires for the original context
+        numbers = [int(x) if x % 1 == 0 else x for x in cfg.rope_scaling]
+        scaling = {"rope_type": "llama3"} | dict(zip(SCALING_KEYS, numbers))
+    hf = {key: getattr(cfg, field) for field, (key, _) in (LLAMA4_KEYS if llama4 else LLAMA_KEYS).items()}
+    hf |= {"architectures": ["Llama4ForCausalLM" if llama4 else "LlamaForCausalLM"],
+           "model_type": "llama4_text" if llama4 else "llama", "dtype": dtype, "torch_dtype": dtype,
+           "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+           "eos_token_id": cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None,
+           "rope_theta": cfg.rope_theta, "rope_scaling": scaling,
+           "rope_parameters": {"rope_theta": cfg.rope_theta, "rope_type": "default"} | (scaling or {})}
+    if llama4:  # transformers requires some of these keys even if no layer uses them
+        layers = range(cfg.n_layer)
+        hf |= {"moe_layers": [i for i in layers if cfg.is_moe(i)],
+               "no_rope_layers": [int(not cfg.is_nope(i)) for i in layers],  # 1 means that RoPE is used
+               "no_rope_layer_interval": cfg.nope_every or cfg.n_layer + 1,
+               "layer_types": ["chunked_attention" if cfg.chunk_of(i) else "full_attention" for i in layers],
+               "attn_temperature_tuning": cfg.attn_scale > 0, "attention_chunk_size": cfg.chunk or cfg.context,
+               "intermediate_size": cfg.expert_dim or cfg.ffn_dim, "num_local_experts": cfg.n_experts or 1}
+    return hf
+
+
+def config_from_hf(hf, generation=None):
+    """The dict of a config.json, and that of a generation_config.json for its end tokens -> LlamaConfig.
+
+    Keys mean what they mean to transformers 5 (configuration_llama.py, configuration_llama4.py). Raises ValueError,
+    naming the key, for what is not supported."""
+    family = hf.get("model_type")
+    if family not in ("llama", "llama4", "llama4_text"):
+        raise ValueError(f"config.json: model_type {family!r} is not supported: it takes llama, llama4 and llama4_text")
+    try:
+        text = (hf.get("text_config") or {}) if family == "llama4" else hf  # beside it: vision_config
+        if set(hf.get("architectures") or ()) - ARCHITECTURES:
+            raise ValueError(f"architectures {hf['architectures']} is none of {', '.join(sorted(ARCHITECTURES))}")
+        if not isinstance(text, dict):
+            raise ValueError(f"text_config {text!r} is no object")
+        _refuse_unsupported(hf)
+        _refuse_unsupported(text)
+        cfg = LlamaConfig(**_common_fields(text, LLAMA_KEYS, 10000.0)) if family == "llama" else _llama4_config(text)
+        ends = _token_ids((generation or {}).get("eos_token_id"))
+        if "eos_token_id" in text or not ends:
+            ends = cfg.eos_ids + ends
+        return replace(cfg, eos_ids=tuple(dict.fromkeys(ends)))  # each once, in order
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"config.json: {e}") from None
+
+
+def _refuse_unsupported(hf):
+    """Raise ValueError for a value of a key in SUPPORTED that is not supported."""
+    for key, supported in SUPPORTED.items():
+        if hf.get(key, supported[0]) not in supported:
+            raise ValueError(f"{key} {hf[key]!r} is not supported; {supported[0]!r} is")
+
+
+def _common_fields(hf, keys, rope_theta):
+    """{field: value} of LlamaConfig, for what all families have. rope_theta: the default if there is none."""
+    fields = {"eos_ids": _token_ids(hf.get("eos_token_id", 2))}
+    for field, (key, default) in keys.items():
+        value = hf.get(key, default)
+        if value is None and (default is None or field in ("chunk", "bos_id")):
+            continue  # LlamaConfig's own: as many as query heads, dim / n_head, full attention, no BOS
+        expected = int if default is None else type(default)
+        may_be_zero = expected is not int or field == "bos_id"
+        if type(value) is not expected or (value < 1 and not may_be_zero):
+            raise ValueError(f"{key} ({field}) must be a positive {expected.__name__}, not {value!r}")
+        fields[field] = value
+    pad, vocab_size = hf.get("pad_token_id"), fields["vocab_size"]
+    if pad is not None and not (type(pad) is int and -vocab_size <= pad < vocab_size):
+        raise ValueError(f"pad_token_id {pad!r} is none of vocab_size={vocab_size} tokens")
+    fields["rope_theta"], fields["rope_scaling"] = _read_rope(hf, rope_theta, fields["context"])
+    return fields
+
+
+def _token_ids(ids):
+    """A number, a list of them, or None -> tuple."""
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _read_rope(hf, theta, context):
+    """(rope_theta, rope_scaling) of a config.json. `rope_scaling` (transformers 4) overrules `rope_parameters` (5)."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters")
+    rope = {} if rope is None else rope
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"rope_parameters {rope} is no object of numbers; RoPE by type of layer is not supported")
+    _refuse_unsupported(rope)
+    theta = rope.get("rope_theta", hf.get("rope_theta", theta))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
+        return theta, ()
+    if rope_type == "linear":  # an original context of one position: no pair turns within it, so none is kept
+        return theta, (rope.get("factor"), 1, 1, 1)
+    if rope_type != "llama3":
+        raise ValueError(f"rope_type {rope_type!r} is not supported; 'default', 'linear' and 'llama3' are")
+    factor, low, high, original = (rope.get(key) for key in SCALING_KEYS)
+    if None not in (low, high) and low > high:
+        raise ValueError(f"low_freq_factor {low} is above high_freq_factor {high}")
+    for given in (rope, hf):  # the top level of config.json overrules its dict
+        context = given.get("original_max_position_embeddings", context)
+    return theta, (factor, low, high, context)
+
+
+def _llama4_config(hf):
+    """LlamaConfig of a Llama 4's text model. What config.json lists for each layer overrules the intervals."""
+    cfg = LlamaConfig(arch="llama4", **_common_fields(hf, LLAMA4_KEYS, 500000.0))
+    layers = range(cfg.n_layer)
+
+    def listed(key, kind):
+        """The list of a key, None where it is left out."""
+        values = hf.get(key)
+        if values is not None and not (isinstance(values, list) and all(isinstance(v, kind) for v in values)):
+            raise ValueError(f"{key} {values!r} is no list of {kind.__name__}")
+        return values
+
+    def interval(key, chosen):
+        """n if exactly every n-th layer is chosen (a bool for each), 0 if none is."""
+        n = chosen.index(True) + 1 if True in chosen else 0
+        if chosen != [n > 0 and (i + 1) % n == 0 for i in layers]:
+            raise ValueError(f"{key} {hf[key]} is no regular pattern of layers: every n-th is all that is supported")
+        return n
+
+    moe, rope, types = listed("moe_layers", int), listed("no_rope_layers", int), listed("layer_types", str)
+    is_moe = [cfg.is_moe(i) if moe is None else i in moe for i in layers]
+    is_nope = [not r for r in rope] if rope else [cfg.is_nope(i) for i in layers]  # 1 means that RoPE is used
+    nope_every = interval("no_rope_layers", is_nope)
+    full = ["full_attention"] * cfg.n_layer
+    by_rope = ["chunked_attention" if cfg.chunk and not nope else "full_attention" for nope in is_nope]
+    types = by_rope if types is None else types
+    if types not in (by_rope, full):
+        raise ValueError(f"layer_types {types} must be chunked_attention where RoPE is used, or nowhere")
+    if types == full:
+        cfg = replace(cfg, chunk=0)
+    if not any(is_moe):
+        cfg = replace(cfg, n_experts=0, top_k=1)
+    tuning = hf.get("attn_temperature_tuning", True)  # transformers 4.51 wrote 4 for true
+    if not isinstance(tuning, int):
+        raise ValueError(f"attn_temperature_tuning must be true or false, not {tuning!r}")
+    if not (tuning and nope_every):
+        cfg = replace(cfg, attn_scale=0.0)
+    return replace(cfg, moe_every=interval("moe_layers", is_moe) or 1, nope_every=nope_every)
+
+
+def read_json(path):
+    """The dict in a JSON file."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    except OSError as e:
+        raise ValueError(f"cannot read {path}: {e.strerror}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def _weight_files(directory):
+    """The safetensors files of a checkpoint: the whole or, where there is none, the parts that an index names."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        pickled = " (pickled weights are not read: they can run code)" if any(directory.glob("*.bin")) else ""
+        raise FileNotFoundError(f"no model.safetensors in {directory}{pickled}")
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{index} has no weight_map")
+    return [directory / file for file in sorted({Path(str(file)).name for file in table.values()})]
+
+
+def _our_name(name, cfg, shapes):
+    """The name here of a tensor that a file calls `name`; None for one that the language model does not use."""
+    if name.endswith("rotary_emb.inv_freq"):  # transformers before 4.32 stored RoPE's frequencies
+        return None
+    if cfg.arch == "llama4":  # Llama4ForConditionalGeneration wraps the language model
+        vision = name.startswith(("vision_model.", "multi_modal_projector."))
+        return None if vision else name.removeprefix("language_model.")
+    names = name, f"model.{name}", name.removeprefix("model.")  # LlamaModel's have no prefix
+    return next((n for n in names if n in shapes), name)
+
+
+def _read_tensors(directory, cfg, shapes, dtype, device):
+    """{name: tensor} for exactly the names of `shapes` ({name: shape}), from the safetensors files of a directory.
+
+    dtype None: the files' own, or the narrowest that holds all of them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    state, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
+    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64  # 8 bits would need scales
+    for path in _weight_files(directory):
+        try:
+            tensors = load_file(path, device=str(device))
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
+        for name, tensor in tensors.items():
+            ours = _our_name(name, cfg, shapes)
+            if ours in state:
+                raise ValueError(f"{path}: {ours} is there twice, once as {name}")
+            if ours is not None:
+                state[ours] = tensor
+    if cfg.tie_embeddings:
+        tied = [state[name] for name in (embedding, head) if name in state]
+        if len(tied) == 2 and (tied[0].dtype != tied[1].dtype or not torch.equal(*tied)):
+            raise ValueError(f"{directory}: tie_word_embeddings is true in config.json, but {head} is not {embedding}; "
+                             "false keeps both")
+        state |= dict.fromkeys((embedding, head), tied[0]) if tied else {}
+    wrong = [f"{name} {t.dtype} {tuple(t.shape)} for {tuple(shapes[name])}" for name, t in state.items()
+             if name in shapes and (t.shape != shapes[name] or t.dtype not in floats)]
+    for what, names in (("missing", shapes.keys() - state.keys()), ("unexpected", state.keys() - shapes.keys()),
+                        ("of the wrong shape or type", wrong)):
+        if names:
+            more = ", …" if len(names) > 5 else ""
+            raise ValueError(f"{directory}: {len(names)} tensors are {what}: {', '.join(sorted(names)[:5])}{more}")
+    dtype = dtype or functools.reduce(torch.promote_types, {t.dtype for t in state.values()})
+    for name in state:
+        state[name] = state[name].to(dtype)
+        if state[name].dim() == 3 and state[name].data_ptr() % 16:
+            state[name] = state[name].clone()  # torch 2.10's grouped_mm needs experts aligned; the file need not be
+    return state

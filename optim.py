@@ -1,0 +1,111 @@
+"""Optimizers (Muon for the hidden matrices, AdamW for the rest) and the schedule of their learning rate."""
+import math
+
+import torch
+
+from common import WORLD
+
+NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "pos_embedding")  # matrices that Muon is not meant for
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is brought near an orthogonal matrix, for hidden weight matrices.
+
+    Takes matrices (out, in), convolutions (out, in, h, w) as (out, in·h·w), and stacks of matrices (E, in, out);
+    those of one shape are handled as one batch.
+    Updates have the root mean square of AdamW's (0.2 * sqrt(max(out, in)) times an orthogonal matrix).
+    Sources: Keller Jordan, "Muon", 2024 (the quintic iteration); Moonlight, arXiv:2502.16982 (the scale).
+    """
+    BATCH = 2**26  # elements on each process that are handled at once: a few copies of them must fit in memory
+
+    def __init__(self, params, lr, momentum, weight_decay, dtype):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype  # of the iteration's products
+
+    def orthogonalize(self, g):
+        """g (n, a, b) -> about U V^T of each matrix's singular value decomposition."""
+        x = g.to(self.dtype)
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.mT if tall else x
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+        for _ in range(5):  # drives every singular value into 0.7 .. 1.2
+            s = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        return (x.mT if tall else x).to(g.dtype)
+
+    def orthogonalize_stack(self, stack):
+        """stack (n, ..., a, b), each matrix orthogonalized. Of a sharded stack each process has some rows of every
+        matrix; for this they are exchanged, so that it has some matrices whole, and then back."""
+        if not hasattr(stack, "placements"):
+            return self.orthogonalize(stack.flatten(0, -3)).view_as(stack)
+        from torch.distributed.tensor import DTensor, Shard
+        whole = stack.redistribute(placements=[Shard(0)])
+        done = DTensor.from_local(self.orthogonalize_stack(whole.to_local()), whole.device_mesh, [Shard(0)],
+                                  run_check=False, shape=whole.shape, stride=whole.stride())
+        return done.redistribute(placements=stack.placements)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                processes = WORLD if hasattr(params[0], "placements") else 1  # that share a stack
+                count = max(processes, self.BATCH * processes // params[0].numel())
+                for i in range(0, len(params), count):
+                    self.update(params[i:i + count], group)
+
+    def update(self, params, group):
+        """One step of parameters of one shape."""
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        shape, grads, m = params[0].shape, [p.grad for p in params], group["momentum"]
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_mul_(buffers, m)
+        torch._foreach_add_(buffers, grads, alpha=1 - m)
+        nesterov = torch._foreach_add(torch._foreach_mul(grads, 1 - m), buffers, alpha=m)
+        stack = torch.stack(nesterov)  # (n, ..., a, b)
+        stack = stack.flatten(2) if len(shape) == 4 else stack  # convolutions: (n, out, in·h·w)
+        update = self.orthogonalize_stack(stack) * (-0.2 * group["lr"] * max(stack.shape[-2:]) ** 0.5)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, [u.view(shape) for u in update.unbind()])
+
+
+def for_muon(name, p, cfg):
+    """Whether Muon takes this parameter; AdamW has the others."""
+    return cfg.optimizer == "muon" and p.dim() > 1 and not any(part in name for part in NOT_HIDDEN)
+
+
+def make_optimizers(model, cfg, device, dtype):
+    """[AdamW] or [AdamW, Muon] over the parameters of a model that are to learn."""
+    hidden, matrices, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.dim() == 1:
+            vectors.append(p)
+        elif for_muon(name, p, cfg):
+            hidden.append(p)
+        else:
+            matrices.append(p)
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    if not hidden:
+        return [adamw]
+    iteration = torch.float32 if device.type == "cpu" and dtype != torch.bfloat16 else torch.bfloat16
+    return [adamw, Muon(hidden, cfg.learning_rate, cfg.muon_momentum, cfg.weight_decay, iteration)]
+
+
+def learning_rate(step, cfg):
+    """The rate of this step: linear warmup, then cosine decay, or flat and linear decay ("wsd")."""
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if cfg.schedule == "cosine":
+        done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
+        height = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        height = min(1.0, (cfg.max_iters - step) / max(1, cfg.decay_frac * cfg.max_iters))
+    return cfg.min_lr + height * (cfg.learning_rate - cfg.min_lr)

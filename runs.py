@@ -1,0 +1,281 @@
+"""What a run keeps on disk: checkpoints that appear whole, log.jsonl, loss.png, run.json and the lock on it.
+
+    out/<run>/            the newest checkpoint's files, as links; run.json, log.jsonl, loss.png
+    out/<run>/best/       links to the weights with the lowest validation loss
+    out/<run>/checkpoints/step_00000250/ ...    the newest few: weights, tokenizer, train_state.pt
+"""
+import gc
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+import config
+from common import RANK, WORLD, all_reduce_sum, atomic_write, first_line, print0
+from prepare import shards
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------
+
+def latest(out):
+    """The newest complete checkpoint of a run directory, or None. A checkpoint appears by one rename, whole."""
+    checkpoints = sorted((Path(out) / "checkpoints").glob("step_*"))
+    return checkpoints[-1] if checkpoints else None
+
+
+def common_latest(out):
+    """The newest checkpoint as the first process sees it. Raises `Mistake` where there is none, or another process
+    does not see it: they would go on from different steps."""
+    newest = latest(out)
+    step, = all_reduce_sum(int(newest.name.removeprefix("step_")) if newest and RANK == 0 else 0)
+    path = Path(out) / "checkpoints" / f"step_{int(step):08d}"
+    missing, = all_reduce_sum(int(not path.is_dir()))
+    if missing == WORLD:
+        run = next((p for p in Path(out).absolute().parents if (p / "checkpoints").is_dir()), None)
+        raise config.Mistake(f"nothing to resume in {out}: it has no checkpoint" + (f"; {run} has some" if run else ""))
+    if missing:
+        raise config.Mistake(f"{missing:.0f} of {WORLD} processes do not see {path}: all need the same disk to resume")
+    return path
+
+
+def link_checkpoint(source, directory, skip=()):
+    """Link (or copy) the files of a checkpoint into directory, each replacing the old one whole."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.name in skip:
+            continue
+        tmp = directory / (path.name + ".tmp")
+        tmp.unlink(missing_ok=True)
+        try:
+            try:
+                os.link(path, tmp)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, tmp)
+            os.replace(tmp, directory / path.name)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+def save_checkpoint(out, write, state, keep, best):
+    """Make a checkpoint of what write(directory) writes and of `state`; link it as the run's own files, and in best/ if
+    it is the best. Raises `Mistake`, with the earlier checkpoints as they were, when the disk is full."""
+    final, tmp = out / "checkpoints" / f"step_{state['step']:08d}", out / "checkpoints" / ".writing"
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        write(tmp)
+        with open(tmp / "train_state.pt", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, final)
+        link_checkpoint(final, out)
+        if best:
+            link_checkpoint(final, out / "best", skip=("train_state.pt",))
+    except (OSError, RuntimeError, SafetensorError) as e:  # each library has its own error for a full disk
+        shutil.rmtree(tmp, ignore_errors=True)
+        before = latest(out)
+        rest = f"the checkpoint {before.name} is intact" if before else "there is no checkpoint yet"
+        raise config.Mistake(f"cannot save to {out}: {first_line(e)}; {rest}") from e
+    for old in sorted((out / "checkpoints").glob("step_*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_state(path):
+    """train_state.pt of a checkpoint directory. Of older runs it does not count sequences and tokens: None."""
+    try:
+        state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
+        if missing := {"step", "seconds", "best", "optimizers", "scaler"} - state.keys():
+            raise ValueError(f"without {missing}")
+        return {"sequences": None, "tokens": None, "val_fingerprint": state.get("held_out"), "improved": False} | state
+    except Exception as e:  # torch advises to load it without weights_only, which would run what code it holds
+        raise config.Mistake(f"{path / 'train_state.pt'} cannot be read, or is no state of a run "
+                             f"({type(e).__name__}): remove {path} to go on from the checkpoint before") from e
+
+
+def gathered(state):
+    """A nested state whose sharded tensors are whole on the first process, and None on the others."""
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    whole = state.full_tensor()  # every process takes part
+    return whole.cpu() if RANK == 0 else None
+
+
+def load_optimizer(optimizer, saved):
+    """Restore an optimizer's state from a whole one, but keep its settings, which may be given anew. Of sharded
+    parameters this process keeps its part."""
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if hasattr(p, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+            for key, value in saved["state"].get(i, {}).items():
+                if value.shape == p.shape:
+                    saved["state"][i][key] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
+
+
+def read_log(path):
+    """The objects of a log.jsonl; a line that a crash cut short ends it."""
+    lines = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+DOTS = dict(marker="o", markersize=3)
+STYLES = {"training": dict(color="#9db4d0", linewidth=1), "validation": dict(color="#c0392b", linewidth=2) | DOTS}
+
+
+def plot(curves, path, title, floor=None):
+    """Draw {name: [(step, loss), ...]}. floor: nats per token that no model beats, or None."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    axes, values = figure.add_subplot(), []
+    for name, points in curves.items():
+        points = np.array(points).reshape(-1, 2)  # (n, 2)
+        if len(points):
+            axes.plot(*points.T, label=f"{name}, {points[-1, 1]:.3f} at the end", **STYLES.get(name, DOTS))
+            values += points[:, 1].min(), points[:, 1].max()
+    if floor is not None:
+        axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.3f}")
+    if values and max(values) > 2 * min(values) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_figure(figure, path)
+
+
+def write_figure(figure, path):
+    """Write a matplotlib figure as a PNG, whole or not at all, and free it."""
+    with atomic_write(path) as tmp:
+        figure.savefig(tmp, format="png")
+    figure.clear()
+    gc.collect()  # figures are full of cycles, and would pile up for a hundred evaluations
+
+
+class Log:
+    """log.jsonl and loss.png of a run."""
+
+    def __init__(self, out, entries):
+        self.out, self.entries, self.curves = out, entries, {"training": [], "validation": []}
+        for entry in entries:
+            self.add_to_curves(entry)
+
+    def add_to_curves(self, entry):
+        for name, key in ("training", "train_loss"), ("validation", "val_loss"):
+            if entry.get(key) is not None:
+                self.curves[name].append((entry["step"], entry[key]))
+
+    def start(self):
+        """Write anew what earlier runs logged up to the step that is resumed."""
+        shards.write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def write(self, entry):
+        """Append an entry; of a number that is none, JSON's null."""
+        if RANK == 0:
+            entry = {key: None if value != value or value in (math.inf, -math.inf) else value
+                     for key, value in entry.items()}
+            self.add_to_curves(entry)
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
+
+
+def facts_of_run(cfg, model_config, agents):
+    """What run.json records: every setting, versions, hardware, code."""
+    try:
+        describe = ["git", "-C", config.ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    settings = asdict(cfg)
+    if Path(cfg.dataset).is_dir():
+        settings["dataset"] = os.path.abspath(cfg.dataset)  # found again from any folder
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"command": sys.argv, "settings": settings, "model": asdict(model_config), "processes": WORLD,
+            "agents": agents, "git_commit": commit,
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "gpu": gpu,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def check_writable(cfg, out):
+    """Raise `Mistake` if a run directory cannot be made, without making it, or is needed for something else."""
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise config.Mistake(f"cannot write the run directory {out}: {there} is not a directory that can be written to")
+    if Path(cfg.init_from).is_dir() and out.resolve() in (Path(cfg.init_from) / "_").resolve().parents:
+        raise config.Mistake(f"{out} is where this run starts from: give another --out_dir")
+    if out.is_dir() and os.listdir(out) and not (out / "run.json").exists() and cfg.init_from != "resume":
+        raise config.Mistake(f"{out} holds something else than a run: give another --out_dir")
+    held(out).close()
+
+
+def held(out):
+    """run.json of a run, if it has one, locked as long as it is open. Raises `Mistake` if another process holds it."""
+    path = out / "run.json"
+    file = open(path if path.exists() else os.devnull)
+    try:
+        import fcntl  # Windows has none
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise config.Mistake(f"another process is writing the run {out}: give another --out_dir") from None
+    except (ImportError, OSError):
+        pass  # or a disk that knows no locks
+    return file
+
+
+def start_directory(out, facts, log):
+    """Make the run directory, or move an earlier run out of the way; write run.json and the log so far."""
+    with config.mistakes(OSError, prefix="cannot write the run directory: "):
+        if facts["settings"]["init_from"] != "resume" and latest(out):
+            aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
+            out.rename(aside)
+            print0(f"{out} held an earlier run, which is now {aside}")
+        new = not out.exists()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            shards.write_text(out / "run.json", json.dumps(facts, indent=1) + "\n")
+            log.start()
+        except OSError:
+            if new:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+def command_to_resume(out):
+    """What to type to go on with a run."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", WORLD)
+    launcher = ["torchrun", f"--nproc_per_node={local}"] if WORLD > 1 else ["python"]
+    return shlex.join([*launcher, sys.argv[0], "--init_from=resume", f"--out_dir={os.path.relpath(out)}"])
+
+
+def torchrun_agents():
+    """A number for the torchrun of each process, [] without one. It outlives processes that it starts again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    name = f"{platform.node()} {os.getppid()}".encode()
+    mine = int.from_bytes(hashlib.blake2b(name, digest_size=6).digest(), "big")  # 48 bits: exact as a float
+    return [int(n) for n in all_reduce_sum(*(mine if rank == RANK else 0 for rank in range(WORLD)))]
