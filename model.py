@@ -120,6 +120,7 @@ def _presets():
     llama1 = LlamaConfig(norm_eps=1e-6)
     llama2 = LlamaConfig(context=4096)
     size13 = dict(n_layer=40, n_head=40, dim=5120, ffn_dim=13824)
+    code = replace(llama2, vocab_size=32016, context=16384, rope_theta=1e6)
     llama3 = LlamaConfig(vocab_size=128256, n_kv_head=8, ffn_dim=14336, context=8192, rope_theta=5e5)
     size70 = dict(n_layer=80, n_head=64, n_kv_head=8, dim=8192, head_dim=128, ffn_dim=28672)
     size405 = dict(n_layer=126, n_head=128, dim=16384, head_dim=128, ffn_dim=53248)
@@ -140,9 +141,11 @@ def _presets():
         "llama-1-7b": llama1, "llama-2-7b": llama2,
         "llama-2-13b": replace(llama2, n_kv_head=40, head_dim=128, **size13),
         "llama-2-70b": replace(llama2, **size70),
+        "code-llama-7b": code, "code-llama-13b": replace(code, n_kv_head=40, head_dim=128, **size13),
+        "code-llama-34b": replace(code, **size70 | dict(vocab_size=32000, n_layer=48, ffn_dim=22016)),
         "llama-3-8b": llama3, "llama-3-70b": replace(llama3, **size70), "llama-3.1-8b": llama31,
         "llama-3.1-70b": replace(llama31, **size70), "llama-3.1-405b": replace(llama31, **size405),
-        "llama-3.3-70b": replace(llama31, **size70),
+        "llama-3.3-70b": replace(llama31, **size70), "llama-guard-3-8b": llama31,
         "llama-3.2-1b": replace(llama32, n_layer=16, dim=2048, head_dim=64, ffn_dim=8192),
         "llama-3.2-3b": replace(llama32, n_layer=28, n_head=24, dim=3072, head_dim=128, ffn_dim=8192),
         "tinyllama-1.1b": LlamaConfig(n_layer=22, n_kv_head=4, dim=2048, ffn_dim=5632),
@@ -155,6 +158,7 @@ def _presets():
         "stories110m": stories110m,
         "llama-4-scout": scout,
         "llama-4-maverick": replace(scout, context=1048576, rope_scaling=(), qk_norm=False, n_experts=128, moe_every=2),
+        "llama-guard-4-12b": replace(scout, n_experts=0, ffn_dim=8192),  # Scout's shared experts alone; width from 12B
         "scout-128m": scout128m,
         "mini-llama": stories110m,
         "llama4-tiny": replace(scout, vocab_size=32000, n_layer=12, n_head=12, n_kv_head=4, dim=768, head_dim=64,
