@@ -16,6 +16,7 @@ Sources: LLaMA (arXiv:2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), R
 (2002.05202), GQA (2305.13245), Switch (2101.03961), temperature tuning (2501.19399); for Llama 4,
 meta-llama/llama-models `models/llama4` and transformers `modeling_llama4.py`.
 """
+import copy
 import hashlib
 import math
 from dataclasses import dataclass, fields, replace
@@ -710,6 +711,14 @@ class KVCache:
         self.keys = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]  # (B, S, K, d) of each layer
         self.values = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
 
+    def part(self, rows):
+        """A cache of these rows alone (a slice). Its tensors are views: what it stores is stored here too."""
+        part = copy.copy(self)
+        part.lengths = self.lengths[rows]
+        part.rows = self.rows[:len(part.lengths)]
+        part.keys, part.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        return part
+
     def slots(self, chunk):
         """S of a layer with this chunk; 0: with full attention."""
         return min(chunk or self.size, self.size)
@@ -785,7 +794,8 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=
     """Draw a token from each row of logits (B, V) -> (B,). temperature 0 takes the most likely.
 
     top_k keeps the k most likely tokens, top_p the fewest whose probabilities reach p (arXiv:1904.09751), min_p
-    those with at least min_p times the probability of the most likely (arXiv:2407.01082)."""
+    those with at least min_p times the probability of the most likely (arXiv:2407.01082). generator: one, or a list of
+    one for each row, which then does not depend on the other rows."""
     if temperature < 1e-9:  # in float32 all probability is then on the most likely token
         return logits.argmax(-1)
     logits = logits - logits.max(-1, keepdim=True).values  # 0 for the most likely, so that nothing overflows
@@ -801,5 +811,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=
         p = torch.zeros_like(p).scatter(1, order, falling.masked_fill(cut, 0))
     if min_p:
         p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0)
-    times = torch.empty_like(p).exponential_(generator=generator)
+    times = torch.empty_like(p)
+    for row, own in zip(times, generator) if isinstance(generator, list) else [(times, generator)]:
+        row.exponential_(generator=own)
     return (p / times).argmax(-1)  # an exponential race: token i wins with chance p[i]

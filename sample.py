@@ -8,7 +8,8 @@
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import config
@@ -47,9 +48,9 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 
-from common import pick_device, pick_dtype  # noqa: E402
 from checkpoint import find_checkpoint  # noqa: E402
-from model import KVCache, Linear, Llama, RMSNorm, product_dtype  # noqa: E402
+from common import pick_device, pick_dtype  # noqa: E402
+from model import KVCache, Linear, Llama, RMSNorm, pick, product_dtype  # noqa: E402
 from prepare import tokenizer  # noqa: E402
 
 
@@ -179,6 +180,129 @@ def to_decode(model, compile=False):
     if compile:
         compile_step(model)
     return model
+
+
+# -- many requests at once ---------------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to continue, how, and its continuation so far."""
+    prompt: object  # ids, or a tensor (T, D) of embeddings, as a text with pictures has
+    max_new_tokens: int
+    stop_ids: frozenset = frozenset()  # a token of these is the last
+    temperature: float = 1.0  # this and the next three: see `model.pick`
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # same seed, same tokens, whatever runs beside it (but for rounding)
+    new: list = field(default_factory=list)  # ids so far, with the one of stop_ids
+    done: bool = False
+
+
+class Batch:
+    """Requests of any lengths, decoded together: `rows` at a time, and a row that is free takes the next in line.
+
+        batch = Batch(model, rows=16, size=600)
+        request = batch.add(ids, max_new_tokens=100, temperature=0)
+        while batch.busy:
+            for request, token in batch.step():
+                ...
+    """
+
+    def __init__(self, model, rows=16, size=None):
+        """size: tokens of the longest request, prompt included; None: the model's context."""
+        weight, context = model.lm_head.weight, model.config.context
+        self.model, self.size = model, min(size or context, context)
+        self.cache = KVCache(model.config, rows, self.size, weight.device, product_dtype(weight))
+        self.waiting, self.running = deque(), [None] * rows  # a request for each row of the cache
+
+    def add(self, *args, **kwargs):
+        """Queue a `Request` of these fields; returns it. Raises ValueError for a prompt that leaves it no room."""
+        request = Request(*args, **kwargs)
+        if not 0 < len(request.prompt) < self.size:
+            raise ValueError(f"a prompt of {len(request.prompt)} tokens: it takes 1 to {self.size - 1} here")
+        request.max_new_tokens = min(request.max_new_tokens, self.size - len(request.prompt))
+        request.generator = torch.Generator(self.cache.lengths.device).manual_seed(request.seed)
+        request.done = request.max_new_tokens < 1
+        if not request.done:
+            self.waiting.append(request)
+        return request
+
+    def drop(self, request):
+        """Forget a request: its row is free, for whoever is next."""
+        request.done = True
+        if request in self.waiting:
+            self.waiting.remove(request)
+
+    @property
+    def busy(self):
+        """Whether a request waits or runs."""
+        return bool(self.waiting) or any(request and not request.done for request in self.running)
+
+    @torch.inference_mode()
+    def step(self):
+        """[(request, its next token), ...]: the first of each that a row is free for, or else one of each that runs."""
+        self.running = [request if request and not request.done else None for request in self.running]
+        free = [row for row, request in enumerate(self.running) if request is None]
+        first = []
+        for row in free[:len(self.waiting)]:
+            request = self.running[row] = self.waiting.popleft()
+            first += self.draw([request], self.read(request.prompt, row))
+        if first:
+            return first
+        self.close_up()
+        running = [request for request in self.running if request]
+        if not running:
+            return []
+        last = torch.tensor([request.new[-1] for request in running], device=self.cache.lengths.device)
+        return self.draw(running, self.model.decode_one_token(last, self.cache.part(slice(len(running)))))
+
+    def read(self, prompt, row):
+        """Put a prompt into a row of the cache, which begins anew; returns the logits (1, V) of what follows it."""
+        cache = self.cache.part(slice(row, row + 1))
+        cache.lengths.zero_()
+        if not torch.is_tensor(prompt) or not prompt.is_floating_point():
+            ids = torch.as_tensor(prompt, device=cache.lengths.device)
+            prompt = self.model.model.embed_tokens(ids)
+        return self.model.lm_head(self.model.model(embeds=prompt[None], cache=cache)[0][:, -1])
+
+    def close_up(self):
+        """Move the last requests into free rows, so that those that run are the first: a step takes no others."""
+        count = sum(request is not None for request in self.running)
+        free = [row for row in range(count) if self.running[row] is None]
+        late = [row for row in range(count, len(self.running)) if self.running[row]]
+        for to, row in zip(free, late):
+            length = self.cache.lengths[to] = self.cache.lengths[row]
+            for tensor in (*self.cache.keys, *self.cache.values):
+                tensor[to, :length] = tensor[row, :length]
+            self.running[to], self.running[row] = self.running[row], None
+
+    @staticmethod
+    def draw(requests, logits):
+        """[(request, its next token), ...] from logits (n, V). Requests with the same settings are drawn together."""
+        alike, picked = {}, []
+        for row, r in enumerate(requests):
+            alike.setdefault((r.temperature, r.top_k, r.top_p, r.min_p), []).append(row)
+        for how, rows in alike.items():
+            tokens = pick(logits[rows].float(), *how, [requests[row].generator for row in rows])
+            picked += zip((requests[row] for row in rows), tokens.tolist())
+        for request, token in picked:
+            request.new.append(token)
+            request.done = token in request.stop_ids or len(request.new) == request.max_new_tokens
+        return picked
+
+
+def decode_all(model, prompts, max_new_tokens, rows=16, seed=0, **how):
+    """The continuation of each prompt (ids, or embeddings (T, D)), as a list of ids with the end token, if it came.
+
+    rows: how many run at a time. The i-th prompt has seed + i. how: stop_ids, temperature and so on, as in `Request`.
+    """
+    size = max(map(len, prompts), default=1) + max_new_tokens
+    batch = Batch(model, min(rows, len(prompts)), size)
+    requests = [batch.add(prompt, max_new_tokens, seed=seed + i, **how) for i, prompt in enumerate(prompts)]
+    while batch.busy:
+        batch.step()
+    return [request.new for request in requests]
 
 
 # -- what to sample from -----------------------------------------------------------------------------------------

@@ -561,6 +561,45 @@ def decode(cfg):
             yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
 
 
+@row
+def requests(cfg):
+    """Many requests of different lengths, nano-vllm's benchmark scaled down: 64 requests of 30 to 300 tokens in and
+    out, 16 at a time, prompts counted. A row that is free takes the next request, against batches that wait for their
+    longest."""
+    import random
+
+    import torch
+
+    import sample
+    from model import PRESETS, Llama
+    device, dtype, _ = precision(cfg.device)
+    dtype = dtype if device.type == "cuda" else torch.float32  # as sample.py takes it
+    model = Llama(replace(PRESETS["stories15m"], context=600)).to(device, dtype).eval()
+    sample.to_decode(model)
+    rng = random.Random(0)
+    asked = [([rng.randrange(model.config.vocab_size) for _ in range(rng.randint(30, 300))], rng.randint(30, 300))
+             for _ in range(64)]
+    tokens = sum(new for _, new in asked)
+
+    def refilled():
+        batch = sample.Batch(model, rows=16)
+        for ids, new in asked:
+            batch.add(ids, new, temperature=0)
+        while batch.busy:
+            batch.step()
+
+    def static():
+        for start in range(0, 64, 16):
+            some = asked[start:start + 16]
+            T = max(len(ids) for ids, _ in some)
+            idx = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in some], device=device)
+            mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids, _ in some], device=device)
+            model.generate(idx, max(new for _, new in some), temperature=0, mask=mask)
+        wait(device)
+    yield Pair(f"64 requests for {tokens:,} tokens, 16 at a time, rows refilled, against batches of 16", refilled,
+               static, 1.4, runs=3)
+
+
 def check_graphs(model):
     """Assert that a model's compiled steps give the logits of its plain ones and, on a GPU, are CUDA graphs."""
     import torch
