@@ -555,18 +555,22 @@ def load_llama(source, shape):
     return llama, tokenizer.load(directory)
 
 
+def start_from(cfg, shape, out):
+    """(Llama, tokenizer) of the checkpoint that cfg.init_from names: for "resume" the newest of the run in `out`."""
+    return load_llama(runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, shape)
+
+
 def build_model(cfg, shape, data, tok, out):
     """The Llama that cfg.init_from names. Refuses one that does not fit the data."""
     if cfg.init_from == "scratch":
         c = new_shape(cfg, shape, tok, data.vocab_size)
         need_fit(c, cfg, {}, data.vocab_size)
         return Llama(c, cfg.seed)
-    source = runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from
-    llama, its_tok = load_llama(source, shape)
+    llama, its_tok = start_from(cfg, shape, out)
     if its_tok.fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
-                             f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
-                             f"--tokenizer={source}")
+                             f"than the model ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
+                             f"--tokenizer={out if cfg.init_from == 'resume' else cfg.init_from}")
     need_fit(llama.config, cfg, shape, data.vocab_size)
     return llama
 
@@ -700,29 +704,45 @@ def after_restart(cfg, shape, out):
     return replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
 
 
-def main(cfg, shape):
-    """Train, or evaluate, as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
+def start(task_of, cfg, shape, prefix=""):
+    """Train what task_of(cfg, shape, out, device) makes: an object like `Text`. prefix: of the run directory's name."""
+    micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
+    device = pick_device(cfg.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    out = run_directory(cfg.out_dir, cfg.dataset, prefix)
+    init_distributed(device)
+    cfg, shape = after_restart(cfg, shape, out)
+    task = task_of(cfg, shape, out, device)
+    task.describe()
+    fit(task, cfg, out)
+
+
+def evaluate_run(cfg, shape):
+    """Print the loss of a model on the whole validation split, or its scores on HellaSwag."""
     device = pick_device(cfg.device)
     if device.type == "cpu":
         keep_freed_memory()
     out = run_directory(cfg.out_dir, cfg.dataset)
     init_distributed(device)
-    if cfg.eval_only and cfg.hellaswag:
-        llama, tok = load_llama(runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, {})
+    if cfg.hellaswag:
+        llama, tok = start_from(cfg, {}, out)
         score = HellaSwag(cfg, tok, llama.config.context)
         score(llama.to(device), device, autocast_to(pick_dtype(cfg.dtype, device)[0], device))
-    elif cfg.eval_only:
-        task = Text(cfg, shape, out, device)
-        with memory_advice(cfg, device, task.dtype):
-            loss = task.val_loss(task.model, progress=True)
-        print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {len(task.val) - 1:,} tokens of "
-               f"{task.folder}")
+        return
+    task = Text(cfg, shape, out, device)
+    with memory_advice(cfg, device, task.dtype):
+        loss = task.val_loss(task.model, progress=True)
+    print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {len(task.val) - 1:,} tokens of "
+           f"{task.folder}")
+
+
+def main(cfg, shape):
+    """Train, or evaluate, as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
+    if cfg.eval_only:
+        evaluate_run(cfg, shape)
     else:
-        micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
-        cfg, shape = after_restart(cfg, shape, out)
-        task = Text(cfg, shape, out, device)
-        task.describe()
-        fit(task, cfg, out)
+        start(Text, cfg, shape)
 
 
 if __name__ == "__main__":
