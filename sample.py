@@ -48,10 +48,11 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 
+import adapter  # noqa: E402
+import lora  # noqa: E402
 from checkpoint import find_checkpoint  # noqa: E402
 from common import pick_device, pick_dtype  # noqa: E402
 from model import KVCache, Linear, Llama, RMSNorm, pick, product_dtype  # noqa: E402
-from prepare import tokenizer  # noqa: E402
 
 
 # -- fast decoding: done to a plain model from outside -----------------------------------------------------------
@@ -309,11 +310,11 @@ def decode_all(model, prompts, max_new_tokens, rows=16, seed=0, **how):
 
 def newest_run(out=config.ROOT / "out"):
     """The run directory under out/ whose weights were written last."""
-    runs = [path.parent for path in out.glob("*/config.json")]
+    runs = [path for pattern in ("*/config.json", "*/adapter_config.json") for path in out.glob(pattern)]
     if not runs:
         raise config.Mistake(f"no trained model under {out}: train one with `python prepare/tales.py && "
                              "python train.py config/tales.py`, or name one with --init_from")
-    return max(runs, key=lambda run: (run / "config.json").stat().st_mtime)
+    return max(runs, key=lambda path: path.stat().st_mtime).parent
 
 
 def read_prompt(text):
@@ -334,8 +335,11 @@ def load(cfg):
         dtype, _ = pick_dtype(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(directory)
-        model = to_decode(Llama.from_pretrained(directory, dtype=dtype, device=device), cfg.compile)
-    tok = tokenizer.load(directory)
+        model = adapter.load(directory, dtype, device)
+        if dtype == torch.float32:  # a narrower one would round away much of what an adapter changes
+            lora.merge(model)
+        model = to_decode(model, cfg.compile)
+    tok = adapter.load_tokenizer(directory)
     if tok.vocab_size > model.config.vocab_size:
         raise config.Mistake(f"{directory}: the tokenizer has {tok.vocab_size} tokens, the model "
                              f"{model.config.vocab_size}; they do not belong together")

@@ -37,6 +37,8 @@ class TrainConfig:
     dataset: str = "tales"  # folder under data/ (or a path) made by a prepare script; tales needs no download
     out_dir: str | None = None  # where the run is kept; None: out/<dataset>
     init_from: str = "scratch"  # "scratch", "resume", or a directory or hub name to fine-tune
+    lora_rank: int = 0  # [0, inf) learn a change of this rank of each matrix (lora.py), often 16; 0: the weights learn
+    lora_alpha: int = 32  # [1, inf) LoRA's change counts lora_alpha/lora_rank; 32 lets the rank vary at one rate
     batch_size: int = 32  # [1, inf) sequences in one forward pass on each process; what memory allows
     gradient_accumulation_steps: int = 1  # [1, inf) forward passes per step, over all processes together
     block_size: int = 256  # [1, inf) tokens in a sequence; a story fits
@@ -74,6 +76,8 @@ class TrainConfig:
                               ("dtype", ("auto", "float32", "bfloat16", "float16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.lora_rank and self.init_from == "scratch":
+            raise ValueError("lora_rank: LoRA changes a model that is there, which --init_from names")
 
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux")  # fields of LlamaConfig that no checkpoint carries
@@ -121,6 +125,8 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import adapter  # noqa: E402
+import lora  # noqa: E402
 import optim  # noqa: E402
 import runs  # noqa: E402
 from checkpoint import find_checkpoint  # noqa: E402
@@ -392,7 +398,7 @@ def fit(task, cfg, out):
                     state["best"] = scores["val_loss"] if improved else state["best"]
                     facts = {"step": done, "tokens": state["tokens"], "seconds": round(state["seconds"], 3)}
                     log.write(facts | scores)
-                weights = runs.gathered(model.state_dict()) if sharded else None
+                weights = runs.gathered(lora.learned(model.state_dict())) if sharded else None
                 saved = state | {"improved": improved, "val_fingerprint": task.val_fingerprint,
                                  "optimizers": [runs.gathered(optimizer.state_dict()) for optimizer in optimizers],
                                  "scaler": scaler.state_dict()}
@@ -546,27 +552,33 @@ def need_fit(c, cfg, shape, vocab_size):
         raise config.Mistake(f"the data set has ids up to {vocab_size - 1}, the model only vocab_size={c.vocab_size}")
 
 
-def load_llama(source, shape):
-    """(Llama, tokenizer) of a checkpoint: a directory or a hub name."""
+def load_llama(cfg, shape, source, dtype):
+    """(Llama, tokenizer) of a checkpoint: a directory or a hub name. dtype is that of products: weights that learn are
+    float32, those that LoRA freezes may be bfloat16."""
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(source)
         kept = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
-        llama = Llama.from_pretrained(directory, dtype=torch.float32, **kept)
-    return llama, tokenizer.load(directory)
+        narrow = dtype == torch.bfloat16 and (cfg.lora_rank or adapter.is_adapter(directory))
+        llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, **kept)
+        if cfg.lora_rank:
+            adapter.begin(llama, cfg.lora_rank, cfg.lora_alpha, source, cfg.seed)
+        if narrow:
+            lora.float32_stream(llama)
+    return llama, adapter.load_tokenizer(directory)
 
 
-def start_from(cfg, shape, out):
+def start_from(cfg, shape, out, dtype):
     """(Llama, tokenizer) of the checkpoint that cfg.init_from names: for "resume" the newest of the run in `out`."""
-    return load_llama(runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, shape)
+    return load_llama(cfg, shape, runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, dtype)
 
 
-def build_model(cfg, shape, data, tok, out):
-    """The Llama that cfg.init_from names. Refuses one that does not fit the data."""
+def build_model(cfg, shape, data, tok, out, dtype=torch.float32):
+    """The Llama that cfg.init_from names. Refuses one that does not fit the data. dtype is that of products."""
     if cfg.init_from == "scratch":
         c = new_shape(cfg, shape, tok, data.vocab_size)
         need_fit(c, cfg, {}, data.vocab_size)
         return Llama(c, cfg.seed)
-    llama, its_tok = start_from(cfg, shape, out)
+    llama, its_tok = start_from(cfg, shape, out, dtype)
     if its_tok.fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
                              f"than the model ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
@@ -597,14 +609,15 @@ class Text:
             raise config.Mistake(f"the training split has {len(self.data)} tokens, too few for "
                                  f"block_size={cfg.block_size}")
         with memory_advice(cfg, device, self.dtype):
-            self.llama = build_model(cfg, shape, self.val, self.tok, out).train()
+            self.llama = build_model(cfg, shape, self.val, self.tok, out, self.dtype).train()
             self.llama.model.checkpointing = cfg.checkpointing
             self.sharded = cfg.shard and WORLD > 1
             self.model = shard(self.llama, device, self.dtype) if self.sharded else self.llama.to(device)
         self.windows = Windows(self.data, cfg, self.tok.bos_id)
         self.val_windows = Windows(self.val, cfg, self.tok.bos_id)
         self.hellaswag = HellaSwag(cfg, self.tok, self.llama.config.context) if cfg.hellaswag else None
-        self.flops_per_token = self.llama.flops_per_token(cfg.block_size)
+        gradients = 2 / 3 if hasattr(self.llama, "adapter") else 1  # frozen weights have none
+        self.flops_per_token = self.llama.flops_per_token(cfg.block_size) * gradients
         self.floor = None  # nats per token
         if self.val.floor_bpb:
             self.floor = self.val.floor_bpb / bits_per_byte(1.0, self.val_windows)
@@ -619,6 +632,8 @@ class Text:
         targets = int(sequences_per_step(cfg) * cfg.block_size * self.windows.packing_efficiency)
         print0(f"model      {total:,} parameters" + (f", {active:,} active per token" if active != total else "")
                + f" ({c.arch}, {c.n_layer} layers, dim {c.dim})")
+        if hasattr(self.llama, "adapter"):
+            print0(f"lora       {adapter.describe(self.llama)}")
         print0(f"data       {self.folder.resolve().name}: {len(self.data):,} training tokens, {len(self.val):,} "
                f"validation, vocabulary {self.val.vocab_size:,}")
         print0(f"step       {targets:,} tokens = {cfg.batch_size} sequences x {targets / sequences_per_step(cfg):.0f} "
@@ -680,7 +695,7 @@ class Text:
 
     def save(self, directory, state=None):
         """Write the model, whose weights are `state` if it is sharded, and the tokenizer."""
-        self.llama.save_pretrained(directory, state)
+        adapter.save(self.llama, directory, state)
         self.tok.save(directory)
 
 
@@ -726,9 +741,10 @@ def evaluate_run(cfg, shape):
     out = run_directory(cfg.out_dir, cfg.dataset)
     init_distributed(device)
     if cfg.hellaswag:
-        llama, tok = start_from(cfg, {}, out)
+        dtype, _ = pick_dtype(cfg.dtype, device)
+        llama, tok = start_from(cfg, {}, out, dtype)
         score = HellaSwag(cfg, tok, llama.config.context)
-        score(llama.to(device), device, autocast_to(pick_dtype(cfg.dtype, device)[0], device))
+        score(llama.to(device), device, autocast_to(dtype, device))
         return
     task = Text(cfg, shape, out, device)
     with memory_advice(cfg, device, task.dtype):

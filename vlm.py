@@ -36,7 +36,9 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+import adapter  # noqa: E402
 import common  # noqa: E402
+import lora  # noqa: E402
 import model  # noqa: E402
 import sample  # noqa: E402
 import checkpoint  # noqa: E402
@@ -87,6 +89,8 @@ class VlmConfig(train.TrainConfig):
             raise ValueError("give one of --caption, --ask and --chat")
         if self.ask and len(self.ask) < 2:
             raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
+        if self.lora_rank:
+            raise ValueError("lora_rank is for train.py; a Llama that was adapted there can learn to see here")
         if self.doc_mask or self.whole_docs:
             raise ValueError("doc_mask and whole_docs are for plain text")
 
@@ -547,9 +551,11 @@ def build(cfg, shape, folder, out):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
         else:
             vocab_size, name = shape.get("vocab_size", 512), cfg.encoder or "vit_b_16"
-            tok, image_id = with_image(tokenizer.load(source) if source else new_tokenizer(folder, vocab_size))
+            tok, image_id = with_image(adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size))
             if source:
-                llama = grow(model.Llama.from_pretrained(source, dtype=torch.float32, **kept), tok.vocab_size)
+                llama = adapter.load(source, torch.float32, **kept)
+                lora.merge(llama)
+                llama = grow(llama.requires_grad_(True), tok.vocab_size)
             else:
                 llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
             encoder = make_encoder(name, cfg.vit_weights, cfg.stage != "together")

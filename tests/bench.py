@@ -493,6 +493,57 @@ def dense(cfg):
         yield against_products(model, ours, rows, length, goal, cfg)
 
 
+def lora_step(whose, learned, device):
+    """A step of fine-tuning SmolLM2-135M with LoRA of rank 16 on 4 x 512 tokens, of which each row's last `learned`
+    are targets, as a callable. whose: "ours", or "theirs": peft and transformers."""
+    import torch
+
+    import adapter
+    from model import PRESETS, Llama
+    device, _, autocast = precision(device)
+    model = Llama(PRESETS["smollm2-135m"]).to(device)
+    idx = torch.randint(model.config.vocab_size, (4, 513), generator=torch.Generator().manual_seed(0)).to(device)
+    x, y = idx[:, :-1].contiguous(), idx[:, 1:].clone()
+    y[:, :512 - learned] = -100
+    if whose == "ours":
+        adapter.begin(model, 16, 32, "none", seed=0)
+        source = (y != -100).flatten().nonzero()[:, 0]
+        target, model = y.flatten()[source], as_trained(model.train())
+        return training_step(model, lambda: model.losses(x, None, source, target).mean(), autocast, device)
+    try:
+        import peft
+    except ImportError as e:
+        raise Skip(f"{e.name} is not installed") from None
+    settings = peft.LoraConfig(r=16, lora_alpha=32, target_modules=adapter.MATRICES, task_type="CAUSAL_LM")
+    theirs = as_trained(peft.get_peft_model(twin(model), settings).train())
+    return training_step(theirs, lambda: theirs(input_ids=x, shift_labels=y, labels=y, use_cache=False).loss, autocast,
+                         device)
+
+
+def lora_memory(whose, learned, device):
+    """The most GiB that a process of its own takes for two of these steps; on a GPU, what it allocates there."""
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import bench, common; "
+            f"step = bench.lora_step({whose!r}, {learned}, {device!r}); step(); step(); "
+            f"print(common.peak_memory(common.pick_device({device!r})))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise Skip(f"{whose}: {done.stderr[-300:]}")
+    return int(done.stdout.split()[-1]) / 2**30
+
+
+@row
+def finetune(cfg):
+    """A step of fine-tuning with LoRA, and its memory, against peft and transformers."""
+    for learned in 256, 512:
+        what = f"LoRA of rank 16 on SmolLM2-135M, 4 x 512 tokens, {learned} of 512 learned, against peft"
+        ours, theirs = (lora_step(whose, learned, cfg.device) for whose in ("ours", "theirs"))
+        yield Pair(f"a step of {what}", ours, theirs, 1.3, runs=3)
+        del ours, theirs
+        gc.collect()
+        yield Pair(f"memory of {what}", *(partial(lora_memory, whose, learned, cfg.device)
+                                          for whose in ("ours", "theirs")), 1.0, runs=1, warmup=False, unit="GiB")
+
+
 @row
 def memory(cfg):
     """GPU memory of a training step: activation checkpointing, and what a token takes."""
