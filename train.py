@@ -680,18 +680,21 @@ class Text:
             scores["val_bpb"] = bits_per_byte(loss, self.val_windows)
         return scores | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
 
-    def print_sample(self):
-        """Print a text that the model makes up."""
+    def sample(self):
+        """A text that the model makes up, of at most cfg.sample_tokens tokens."""
         cfg, tok = self.cfg, self.tok
-        if not cfg.sample_tokens or (RANK > 0 and not self.sharded) or self.llama.config.context < 2:
-            return
         start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(self.val[0])]], device=self.device)
         ends = tok.stop_ids if tok.stop_ids and not self.sharded else None  # sharded: equal lengths on all processes
         with self.autocast:
             ids = self.model.eval().generate(start, cfg.sample_tokens, eos_id=ends, seed=cfg.seed)[0].tolist()
         self.model.train()
-        text = tok.decode([ids[0], *itertools.takewhile(lambda i: i not in tok.stop_ids, ids[1:])])
-        print0("  | " + text.strip().replace("\n", "\n  | "))
+        return tok.decode([ids[0], *itertools.takewhile(lambda i: i not in tok.stop_ids, ids[1:])]).strip()
+
+    def print_sample(self):
+        """Print a sample, if one is asked for."""
+        if not self.cfg.sample_tokens or (RANK > 0 and not self.sharded) or self.llama.config.context < 2:
+            return
+        print0("  | " + self.sample().replace("\n", "\n  | "))
 
     def save(self, directory, state=None):
         """Write the model, whose weights are `state` if it is sharded, and the tokenizer."""
