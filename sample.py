@@ -4,6 +4,7 @@
     python sample.py --init_from out/tales --num_samples 3
     python sample.py --start FILE:prompt.txt --temperature 0
     python sample.py --init_from out/smollm2 --chat         a conversation, for models with a chat template
+    python sample.py --trace --start "Once upon"            each step of one forward pass, with its shape and FLOPs
 """
 import os
 import sys
@@ -28,6 +29,7 @@ class SampleConfig:
     min_p: float = 0.0  # [0, 1] keep tokens at least this likely relative to the best; 0: no limit
     seed: int = 1337  # [0, inf) same seed, same text
     chat: bool = False  # talk with the model in its own chat template
+    trace: bool = False  # list the steps of one forward pass over the prompt, to learn what happens in a Llama
     system: str | None = None  # system message of the chat; None: the template's own
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
     compile: bool = False  # a token's step as one graph, on a GPU one CUDA graph: pays after thousands of tokens
@@ -36,8 +38,8 @@ class SampleConfig:
     def __post_init__(self):
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
-        if self.chat and self.start:
-            raise ValueError("--chat asks for what you say: leave --start out")
+        if self.chat and (self.start or self.trace):
+            raise ValueError("--chat asks for what you say: leave --start and --trace out")
         if self.system and not self.chat:
             raise ValueError("--system is for --chat")
 
@@ -52,7 +54,7 @@ import adapter  # noqa: E402
 import lora  # noqa: E402
 from checkpoint import find_checkpoint  # noqa: E402
 from common import pick_device, pick_dtype  # noqa: E402
-from model import KVCache, Linear, Llama, RMSNorm, pick, product_dtype  # noqa: E402
+from model import Attention, Experts, KVCache, Linear, Llama, RMSNorm, pick, product_dtype  # noqa: E402
 
 
 # -- fast decoding: done to a plain model from outside -----------------------------------------------------------
@@ -448,15 +450,68 @@ def chat(model, tok, cfg, title):
         turns.append({"role": "assistant", "content": tok.decode([i for i in new if i not in tok.stop_ids])})
 
 
+# -- what happens in a forward pass ------------------------------------------------------------------------------
+
+def steps_of(model, ids):
+    """The steps of a forward pass over ids (T,), in order: [(name, shape that comes out, parameters, FLOPs, note), ...].
+
+    FLOPs: 2 for each weight that a row is multiplied with, and 4·d for each key that a query head sees. Tied weights
+    are counted as parameters where they are used first."""
+    cfg, steps, seen, hooks = model.config, [], set(), []
+
+    def after(name):
+        def hook(module, _, output):
+            weights = list(module.parameters())
+            new = [p for p in weights if p not in seen]
+            seen.update(new)
+            used = sum(p.numel() for p in weights) if isinstance(module, (Linear, PackedLinear, Experts)) else 0
+            used //= cfg.n_experts if isinstance(module, Experts) else 1  # a row goes to one of them
+            note = f"chose {output.topk(cfg.top_k).indices.tolist()}" if name.endswith(".router") else ""
+            steps.append((name, output.shape, sum(p.numel() for p in new), 2 * used * output.shape[:-1].numel(), note))
+        return hook
+
+    def before_o_proj(name, attention):
+        def hook(_, inputs):
+            keys = sum(t % (attention.chunk or len(ids)) + 1 for t in range(len(ids)))
+            note = "no RoPE" if attention.nope else "RoPE"
+            note += f", chunks of {attention.chunk}" if attention.chunk else ""
+            steps.append((f"{name}.attend", inputs[0].shape, 0, 4 * cfg.n_head * cfg.head_dim * keys, note))
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            hooks.append(module.o_proj.register_forward_pre_hook(before_o_proj(name, module)))
+        if not list(module.children()) and list(module.parameters()):
+            hooks.append(module.register_forward_hook(after(name)))
+    with torch.inference_mode():
+        model(torch.tensor([ids], device=model.lm_head.weight.device))
+    for hook in hooks:
+        hook.remove()
+    return steps
+
+
+def trace(model, tok, cfg, title):
+    """Print the steps of a forward pass over the first prompt."""
+    prompt = read_prompt(cfg.start[0]) if cfg.start else ""
+    ids = fitting(tok.encode(prompt, bos=tok.adds_bos or not prompt) or tok.encode("\n"), model)
+    print(title, "tokens: " + " ".join(f"{i}={tok.decode([i], special=True)!r}" for i in ids), sep="\n")
+    form = "{:<48} {:>16} {:>13} {:>16}  {}"
+    print(form.format("step", "shape", "parameters", "FLOPs", ""))
+    steps = steps_of(model, ids)
+    for name, shape, parameters, flops, note in steps:
+        print(form.format(name, " x ".join(map(str, shape)), f"{parameters:,}", f"{flops:,}", note))
+    print(form.format("in all", "", *(f"{sum(step[i] for step in steps):,}" for i in (2, 3)), ""))
+
+
 def main(cfg):
-    """Load the model once, then complete or chat."""
+    """Load the model once, then complete, chat or trace."""
     advice = "try --dtype=bfloat16, fewer --max_new_tokens or --device=cpu: "
     with config.mistakes(torch.OutOfMemoryError, prefix=advice):
         model, tok, directory = load(cfg)
         parameters = model.counts()[0]
         if parameters < 10e6:  # they stay in the caches of one core; two would mostly wait for each other
             torch.set_num_threads(1)
-        talk = chat if cfg.chat else complete
+        talk = chat if cfg.chat else trace if cfg.trace else complete
         talk(model, tok, cfg, f"{os.path.relpath(directory)}: {parameters:,} parameters")
 
 

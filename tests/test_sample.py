@@ -1,13 +1,14 @@
 """sample.py: a chat reads only what is new and says what it would have said anew; fast decoding changes no text."""
 import contextlib
 import io
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 import sample
-from model import PRESETS, KVCache, Llama, LlamaConfig
+from model import PRESETS, KVCache, Llama, LlamaConfig, MoE
 from prepare import tokenizer
 from sample import Batch, Conversation, SampleConfig, decode_all, to_decode
 from test_model import VOCAB, build, distinct, tiny
@@ -330,3 +331,29 @@ def test_decode_all_takes_ids_and_embeddings_and_a_seed_for_each():
     assert decode_all(model, [torch.tensor(ids) for ids in prompts], 9, rows=3, seed=5, top_p=0.9) == want
     idx = torch.tensor([prompts[0]])
     model(idx, idx)[1].backward()  # nothing of inference mode is left in the model
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("changes", [
+    dict(tie_embeddings=True), dict(n_kv_head=1), dict(arch="llama4", nope_every=2, chunk=4, n_experts=4, top_k=2)])
+def test_a_trace_adds_up(changes, packed):
+    """Its parameters to those of the model, its FLOPs to a third of those of a training step (but for the norms, whose
+    products these count), the router's choices to the tokens of each expert."""
+    llama = Llama(LlamaConfig(**dict(vocab_size=96, n_layer=2, n_head=4, dim=32, ffn_dim=48, context=24) | changes))
+    total, norms = llama.counts()[0], sum(p.numel() for name, p in llama.named_parameters() if "norm" in name)
+    flops = llama.flops_per_token(11) - 6 * norms
+    loads = []
+    for module in llama.modules():
+        if isinstance(module, MoE):
+            module.register_forward_hook(lambda _, inputs, output: loads.append(output[2].tolist()))
+    steps = sample.steps_of(to_decode(llama) if packed else llama, list(range(11)))
+    assert sum(step[2] for step in steps) == total
+    assert sum(step[3] for step in steps) == pytest.approx(flops * 11 / 3, rel=1e-12)
+    chosen = [json.loads(step[4].removeprefix("chose ")) for step in steps if step[0].endswith(".router")]
+    assert [[sum(row.count(e) for row in rows) for e in range(4)] for rows in chosen] == loads
+    names = [step[0] for step in steps]
+    assert names[0] == "model.embed_tokens" and names[-1] == "lm_head" and steps[-1][1] == (1, 11, 96)
+    at = names.index("model.layers.1.self_attn.attend")
+    assert names[at - 1:at + 2:2] == ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.o_proj"]
+    assert steps[at][4] == ("no RoPE" if "chunk" in changes else "RoPE") and steps[at][1] == (1, 11, 32)
+    assert len(sample.steps_of(llama, [1, 2])) == len(steps)
