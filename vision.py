@@ -2,8 +2,8 @@
 
 An encoder has a name, three numbers and two methods, whatever it is made of:
 
-    size, grid, width   it takes squares of S = size pixels a side; of each it makes P = grid * grid image tokens, row by
-                        row, of width W
+    size, grid, width   it takes squares of S = size pixels a side, and makes P = grid * grid image tokens of each, row
+                        by row, of width W
     cut(image)          a picture -> squares (n, 3, S, S) float32 and (rows, columns); one square, but for Llama 4
     forward(pixels)     squares (N, 3, S, S) -> image tokens (N, P, W)
 
