@@ -5,7 +5,7 @@ import torch
 
 from common import WORLD
 
-NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "pos_embedding", "lora_")  # matrices that Muon is not meant for
+NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "positional_embedding", "lora_")  # not meant for Muon
 
 
 class Muon(torch.optim.Optimizer):

