@@ -294,7 +294,8 @@ class Batch:
         for row, r in enumerate(requests):
             alike.setdefault((r.temperature, r.top_k, r.top_p, r.min_p), []).append(row)
         for how, rows in alike.items():
-            tokens = pick(logits[rows].float(), *how, [requests[row].generator for row in rows])
+            wanted = logits if len(rows) == len(logits) else logits[rows]
+            tokens = pick(wanted.float(), *how, [requests[row].generator for row in rows])
             picked += zip((requests[row] for row in rows), tokens.tolist())
         for request, token in picked:
             request.new.append(token)
