@@ -457,11 +457,11 @@ def chat(model, tok, cfg, title):
 
 # -- what happens in a forward pass ------------------------------------------------------------------------------
 
-    FLOPs: 2 for each weight that a row is multiplied with, and 4·d for each key that a query head sees. Tied weights are
-    counted as parameters where they are used first."""
+def steps_of(model, ids):
+    """The steps of a forward pass over ids (T,), in order: (name, shape that comes out, parameters, FLOPs, note).
 
-    FLOPs: 2 for each weight that a row is multiplied with, and 4·d for each key that a query head sees. Tied weights
-    are counted as parameters where they are used first."""
+    FLOPs: 2 for each weight that a row is multiplied with, and 4·d for each key that a query head sees. Parameters of
+    tied weights are counted where they are used first."""
     cfg, steps, seen, hooks = model.config, [], set(), []
 
     def after(name):
