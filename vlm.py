@@ -18,7 +18,6 @@ DPO (2305.18290), RLAIF-V (2405.17220).
 """
 import hashlib
 import json
-import re
 import sys
 import textwrap
 from dataclasses import dataclass, replace
@@ -48,6 +47,7 @@ from common import RANK, WORLD, print0  # noqa: E402
 from prepare import images, tokenizer  # noqa: E402
 from prepare.images import (  # noqa: E402
     IMAGE, Examples, caption_prompt, spread, with_image, with_pictures)
+from scores import agree, caption_scores  # noqa: E402
 
 STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
           "together": ("encoder", "projector", "llama")}  # what learns in each
@@ -510,16 +510,6 @@ class Runner:
         return [self.tok.decode(ids).strip() for ids in new]
 
 
-def normal(text):
-    """A text as it is compared: lower case, without punctuation, single spaces."""
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
-
-
-def agree(texts, rows):
-    """Share of texts that are one of their row's answers."""
-    return sum(normal(t) in {normal(a) for a in r.answers} for t, r in zip(texts, rows)) / max(1, len(rows))
-
-
 # -- training ----------------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=2)
@@ -760,6 +750,8 @@ def score(cfg):
         run.pictures = lambda which: pictures([(i + n // 2) % n for i in which])
         found["loss with wrong pictures"] = run.evaluate(run.vlm, data)["val_loss"]
         run.pictures = pictures
+    else:
+        print0(f"no loss with wrong pictures: the split has {n} in all")
     rows = data.questions()
     texts = run.answers(rows, progress=True)
     for kind in sorted({r.kind for r in rows}):
@@ -769,22 +761,6 @@ def score(cfg):
             found |= caption_scores(pairs)
     print0(f"{folder.name} {cfg.split}: {len(rows):,} prompts  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     return found
-
-
-def caption_scores(pairs):
-    """CIDEr-D (arXiv:1411.5726) and BLEU-4 of (text, row) pairs by pycocoevalcap; {} and a hint where it is missing.
-
-    Words are lower case without punctuation, as its Java tokenizer leaves them."""
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError:
-        print0("for CIDEr-D and BLEU-4: pip install pycocoevalcap")
-        return {}
-    said = {i: [normal(t)] for i, (t, _) in enumerate(pairs)}
-    meant = {i: [normal(a) for a in r.answers] for i, (_, r) in enumerate(pairs)}
-    return {"CIDEr-D": float(Cider().compute_score(meant, said)[0]),
-            "BLEU-4": Bleu(4).compute_score(meant, said, verbose=0)[0][3]}
 
 
 def main(given, shape):
