@@ -335,8 +335,7 @@ class Pictures:
     def __init__(self, folder, names, vlm, device, autocast, limit=0.0):
         self.folder, self.names, self.encoder = Path(folder), names, vlm.encoder
         self.device, self.autocast, self.kept = device, autocast, None
-        stored = self.folder / "images.npy"
-        self.array = np.load(stored, mmap_mode="r") if stored.is_file() else None
+        self.array = images.open_array(folder, names)
         if "encoder" in vlm.frozen and names:
             self.keep(limit)
 
@@ -391,15 +390,14 @@ class Pictures:
         name = self.fingerprint(self.names[:count])
         with config.mistakes(OSError):
             place.mkdir(exist_ok=True)
-            found = []
-            for path, size, dtype in ((place / f"{name}.npy", (count, *shape), np.float16),
-                                      (place / f"{name}.ready.npy", (count,), np.uint8)):
-                if RANK == 0 and not path.exists():
+            files = {place / f"{name}.npy": ((count, *shape), np.float16),
+                     place / f"{name}.ready.npy": ((count,), np.uint8)}
+            if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
+                for path, (size, dtype) in files.items():
                     np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
-                    path.with_suffix(".tmp").rename(path)
-                barrier()
-                found.append(np.lib.format.open_memmap(path, "r+"))
-        self.kept, ready = found
+                    path.with_suffix(".tmp").replace(path)
+            barrier()
+            self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
         missing = np.flatnonzero(ready == 0)[RANK::WORLD]
         bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
         for i in range(0, len(missing), 32):
@@ -409,6 +407,15 @@ class Pictures:
             bar.update(len(chunk))
         bar.close()
         barrier()
+
+
+def whole(path, shape, dtype):
+    """Is there an array of this shape and type in the file?"""
+    try:
+        array = np.load(path, mmap_mode="r")
+        return array.shape == shape and array.dtype == dtype
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def barrier():
@@ -448,6 +455,8 @@ class Runner:
         found = [Examples(folder, s, self.tok, vlm.image_id, vlm.image_tokens, size, number) for s in splits]
         if lost := sum(data.lost for data in found):
             print0(f"{lost:,} examples do not fit block_size={size} and were left out")
+        if shortened := sum(data.shortened for data in found):
+            print0(f"{shortened:,} conversations were cut after the last answer that ends within block_size={size}")
         self.pictures = Pictures(folder, list(number), vlm, self.device, self.autocast, self.cfg.feature_gb)
         return found
 
