@@ -20,6 +20,7 @@ import hashlib
 import json
 import sys
 import textwrap
+import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -57,6 +58,9 @@ VITS = {  # torchvision's VisionTransformer by name; stem: channels of 3 x 3 con
                      stem=(32, 64, 128, 128)),
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which the pretrained encoders expect
+
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC",
+         "Noto Sans Devanagari", "Noto Sans Thai")  # those installed draw samples.png, one where the other lacks a letter
 
 
 @dataclass
@@ -426,16 +430,21 @@ def barrier():
 
 def draw(path, pictures, texts):
     """A grid of pictures (PIL or arrays) with their texts, as a PNG."""
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [name for name in FONTS if name in installed]
     rows, columns = -(-len(texts) // 4), min(4, len(texts))
     figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
     for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
         axes.imshow(picture)
         lines = "\n".join(textwrap.fill(line, 38) for line in text.replace("$", r"\$").split("\n"))
-        axes.set_title(lines, fontsize=8)
+        axes.set_title(lines, fontsize=8, fontfamily=fonts)
     for axes in figure.axes:
         axes.axis("off")
-    runs.write_figure(figure, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
+        runs.write_figure(figure, path)
 
 
 # -- a model at work ---------------------------------------------------------------------------------------------
@@ -628,8 +637,9 @@ class Stage:
             scores["exact"] = agree(texts, self.shown)
             seen = [(self.tok.decode(r.prompt()).replace(IMAGE, "").strip(), t, r.pictures[0])
                     for t, r in zip(texts, self.shown) if r.pictures]
-            draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
-                 [f"{question}\n{t}".strip() for question, t, _ in seen])
+            if seen:
+                draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
+                     [f"{question}\n{t}".strip() for question, t, _ in seen])
             print0("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items()))
             print0("\n".join(f"  | {t}" for t in texts[:4]))
         return scores
