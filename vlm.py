@@ -597,12 +597,22 @@ class Stage:
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
         self.references = None, None  # log-probabilities of the training and the validation pairs
         if cfg.stage == "prefer":
-            saved = runs.common_latest(out) / "reference.pt" if cfg.init_from == "resume" else None
-            self.references = (torch.load(saved, weights_only=True) if saved
-                               else [self.run.reference(data) for data in (self.data, self.val)])
+            if cfg.init_from == "resume":
+                self.references = read_references(runs.common_latest(out) / "reference.pt", self.fingerprint())
+            else:
+                self.references = [self.run.reference(data) for data in (self.data, self.val)]
         questions = self.val.questions()
         places = np.linspace(0, len(questions) - 1, min(cfg.sample_images, len(questions))).astype(int)
         self.shown = [questions[i] for i in places]
+
+    def fingerprint(self):
+        """Stands for the pairs as they are read, in their order, and for their pictures."""
+        names, folder = self.run.pictures.names, self.folder
+        sizes = [(folder / ("images.npy" if isinstance(n, int) else n)).stat().st_size for n in names]
+        digest = hashlib.sha256(json.dumps([names, sizes]).encode())
+        for row in (row for data in (self.data, self.val) for rows in data.examples for row in rows):
+            digest.update(row.ids.tobytes() + row.learn.tobytes() + json.dumps(row.pictures).encode())
+        return digest.hexdigest()
 
     def describe(self):
         """Print what is trained, on what and how."""
@@ -648,7 +658,17 @@ class Stage:
         """Write the model and its tokenizer, and what the reference model thinks of each pair."""
         self.model.save_pretrained(directory, self.tok)
         if self.references[0] is not None:
-            torch.save(self.references, Path(directory) / "reference.pt")
+            torch.save({"pairs": self.fingerprint(), "references": self.references}, Path(directory) / "reference.pt")
+
+
+def read_references(path, pairs):
+    """Log-probabilities of the training and the validation pairs, as `Stage.save` wrote them for the same pairs."""
+    with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
+        saved = torch.load(path, weights_only=True)
+    if not isinstance(saved, dict) or saved["pairs"] != pairs:
+        raise config.Mistake(f"{path} belongs to other pairs of answers: go on with the data and the block_size that "
+                             "this run began with, or begin anew with another --out_dir")
+    return saved["references"]
 
 
 def fit(cfg, shape):
