@@ -3,7 +3,7 @@
     python prepare/shapes.py && python vlm.py config/vlm_shapes.py     train from scratch, on a laptop
     python vlm.py config/vlm_align.py                                  teach a projector to speak to a Llama
     python vlm.py config/vlm_instruct.py                               then both of them to follow instructions
-    python vlm.py --caption img.jpg more.jpg                           what the newest run sees
+    python vlm.py --caption img.jpg folder                             what the newest run sees
     python vlm.py --ask "What is on the table?" img.jpg
     python vlm.py --chat img.jpg
     python vlm.py config/vlm_align.py --eval --split=test              loss, CIDEr-D, BLEU-4, exact match
@@ -59,8 +59,9 @@ VITS = {  # torchvision's VisionTransformer by name; stem: channels of 3 x 3 con
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which the pretrained encoders expect
 
+REPLY = 16  # tokens of the context that an answer finds free
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC",
-         "Noto Sans Devanagari", "Noto Sans Thai")  # those installed draw samples.png, one where the other lacks a letter
+         "Noto Sans Devanagari", "Noto Sans Thai")  # of samples.png: those installed, each for what the earlier ones lack
 
 
 @dataclass
@@ -76,9 +77,10 @@ class VlmConfig(train.TrainConfig):
     dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava
     sample_tokens: int = 128  # [1, inf) longest caption or answer, in tokens
     sample_images: int = 16  # [1, inf) validation pictures described at each evaluation and drawn in samples.png
-    caption: tuple[str, ...] = ()  # describe these pictures
+    caption: tuple[str, ...] = ()  # describe these pictures, and all in these folders
     ask: tuple[str, ...] = ()  # a question, then the pictures that it is about
     chat: tuple[str, ...] = ()  # talk about these pictures
+    json: bool = False  # print captions, an answer or scores as JSON, one object a line
     eval: bool = False  # score the run of out_dir, or of init_from, or the newest, on a whole split
     split: str = "val"  # the split to score: val, test or train
 
@@ -218,6 +220,7 @@ class Vlm(nn.Module):
         with torch.no_grad():
             self.projector[2].weight.normal_().mul_(scale / (4 * dim) ** 0.5)
         self.frozen, self.encoder_learned = (), False  # what does not learn now; whether the encoder ever did
+        self.learned = set()  # kinds of examples: caption, answer, chosen, rejected
 
     def freeze(self, learning):
         """Let the parts named in `learning` learn, and no other."""
@@ -288,7 +291,7 @@ class Vlm(nn.Module):
             with common.atomic_write(directory / f"{name}.safetensors") as path:
                 save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
         facts = {"encoder": self.encoder_name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
-                 "pixel_shuffle": self.pixel_shuffle}
+                 "pixel_shuffle": self.pixel_shuffle, "learned": sorted(self.learned)}
         with common.atomic_write(directory / "vlm.json") as path:
             Path(path).write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -311,7 +314,7 @@ class Vlm(nn.Module):
                 getattr(vlm, part).load_state_dict(load_file(directory / f"{part}.safetensors"))
             except (SafetensorError, OSError, RuntimeError) as e:
                 raise ValueError(f"{directory / part}.safetensors cannot be used: {' '.join(str(e).split())}") from None
-        vlm.encoder_learned = learned
+        vlm.encoder_learned, vlm.learned = learned, set(facts.get("learned", ()))
         return vlm.freeze(()).eval()
 
 
@@ -469,6 +472,12 @@ class Runner:
         self.pictures = Pictures(folder, list(number), vlm, self.device, self.autocast, self.cfg.feature_gb)
         return found
 
+    def expect(self, kind, what):
+        """Say so where the model learned other things only. (Older runs do not tell.)"""
+        if self.vlm.learned and kind not in self.vlm.learned:
+            print(f"note: this run learned no {what} ({', '.join(sorted(self.vlm.learned))} only): expect no sense",
+                  file=sys.stderr)
+
     def batch(self, data, which, reference=None):
         """The arguments of Vlm.forward for the examples numbered `which`."""
         lines = data.lines(which)
@@ -590,6 +599,7 @@ class Stage:
         self.run = Runner(cfg, self.model, self.tok, device)
         self.device, self.dtype, self.floor = device, self.run.dtype, None
         self.data, self.val = self.run.read(self.folder, "train", "val")
+        self.model.learned |= {row.kind for rows in self.data.examples for row in rows}
         self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
         gradients = 2 / 3 if "llama" in self.model.frozen else 1  # a frozen Llama has none
         self.flops_per_token = self.llama.flops_per_token(int(self.tokens)) * gradients
@@ -730,52 +740,96 @@ def look(run, paths, need_all=False):
 
 
 def caption(cfg):
-    """One line for each picture; exit code 2 if any could not be read."""
+    """One line for each picture, those of folders included; exit code 2 if any could not be read."""
+    from tqdm import tqdm
+    paths, size, failed = images.expand(cfg.caption), cfg.batch_size, 0
     run = load(cfg)
-    seen, good = look(run, cfg.caption)
-    for i in range(0, len(good), cfg.batch_size):
-        batch = good[i:i + cfg.batch_size]
-        for path, text in zip(batch, run.texts([caption_prompt(run.tok)] * len(batch), seen[i:i + cfg.batch_size])):
-            print(f"{path}: {text}")
-    if len(good) < len(cfg.caption):
+    run.expect("caption", "captions")
+    bar = tqdm(total=len(paths), desc="captions", unit=" pictures", leave=False, disable=len(paths) <= size)
+    for i in range(0, len(paths), size):
+        seen, good = look(run, paths[i:i + size])
+        failed += len(paths[i:i + size]) - len(good)
+        texts = run.texts([caption_prompt(run.tok)] * len(good), seen) if good else []
+        for path, text in zip(good, texts):
+            found = json.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
+            bar.write(found if cfg.json else f"{path}: {text}")
+        sys.stdout.flush()
+        bar.update(len(paths[i:i + size]))
+    bar.close()
+    if failed:
         sys.exit(2)
 
 
-def reply(run, messages, seen):
-    """Print the answer to a conversation as it comes; returns its text."""
-    vlm, tok = run.vlm, run.tok
-    ids = spread(np.array(tok.chat(messages)), vlm.image_id, vlm.image_tokens)
-    if len(ids) >= vlm.llama.config.context:
-        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={vlm.llama.config.context}")
-    if (places := (ids == vlm.image_id).sum() // vlm.image_tokens) != len(seen):
-        raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {len(seen)}")
-    text, new = tok.stream(), []
+def fitting(run, turns, count):
+    """(turns, ids) of a conversation about `count` pictures, without its oldest turns where the context is full: the
+    pictures then go to the first turn that is left. Raises `Mistake` for a question that has no place at all."""
+    vlm, context = run.vlm, run.vlm.llama.config.context
+    while True:
+        if not any(IMAGE in turn["content"] for turn in turns):
+            turns = [turns[0] | {"content": with_pictures(turns[0]["content"], count)}, *turns[1:]]
+        if (places := sum(turn["content"].count(IMAGE) for turn in turns)) != count:
+            raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {count}")
+        ids = spread(np.array(run.tok.chat(turns)), vlm.image_id, vlm.image_tokens)
+        if len(ids) <= context - REPLY or len(turns) == 1:
+            break
+        turns = turns[2:]
+    if len(ids) >= context:
+        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={context}: shorten it")
+    return turns, ids
+
+
+def reply(run, ids, seen, show=True):
+    """The answer to a conversation as text; shown as it comes."""
+    text, new, stops = run.tok.stream(), [], run.tok.stop_ids
     with torch.no_grad(), run.autocast:
-        embeds = vlm.embed(torch.from_numpy(ids)[None].to(run.device), seen)
-        for token in vlm.llama.stream(embeds=embeds, max_new_tokens=run.cfg.sample_tokens, temperature=0,
-                                      eos_id=tok.stop_ids):
-            if token.item() not in tok.stop_ids:
+        embeds = run.vlm.embed(torch.from_numpy(ids)[None].to(run.device), seen)
+        for token in run.vlm.llama.stream(embeds=embeds, max_new_tokens=run.cfg.sample_tokens, temperature=0,
+                                          eos_id=stops):
+            if token.item() not in stops:
                 new.append(token.item())
-                print(text.feed(new[-1]), end="", flush=True)
-    print(text.end(), flush=True)
-    return tok.decode(new)
+                print(text.feed(new[-1]) if show else "", end="", flush=True)
+    print(text.end() + "\n" if show else "", end="", flush=True)
+    return run.tok.decode(new)
 
 
-def talk(cfg):
-    """Answer one question about pictures, or hold a conversation until an empty line, Ctrl-C or Ctrl-D."""
-    run, paths, messages = load(cfg), cfg.chat or cfg.ask[1:], []
+def ask(cfg):
+    """Answer one question about pictures."""
+    question, *paths = cfg.ask
+    if not question.strip():
+        raise config.Mistake("the question is empty")
+    run = load(cfg)
+    run.expect("answer", "questions")
     seen, _ = look(run, paths, need_all=True)
+    _, ids = fitting(run, [{"role": "user", "content": question.strip()}], len(paths))
+    answer = reply(run, ids, seen, show=not cfg.json)
+    if cfg.json:
+        print(json.dumps({"images": paths, "question": question, "answer": answer.strip()}, ensure_ascii=False))
+
+
+def chat(cfg):
+    """A conversation about pictures until an empty line, Ctrl-C or Ctrl-D; what cannot be asked is said."""
+    run, turns = load(cfg), []
+    run.expect("answer", "questions")
+    seen, _ = look(run, cfg.chat, need_all=True)
     while True:
         try:
-            text = input("you> ").strip() if cfg.chat else "" if messages else cfg.ask[0]
+            text = input("you> ").strip()
         except (EOFError, KeyboardInterrupt):
             text = ""
         if not text:
-            print(end="\n" if cfg.chat else "")
+            print()
             return
-        messages.append({"role": "user", "content": text if messages else with_pictures(text, len(paths))})
-        print("llama> " if cfg.chat else "", end="", flush=True)
-        messages.append({"role": "assistant", "content": reply(run, messages, seen)})
+        asked = [*turns, {"role": "user", "content": text}]
+        try:
+            kept, ids = fitting(run, asked, len(cfg.chat))
+        except config.Mistake as e:
+            print(e, file=sys.stderr)
+            continue
+        if len(kept) < len(asked):
+            print(f"(the context of {run.vlm.llama.config.context} tokens is full: the first "
+                  f"{(len(asked) - len(kept)) // 2} questions and answers were dropped)", file=sys.stderr)
+        print("llama> ", end="", flush=True)
+        turns = [*kept, {"role": "assistant", "content": reply(run, ids, seen).replace(IMAGE, "")}]
 
 
 def score(cfg):
@@ -798,6 +852,9 @@ def score(cfg):
         found[f"{kind} exact"] = agree(*zip(*pairs))
         if kind == "caption":
             found |= caption_scores(pairs)
+    if cfg.json:
+        print0(json.dumps({"dataset": folder.name, "split": cfg.split, "prompts": len(rows)} | found))
+        return found
     print0(f"{folder.name} {cfg.split}: {len(rows):,} prompts  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     return found
 
@@ -813,8 +870,10 @@ def main(given, shape):
     cfg = config.make(VlmConfig, given)
     if cfg.caption:
         caption(cfg)
-    elif cfg.ask or cfg.chat:
-        talk(cfg)
+    elif cfg.ask:
+        ask(cfg)
+    elif cfg.chat:
+        chat(cfg)
     elif cfg.eval or cfg.eval_only:
         score(cfg)
     else:

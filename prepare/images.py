@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import unicodedata
 import warnings
 import zlib
@@ -118,6 +119,16 @@ def _rgb(image):
     return image.convert("RGB")
 
 
+def on_square(image, size, color):
+    """The whole picture, as large as fits, in the middle of a square (PIL, size x size) of this color (r, g, b)."""
+    from PIL import Image
+    scale = size / max(image.size)
+    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (size, size), color)
+    square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+    return square
+
+
 class ByName:
     """What belongs to names of files: found by the whole name, or else without ending, case and form of accents."""
 
@@ -145,6 +156,21 @@ def find(path):
     """The file that a data set means by a path: lists say a.jpg where the folder has a.JPG or a.png. The path itself
     where there is none."""
     return path if os.path.isfile(path) else _pictures_in(path.parent).get(path.name, path)
+
+
+def expand(paths):
+    """The paths, each folder replaced by the pictures in it and below, by name; what else lies there is counted. A
+    folder without any stays, to be named as what it is."""
+    found = []
+    for path in map(Path, paths):
+        files = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else []
+        inside = [p for p in files if p.suffix.lower() in ENDINGS
+                  and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        if inside and len(files) > len(inside):
+            print(f"{path}: {len(files) - len(inside):,} files are hidden or no pictures by their names",
+                  file=sys.stderr)
+        found += inside or [path]
+    return found
 
 
 def open_array(folder, names):
