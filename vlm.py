@@ -185,11 +185,12 @@ def make_encoder(name, weights=None, pretrained=True):
 
 
 def pixels_of(image, size):
-    """A PIL picture (or uint8 array (H, W, 3)) -> (3, size, size) float32: its middle square, in ImageNet's scale."""
-    from PIL import Image, ImageOps
+    """A PIL picture (or uint8 array (H, W, 3)) -> (3, size, size) float32 in ImageNet's scale; what is not square stands
+    whole on gray."""
+    from PIL import Image
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        image = images.on_square(image, size, tuple(round(255 * level) for level in MEAN))
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
