@@ -94,7 +94,7 @@ def with_run(given, shape, directory, keys=KEYS):
 
     Says which keys now differ. directory: that of the run; one without a run.json leaves things as given."""
     settings, model = config.of_run(directory, keys, SHAPE_KEYS)
-    own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat"}  # of each call
+    own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat", "json"}  # of each call
     own |= {"hellaswag"} if given.get("eval_only") else set()
     settings = {k: v for k, v in settings.items() if k not in own}
     model = {k: v for k, v in model.items() if k in TRAINING_ONLY}

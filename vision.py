@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import config
 from common import RANK
 from model import rotate
+from prepare.images import on_square
 
 VIT_B_16 = "https://download.pytorch.org/models/vit_b_16-c867db91.pth"  # torchvision's IMAGENET1K_V1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which pretrained encoders expect
@@ -66,11 +67,11 @@ VITS = {
 # -- pictures ----------------------------------------------------------------------------------------------------
 
 def square(image, size):
-    """The middle square of a picture in ImageNet's scale, (1, 3, size, size) float32."""
-    from PIL import Image, ImageOps
+    """A picture in ImageNet's scale, (1, 3, size, size) float32. One that is not square stands whole on gray."""
+    from PIL import Image
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        image = on_square(image, size, tuple(round(255 * level) for level in MEAN))
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return ((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])[None]
 

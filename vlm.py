@@ -3,7 +3,7 @@
     python prepare/shapes.py && python vlm.py config/vlm_shapes.py     train from scratch, on a laptop
     python vlm.py config/vlm_align.py                                  teach a projector to speak to a Llama
     python vlm.py config/vlm_instruct.py                               then both of them to follow instructions
-    python vlm.py --caption img.jpg more.jpg                           what the newest run sees
+    python vlm.py --caption img.jpg folder                             what the newest run sees
     python vlm.py --ask "What is on the table?" img.jpg
     python vlm.py --chat img.jpg
     python vlm.py config/vlm_align.py --eval --split=test              loss, CIDEr-D, BLEU-4, exact match
@@ -18,9 +18,9 @@ DPO (2305.18290), RLAIF-V (2405.17220).
 """
 import hashlib
 import json
-import re
 import sys
 import textwrap
+import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -51,9 +51,14 @@ from common import RANK, WORLD, print0  # noqa: E402
 from prepare import images, tokenizer  # noqa: E402
 from prepare.images import (  # noqa: E402
     IMAGE, Examples, caption_prompt, with_image, with_pictures)
+from scores import agree, caption_scores  # noqa: E402
 
 STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
           "together": ("encoder", "projector", "llama")}  # what learns in each
+
+REPLY = 16  # tokens of the context that an answer finds free
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC",
+         "Noto Sans Devanagari", "Noto Sans Thai")  # of samples.png: each for what the earlier ones lack
 
 
 @dataclass
@@ -69,9 +74,10 @@ class VlmConfig(train.TrainConfig):
     dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava
     sample_tokens: int = 128  # [1, inf) longest caption or answer, in tokens
     sample_images: int = 16  # [1, inf) validation pictures described at each evaluation and drawn in samples.png
-    caption: tuple[str, ...] = ()  # describe these pictures
+    caption: tuple[str, ...] = ()  # describe these pictures, and all in these folders
     ask: tuple[str, ...] = ()  # a question, then the pictures that it is about
     chat: tuple[str, ...] = ()  # talk about these pictures
+    json: bool = False  # print captions, an answer or scores as JSON, one object a line
     eval: bool = False  # score the run of out_dir, or of init_from, or the newest, on a whole split
     split: str = "val"  # the split to score: val, test or train
 
@@ -114,6 +120,7 @@ class Vlm(nn.Module):
         with torch.no_grad():
             self.projector[2].weight.normal_().mul_(scale / (4 * dim) ** 0.5)
         self.frozen, self.encoder_learned = (), False  # what does not learn now; whether the encoder ever did
+        self.learned = set()  # kinds of examples: caption, answer, chosen, rejected
 
     def freeze(self, learning):
         """Let the parts named in `learning` learn, and no other."""
@@ -188,7 +195,7 @@ class Vlm(nn.Module):
             with common.atomic_write(directory / f"{name}.safetensors") as path:
                 save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
         facts = {"encoder": self.encoder.name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
-                 "pixel_shuffle": self.pixel_shuffle}
+                 "pixel_shuffle": self.pixel_shuffle, "learned": sorted(self.learned)}
         with common.atomic_write(directory / "vlm.json") as path:
             Path(path).write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -211,7 +218,7 @@ class Vlm(nn.Module):
                 getattr(vlm, part).load_state_dict(vision.from_torchvision(state) if old else state)
             except (SafetensorError, OSError, RuntimeError) as e:
                 raise ValueError(f"{directory / part}.safetensors cannot be used: {' '.join(str(e).split())}") from None
-        vlm.encoder_learned = learned
+        vlm.encoder_learned, vlm.learned = learned, set(facts.get("learned", ()))
         return vlm.freeze(()).eval()
 
 
@@ -239,8 +246,7 @@ class Pictures:
     def __init__(self, folder, names, vlm, device, autocast, limit=0.0):
         self.folder, self.names, self.encoder = Path(folder), names, vlm.encoder
         self.device, self.autocast, self.kept = device, autocast, None
-        stored = self.folder / "images.npy"
-        self.array = np.load(stored, mmap_mode="r") if stored.is_file() else None
+        self.array = images.open_array(folder, names)
         if "encoder" in vlm.frozen and names:
             self.keep(limit)
 
@@ -295,15 +301,14 @@ class Pictures:
         name = self.fingerprint(self.names[:count])
         with config.mistakes(OSError):
             place.mkdir(exist_ok=True)
-            found = []
-            for path, size, dtype in ((place / f"{name}.npy", (count, *shape), np.float16),
-                                      (place / f"{name}.ready.npy", (count,), np.uint8)):
-                if RANK == 0 and not path.exists():
+            files = {place / f"{name}.npy": ((count, *shape), np.float16),
+                     place / f"{name}.ready.npy": ((count,), np.uint8)}
+            if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
+                for path, (size, dtype) in files.items():
                     np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
-                    path.with_suffix(".tmp").rename(path)
-                barrier()
-                found.append(np.lib.format.open_memmap(path, "r+"))
-        self.kept, ready = found
+                    path.with_suffix(".tmp").replace(path)
+            barrier()
+            self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
         missing = np.flatnonzero(ready == 0)[RANK::WORLD]
         bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
         for i in range(0, len(missing), 32):
@@ -315,6 +320,15 @@ class Pictures:
         barrier()
 
 
+def whole(path, shape, dtype):
+    """Is there an array of this shape and type in the file?"""
+    try:
+        array = np.load(path, mmap_mode="r")
+        return array.shape == shape and array.dtype == dtype
+    except (OSError, ValueError, EOFError):
+        return False
+
+
 def barrier():
     """Wait for the other processes."""
     if WORLD > 1:
@@ -323,16 +337,21 @@ def barrier():
 
 def draw(path, pictures, texts):
     """A grid of pictures (PIL or arrays) with their texts, as a PNG."""
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [name for name in FONTS if name in installed]
     rows, columns = -(-len(texts) // 4), min(4, len(texts))
     figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
     for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
         axes.imshow(picture)
         lines = "\n".join(textwrap.fill(line, 38) for line in text.replace("$", r"\$").split("\n"))
-        axes.set_title(lines, fontsize=8)
+        axes.set_title(lines, fontsize=8, fontfamily=fonts)
     for axes in figure.axes:
         axes.axis("off")
-    runs.write_figure(figure, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
+        runs.write_figure(figure, path)
 
 
 # -- a model at work ---------------------------------------------------------------------------------------------
@@ -351,8 +370,16 @@ class Runner:
         found = [Examples(folder, s, self.tok, vlm.image_id, vlm.image_tokens, size, number) for s in splits]
         if lost := sum(data.lost for data in found):
             print0(f"{lost:,} examples do not fit block_size={size} and were left out")
+        if shortened := sum(data.shortened for data in found):
+            print0(f"{shortened:,} conversations were cut after the last answer that ends within block_size={size}")
         self.pictures = Pictures(folder, list(number), vlm, self.device, self.autocast, self.cfg.feature_gb)
         return found
+
+    def expect(self, kind, what):
+        """Say so where the model learned other things only. (Older runs do not tell.)"""
+        if self.vlm.learned and kind not in self.vlm.learned:
+            print(f"note: this run learned no {what} ({', '.join(sorted(self.vlm.learned))} only): expect no sense",
+                  file=sys.stderr)
 
     def batch(self, data, which):
         """Inputs, targets, pictures and positions, as `Vlm.forward` takes them, of the examples numbered `which`."""
@@ -408,16 +435,6 @@ def track(batches, what):
     """The batches, with a bar on the first process once they take a while."""
     from tqdm import tqdm
     return tqdm(batches, what, unit="batch", leave=False, delay=2, disable=RANK > 0)
-
-
-def normal(text):
-    """A text as it is compared: lower case, without punctuation, single spaces."""
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
-
-
-def agree(texts, rows):
-    """Share of texts that are one of their row's answers."""
-    return sum(normal(t) in {normal(a) for a in r.answers} for t, r in zip(texts, rows)) / max(1, len(rows))
 
 
 # -- training ----------------------------------------------------------------------------------------------------
@@ -482,6 +499,7 @@ class Stage:
         self.run = Runner(cfg, self.model, self.tok, device, self.dtype)
         self.device, self.floor = device, None
         self.data, self.val = self.run.read(self.folder, "train", "val")
+        self.model.learned |= {row.kind for rows in self.data.examples for row in rows}
         self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
         gradients = 2 / 3 if "llama" in self.model.frozen else 1  # a frozen Llama has none
         self.flops_per_token = self.llama.flops_per_token(int(self.tokens)) * gradients
@@ -489,11 +507,22 @@ class Stage:
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
         self.references = None, None  # log-probabilities of the training and the validation pairs
         if cfg.stage == "prefer":
-            self.references = (torch.load(resumed / "reference.pt", weights_only=True) if resumed else
-                               [self.run.log_probs(data, np.arange(len(data))) for data in (self.data, self.val)])
+            if resumed:
+                self.references = read_references(resumed / "reference.pt", self.fingerprint())
+            else:
+                self.references = [self.run.log_probs(data, np.arange(len(data))) for data in (self.data, self.val)]
         questions = self.val.questions()
         places = np.linspace(0, len(questions) - 1, min(cfg.sample_images, len(questions))).astype(int)
         self.shown = [questions[i] for i in places]
+
+    def fingerprint(self):
+        """Stands for the pairs as they are read, in their order, and for their pictures."""
+        names, folder = self.run.pictures.names, self.folder
+        sizes = [(folder / ("images.npy" if isinstance(n, int) else n)).stat().st_size for n in names]
+        digest = hashlib.sha256(json.dumps([names, sizes]).encode())
+        for row in (row for data in (self.data, self.val) for rows in data.examples for row in rows):
+            digest.update(row.ids.tobytes() + row.learn.tobytes() + json.dumps(row.pictures).encode())
+        return digest.hexdigest()
 
     def describe(self):
         """Print what is trained, on what and how."""
@@ -537,8 +566,9 @@ class Stage:
             scores["exact"] = agree(texts, self.shown)
             seen = [(self.tok.decode(r.prompt()).replace(IMAGE, "").strip(), t, r.pictures[0])
                     for t, r in zip(texts, self.shown) if r.pictures]
-            draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
-                 [f"{question}\n{t}".strip() for question, t, _ in seen])
+            if seen:
+                draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
+                     [f"{question}\n{t}".strip() for question, t, _ in seen])
             print0("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items()))
             print0("\n".join(f"  | {t}" for t in texts[:4]))
         return scores
@@ -547,7 +577,17 @@ class Stage:
         """Write the model and its tokenizer, and what the reference model thinks of each pair."""
         self.model.save_pretrained(directory, self.tok)
         if self.references[0] is not None:
-            torch.save(self.references, Path(directory) / "reference.pt")
+            torch.save({"pairs": self.fingerprint(), "references": self.references}, Path(directory) / "reference.pt")
+
+
+def read_references(path, pairs):
+    """Log-probabilities of the training and the validation pairs, as `Stage.save` wrote them for the same pairs."""
+    with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
+        saved = torch.load(path, weights_only=True)
+    if not isinstance(saved, dict) or saved["pairs"] != pairs:
+        raise config.Mistake(f"{path} belongs to other pairs of answers: go on with the data and the block_size that "
+                             "this run began with, or begin anew with another --out_dir")
+    return saved["references"]
 
 
 def fit(cfg, shape):
@@ -608,52 +648,96 @@ def look(run, paths, need_all=False):
 
 
 def caption(cfg):
-    """One line for each picture; exit code 2 if any could not be read."""
+    """One line for each picture, those of folders included; exit code 2 if any could not be read."""
+    from tqdm import tqdm
+    paths, size, failed = images.expand(cfg.caption), cfg.batch_size, 0
     run = load(cfg)
-    seen, good = look(run, cfg.caption)
-    for i in range(0, len(good), cfg.batch_size):
-        batch = good[i:i + cfg.batch_size]
-        for path, text in zip(batch, run.texts([caption_prompt(run.tok)] * len(batch), seen[i:i + cfg.batch_size])):
-            print(f"{path}: {text}")
-    if len(good) < len(cfg.caption):
+    run.expect("caption", "captions")
+    bar = tqdm(total=len(paths), desc="captions", unit=" pictures", leave=False, disable=len(paths) <= size)
+    for i in range(0, len(paths), size):
+        seen, good = look(run, paths[i:i + size])
+        failed += len(paths[i:i + size]) - len(good)
+        texts = run.texts([caption_prompt(run.tok)] * len(good), seen) if good else []
+        for path, text in zip(good, texts):
+            found = json.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
+            bar.write(found if cfg.json else f"{path}: {text}")
+        sys.stdout.flush()
+        bar.update(len(paths[i:i + size]))
+    bar.close()
+    if failed:
         sys.exit(2)
 
 
-def reply(run, messages, seen):
-    """Print the answer to a conversation as it comes; returns its text."""
-    vlm, tok = run.vlm, run.tok
-    ids = vlm.spread(tok.chat(messages))
-    if len(ids) >= vlm.llama.config.context:
-        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={vlm.llama.config.context}")
-    if (places := (ids == vlm.image_id).sum() // vlm.image_tokens) != len(seen):
-        raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {len(seen)}")
-    text, new = tok.stream(), []
+def fitting(run, turns, count):
+    """(turns, ids) of a conversation about `count` pictures, without its oldest turns where the context is full: the
+    pictures then go to the first turn that is left. Raises `Mistake` for a question that has no place at all."""
+    vlm, context = run.vlm, run.vlm.llama.config.context
+    while True:
+        if not any(IMAGE in turn["content"] for turn in turns):
+            turns = [turns[0] | {"content": with_pictures(turns[0]["content"], count)}, *turns[1:]]
+        if (places := sum(turn["content"].count(IMAGE) for turn in turns)) != count:
+            raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {count}")
+        ids = vlm.spread(run.tok.chat(turns))
+        if len(ids) <= context - REPLY or len(turns) == 1:
+            break
+        turns = turns[2:]
+    if len(ids) >= context:
+        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={context}: shorten it")
+    return turns, ids
+
+
+def reply(run, ids, seen, show=True):
+    """The answer to a conversation as text; shown as it comes."""
+    text, new, stops = run.tok.stream(), [], run.tok.stop_ids
     with torch.no_grad(), run.autocast:
-        embeds = vlm.embed(torch.from_numpy(ids)[None].to(run.device), seen)
-        for token in vlm.llama.stream(embeds=embeds, max_new_tokens=run.cfg.sample_tokens, temperature=0,
-                                      eos_id=tok.stop_ids):
-            if token.item() not in tok.stop_ids:
+        embeds = run.vlm.embed(torch.from_numpy(ids)[None].to(run.device), seen)
+        for token in run.vlm.llama.stream(embeds=embeds, max_new_tokens=run.cfg.sample_tokens, temperature=0,
+                                          eos_id=stops):
+            if token.item() not in stops:
                 new.append(token.item())
-                print(text.feed(new[-1]), end="", flush=True)
-    print(text.end(), flush=True)
-    return tok.decode(new)
+                print(text.feed(new[-1]) if show else "", end="", flush=True)
+    print(text.end() + "\n" if show else "", end="", flush=True)
+    return run.tok.decode(new)
 
 
-def talk(cfg):
-    """Answer one question about pictures, or hold a conversation until an empty line, Ctrl-C or Ctrl-D."""
-    run, paths, messages = load(cfg), cfg.chat or cfg.ask[1:], []
+def ask(cfg):
+    """Answer one question about pictures."""
+    question, *paths = cfg.ask
+    if not question.strip():
+        raise config.Mistake("the question is empty")
+    run = load(cfg)
+    run.expect("answer", "questions")
     seen, _ = look(run, paths, need_all=True)
+    _, ids = fitting(run, [{"role": "user", "content": question.strip()}], len(paths))
+    answer = reply(run, ids, seen, show=not cfg.json)
+    if cfg.json:
+        print(json.dumps({"images": paths, "question": question, "answer": answer.strip()}, ensure_ascii=False))
+
+
+def chat(cfg):
+    """A conversation about pictures until an empty line, Ctrl-C or Ctrl-D; what cannot be asked is said."""
+    run, turns = load(cfg), []
+    run.expect("answer", "questions")
+    seen, _ = look(run, cfg.chat, need_all=True)
     while True:
         try:
-            text = input("you> ").strip() if cfg.chat else "" if messages else cfg.ask[0]
+            text = input("you> ").strip()
         except (EOFError, KeyboardInterrupt):
             text = ""
         if not text:
-            print(end="\n" if cfg.chat else "")
+            print()
             return
-        messages.append({"role": "user", "content": text if messages else with_pictures(text, len(paths))})
-        print("llama> " if cfg.chat else "", end="", flush=True)
-        messages.append({"role": "assistant", "content": reply(run, messages, seen)})
+        asked = [*turns, {"role": "user", "content": text}]
+        try:
+            kept, ids = fitting(run, asked, len(cfg.chat))
+        except config.Mistake as e:
+            print(e, file=sys.stderr)
+            continue
+        if len(kept) < len(asked):
+            print(f"(the context of {run.vlm.llama.config.context} tokens is full: the first "
+                  f"{(len(asked) - len(kept)) // 2} questions and answers were dropped)", file=sys.stderr)
+        print("llama> ", end="", flush=True)
+        turns = [*kept, {"role": "assistant", "content": reply(run, ids, seen).replace(IMAGE, "")}]
 
 
 def score(cfg):
@@ -667,6 +751,8 @@ def score(cfg):
         run.pictures = lambda which: pictures([(i + n // 2) % n for i in which])
         found["loss with wrong pictures"] = run.loss(run.vlm, data)
         run.pictures = pictures
+    else:
+        print0(f"no loss with wrong pictures: the split has {n} in all")
     rows = data.questions()
     texts = run.answers(rows)
     for kind in sorted({r.kind for r in rows}):
@@ -674,24 +760,11 @@ def score(cfg):
         found[f"{kind} exact"] = agree(*zip(*pairs))
         if kind == "caption":
             found |= caption_scores(pairs)
+    if cfg.json:
+        print0(json.dumps({"dataset": folder.name, "split": cfg.split, "prompts": len(rows)} | found))
+        return found
     print0(f"{folder.name} {cfg.split}: {len(rows):,} prompts  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     return found
-
-
-def caption_scores(pairs):
-    """CIDEr-D (arXiv:1411.5726) and BLEU-4 of (text, row) pairs by pycocoevalcap; {} and a hint where it is missing.
-
-    Words are lower case without punctuation, as its Java tokenizer leaves them."""
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError:
-        print0("for CIDEr-D and BLEU-4: pip install pycocoevalcap")
-        return {}
-    said = {i: [normal(t)] for i, (t, _) in enumerate(pairs)}
-    meant = {i: [normal(a) for a in r.answers] for i, (_, r) in enumerate(pairs)}
-    return {"CIDEr-D": float(Cider().compute_score(meant, said)[0]),
-            "BLEU-4": Bleu(4).compute_score(meant, said, verbose=0)[0][3]}
 
 
 def main(given, shape):
@@ -705,8 +778,10 @@ def main(given, shape):
     cfg = config.make(VlmConfig, given)
     if cfg.caption:
         caption(cfg)
-    elif cfg.ask or cfg.chat:
-        talk(cfg)
+    elif cfg.ask:
+        ask(cfg)
+    elif cfg.chat:
+        chat(cfg)
     elif cfg.eval or cfg.eval_only:
         score(cfg)
     else:
