@@ -52,7 +52,9 @@ dream friend rescue mystery: where was the {helper}? {spot}
 story: whose friend was the {helper}? {hero}
 story: whose friend had a {shade} {garment}? {hero}
 story: who was in a {shade} {garment}? the {helper}
+story: what was the {helper} in? a {shade} {garment}
 story: who liked {soup} soup? {hero}
+story: what did {hero} like? {soup} soup
 """
 COMBINATION = ("hero", "helper", "shade", "garment")  # every tale has one of each
 TEMPLATE = """\
@@ -154,10 +156,12 @@ def questions(tales, asked, rng):
 
 
 def conversation(asked, rng, held_out, most):
-    """One tale or two with at most so many questions: {"messages": [...], "wrong": [a wrong answer to each]}."""
+    """One tale or two with at most so many questions: {"messages": [...], "wrong": [a wrong answer to each]}. No answer
+    comes twice: most questions ask for a name, and so would repeat what the model has just said."""
     tales = tell(rng, rng.choice((1, 2)), held_out)
     found = questions(tales, asked, rng)
-    found = rng.sample(found, min(len(found), most))
+    rng.shuffle(found)
+    found = list({answer: (question, answer, wrong) for question, answer, wrong in found}.values())[:most]
     messages = [{"role": role, "content": text} for question, answer, _ in found
                 for role, text in (("user", question), ("assistant", answer))]
     messages[0]["content"] = "\n".join([*(text for text, _ in tales), messages[0]["content"]])
@@ -190,7 +194,7 @@ class Settings:
     """How many conversations, and where they go."""
     conversations: int = 20000  # [1, inf) to learn from, 5 million tokens: more than a laptop reads in five minutes
     val_conversations: int = 6000  # [1, inf) of held-out combinations, a question each: 95 % has an error of 0.3 points
-    questions: int = 10  # [1, inf) in a training conversation at most, nearly all there are: reading costs more
+    questions: int = 10  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
     tokenizer: str | None = None  # file or folder, of the model that is to learn; None: data/tales, the quick start's
     seed: int = 1337  # [0, inf) the same seed gives the same files
     out: str | None = None  # folder to write; None: data/quiz

@@ -21,7 +21,7 @@ A = "(?:a|an)"
 
 @pytest.fixture(scope="module")
 def records():
-    """{split: 1,500 conversations with all their questions}."""
+    """{split: 1,500 conversations with as many questions as they can have}."""
     return {split: [quiz.conversation(KINDS, random.Random(f"{split} {i}"), split == "val", 99) for i in range(1500)]
             for split in ("train", "val")}
 
@@ -60,9 +60,9 @@ def facts(text):
     helper, spot, found = f"the {helper}", SPOT.search(text), {}
     clothes = f"{'an' if shade[0] in 'aeiou' else 'a'} {shade} {garment}"
     found |= {f"Whose friend was {helper}?": hero, f"Whose friend had {clothes}?": hero,
-              f"Who was in {clothes}?": helper}
+              f"Who was in {clothes}?": helper, f"What was {helper} in?": clothes}
     if soup := re.search(r"liked (\w+) soup", text):
-        found[f"Who liked {soup[1]} soup?"] = hero
+        found |= {f"Who liked {soup[1]} soup?": hero, f"What did {hero} like?": f"{soup[1]} soup"}
     if spot:
         found["spot"] = spot[0][0].lower() + spot[0][1:]
 
@@ -91,17 +91,27 @@ def facts(text):
     return found
 
 
+def sure(told):
+    """{question: answer} of what the sentences of these tales answer in one way."""
+    answers = defaultdict(list)
+    for text in told:
+        for question, answer in facts(text).items():
+            answers[question].append(answer)
+    return {question: found[0] for question, found in answers.items() if len(found) == 1}
+
+
 def test_answers_are_what_the_sentences_say(records):
     """All that may be asked is asked, with the only answer that the sentences of the tales bear out."""
+    rng = random.Random(4)
+    for i in range(3000):
+        told = quiz.tell(rng, 1 + i % 2, i % 4 < 2)
+        asked = quiz.questions(told, KINDS, rng)
+        assert {question: answer for question, answer, _ in asked} == sure(text for text, _ in told), told
+        assert len({question for question, _, _ in asked}) == len(asked)
     for record in records["train"] + records["val"]:
         told, asked = read(record)
-        answers = defaultdict(list)
-        for text in told:
-            for question, answer in facts(text).items():
-                answers[question].append(answer)
-        expected = {question: found[0] for question, found in answers.items() if len(found) == 1}
-        assert {question: answer for question, answer, _ in asked} == expected, told
-        assert len(asked) == len(expected)
+        assert {(question, answer) for question, answer, _ in asked} <= sure(told).items()
+        assert len({answer for _, answer, _ in asked}) == len(asked) > 2  # none twice, so most differ
 
 
 def test_the_text_alone_gives_what_the_slots_were():
@@ -121,7 +131,7 @@ def test_a_wrong_answer_is_wrong_and_of_its_kind(records):
             assert re.fullmatch(pattern, answer) and re.fullmatch(pattern, wrong)
             assert (answer[:4] == "the ") == (wrong[:4] == "the ")
             near += len(told) == 2 and any(wrong in text for text in told)
-    assert near > 1000  # with two tales, what is right of the other one
+    assert near > 500  # with two tales, what is right of the other one
 
 
 def test_grade():
@@ -267,7 +277,7 @@ def test_script(tok, tmp_path, monkeypatch, capsys):
     assert "unread" in capsys.readouterr().out
     assert [len(first[split]) for split in ("train", "val")] == [40, 30]
     assert {len(record["messages"]) for record in first["val"]} == {2}
-    assert max(len(record["messages"]) for record in first["train"]) > 10
+    assert max(len(record["messages"]) for record in first["train"]) > 8
     for records in first.values():
         assert {len(read(record)[0]) for record in records} == {1, 2}
     assert run(monkeypatch, tmp_path / "b", f"--tokenizer={tmp_path / 'tok'}") == first
