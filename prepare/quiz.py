@@ -4,16 +4,16 @@
     python prepare/quiz.py --conversations=50000            # more of them
 
 A conversation begins with one tale or two, told by the grammar; the answer to every question is in them. Every seventh
-combination of hero, helper and what the helper wears is held out (see `held_out`): validation tells of these only,
+combination of hero, helper and what the helper wears is held out (see `combinations`): validation tells of these only,
 training of the others only. So a model that answers about validation has read the tale. `best_guess` is how often one
 is right who has not read it, exact from the grammar; kinds of questions where that is more than half are not asked.
 
-train.jsonl, val.jsonl: the conversations as {"messages": [...]}, for any model and its chat template.
-meta.json and shards: the same in the ids of the tales' tokenizer, with what is learned of them. That tokenizer has no
-chat template, so it gets the plainest one (TEMPLATE): tales, line end, question, space, answer, EOS.
+train.jsonl, val.jsonl: the conversations as {"messages": [...], "wrong": [...]}, for any model and its chat template.
+tokenizer.json: that of the tales, which has no chat template and so gets the plainest one (TEMPLATE): tales, line end,
+question, space, answer, EOS. With the space the words of an answer are the tokens that they are in the tale.
 
     grade("the owl", "the owl")       # the reward of an answer: right or not
-    pairs(conversations, rng)         # preferences: the answer, and a wrong one of the same kind
+    pairs(records)                    # preferences: the answer, and a wrong one of the same kind
 """
 import functools
 import itertools
@@ -192,7 +192,7 @@ FILES = rf"{shards.DATA_FILES}|(train|val)\.jsonl(\.\d+\.tmp)?"  # those of this
 @dataclass
 class Settings:
     """How many conversations, and where they go."""
-    conversations: int = 20000  # [1, inf) to learn from, 5 million tokens: more than a laptop reads in five minutes
+    conversations: int = 20000  # [1, inf) to learn from, 4 million tokens: more than a laptop reads in five minutes
     val_conversations: int = 6000  # [1, inf) of held-out combinations, a question each: 95 % has an error of 0.3 points
     questions: int = 10  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
     tokenizer: str | None = None  # file or folder, of the model that is to learn; None: data/tales, the quick start's
