@@ -634,7 +634,7 @@ class Llama(nn.Module):
             raise ValueError(f"a prompt of {T} tokens: it takes 1 to {room - 1} in this context")
         steps = min(max_new_tokens, room - T)
         if cache is None:
-            cache = KVCache(self.config, B, T + steps, device, product_dtype(self.lm_head.weight))
+            cache = KVCache(self.config, B, T + steps, device, product_dtype(x))
         lengths = None
         if mask is not None:
             lengths = mask.sum(1)

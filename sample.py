@@ -34,10 +34,15 @@ class SampleConfig:
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
     compile: bool = False  # a token's step as one graph, on a GPU one CUDA graph: pays after thousands of tokens
     dtype: str = "auto"  # "float32", "bfloat16", "float16"; "auto" takes what is fast here
+    quantize: str = "none"  # "int8", "int4": matrices of so many bits, on an x86 processor: faster, less exact
 
     def __post_init__(self):
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.quantize not in ("none", "int8", "int4"):
+            raise ValueError(f"quantize must be none, int8 or int4, not {self.quantize!r}")
+        if self.quantize != "none" and (self.compile or self.dtype not in ("auto", "float32")):
+            raise ValueError("--quantize goes with neither --compile nor --dtype: what is not rounded stays in float32")
         if self.chat and (self.start or self.trace):
             raise ValueError("--chat asks for what you say: leave --start and --trace out")
         if self.system and not self.chat:
@@ -81,6 +86,77 @@ class PackedLinear(nn.Module):
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
+class Int8Linear(nn.Module):
+    """x W^T with W (out, in) in 8 bits, one scale for each output: W[n] = weight[n] * scale[n]."""
+
+    FEW = 16  # rows; more are one product with the matrix in float32, which is then faster even with making it
+
+    def __init__(self, weight):
+        super().__init__()
+        scale = (weight.abs().amax(1) / 127).bfloat16()  # the kernel's; rounded first, so that weight makes up for it
+        scale[scale == 0] = 1
+        q = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.weight = nn.Parameter(q, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def whole(self):
+        """W (out, in) in float32."""
+        return self.weight.float() * self.scale.float()[:, None]
+
+    def product(self, x):
+        """x (rows, in) bfloat16, aligned -> (rows, out)."""
+        return torch._weight_int8pack_mm(x, self.weight, self.scale)
+
+    def forward(self, x):
+        """x (..., in) -> (..., out). The kernel wants bfloat16 (15 to 30 times as fast as others) at a multiple of 32
+        bytes, where a new tensor is, and would crash elsewhere."""
+        rows = x.flatten(0, -2)  # (rows, in)
+        if not 0 < len(rows) <= self.FEW:
+            return nn.functional.linear(x, self.whole().to(x.dtype))
+        rows = rows.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
+        return self.product(rows).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Int4Linear(Int8Linear):
+    """x W^T with W (out, in) in 4 bits: (q - 8) * scale + zero, with one scale and zero for 32 inputs of an output."""
+
+    GROUP = 32  # the smallest the kernel knows, and divides Llama's widths
+
+    def __init__(self, weight):
+        nn.Module.__init__(self)
+        groups = weight.detach().float().unflatten(1, (-1, self.GROUP))  # (out, n, 32)
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        scale = ((high - low) / 15).bfloat16().float()  # rounded first, as the kernel has both in bfloat16
+        scale[scale == 0] = 1
+        zero = (low + 8 * scale).bfloat16().float()
+        q = ((groups - zero) / scale).round().add(8).clamp(0, 15).flatten(1).to(torch.uint8)  # (out, in)
+        self.weight = nn.Parameter(q[:, ::2] | q[:, 1::2] << 4, requires_grad=False)  # (out, in / 2)
+        sz = torch.cat((scale, zero), 2).transpose(0, 1).bfloat16().contiguous()  # (n, out, 2)
+        self.register_buffer("scale_and_zero", sz)
+        # laid out for this processor, so it is never saved
+        self.register_buffer("laid_out", torch._convert_weight_to_int4pack_for_cpu(q.int(), 1), persistent=False)
+
+    def whole(self):
+        q = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)  # (out, in)
+        scale, zero = self.scale_and_zero.float().transpose(0, 1)[..., None].unbind(2)  # (out, n, 1) each
+        return ((q.float().unflatten(1, (-1, self.GROUP)) - 8) * scale + zero).flatten(1)
+
+    def product(self, x):
+        return torch._weight_int4pack_mm_for_cpu(x, self.laid_out, self.GROUP, self.scale_and_zero)
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of the W that an Int8Linear holds, of which there is no other copy."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.weight, self.scale = head.weight, head.scale
+
+    def forward(self, idx):
+        """idx (...) -> (..., in)."""
+        return self.weight[idx].float() * self.scale[idx].float()[..., None]
+
+
 class PackedEmbedding(nn.Module):
     """Rows of the W that a PackedLinear holds, of which there is no other copy."""
 
@@ -107,17 +183,42 @@ class QuickNorm(nn.Module):
         return x / torch.hypot(length, self.least) * self.scale
 
 
-def pack(model):
-    """Replace norms and matrices of a float32 model on a CPU; it is then no longer fit for training or saving."""
+def packed(linear, bits):
+    """What takes a Linear's place in decoding: of so many bits, or of more where its shape allows no fewer."""
+    weight = linear.weight.detach()
+    outputs, inputs = weight.shape
+    if bits == 4 and inputs % Int4Linear.GROUP == 0 and outputs % 16 == 0:
+        return Int4Linear(weight)
+    if bits <= 8 and inputs % 16 == 0:  # the kernel crashes with others
+        return Int8Linear(weight)
+    return PackedLinear(weight) if outputs % PackedLinear.WIDTH == 0 else linear
+
+
+def pack(model, bits=32):
+    """Replace norms and matrices of a float32 model on a CPU; it is then no longer fit for training or saving.
+
+    bits 8 or 4: the matrices are rounded, but for embedding and head to no fewer than 8 bits, which cost most of the
+    loss, and for routers and routed experts not at all.
+    """
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
                 setattr(module, name, QuickNorm(child))
-            elif isinstance(child, Linear) and child.out_features % PackedLinear.WIDTH == 0:
-                setattr(module, name, PackedLinear(child.weight))
-    if tied and isinstance(model.lm_head, PackedLinear):
-        model.model.embed_tokens = PackedEmbedding(model.lm_head)
+            elif isinstance(child, Linear):
+                least = {"router": 32, "lm_head": 8}.get(name, 4)
+                setattr(module, name, packed(child, max(bits, least)))
+    if tied and isinstance(model.lm_head, (PackedLinear, Int8Linear)):
+        kind = PackedEmbedding if isinstance(model.lm_head, PackedLinear) else QuantizedEmbedding
+        model.model.embed_tokens = kind(model.lm_head)
+
+
+def check_quantize(device):
+    """Raise `config.Mistake` where products of 8 and 4 bits are not to be had, or are slower than plain ones."""
+    here = torch.backends.cpu.get_cpu_capability()
+    if device.type != "cpu" or here not in ("AVX2", "AVX512"):
+        what = f"this one is {here}" if device.type == "cpu" else f"not on {device.type}: add --device=cpu"
+        raise config.Mistake(f"--quantize wants an x86 processor with AVX2; {what}")
 
 
 def pinned(cache):
@@ -171,15 +272,16 @@ def compile_step(model):
     model.stream = model.cache_pool.stream
 
 
-def to_decode(model, compile=False):
+def to_decode(model, compile=False, bits=32):
     """Make a Llama's generation fast; returns the model.
 
     On a CPU float32 matrices are packed: 1.5 to 1.8 times the speed of plain float32, and on processors with
     bfloat16 units 0.8 to 1.4 times that of plain bfloat16, which packing would halve. compile: see `compile_step`.
+    bits: see `pack`.
     """
-    weight = model.lm_head.weight
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and not isinstance(model.lm_head, PackedLinear):
-        pack(model)
+    weight, ready = model.lm_head.weight, isinstance(model.lm_head, (PackedLinear, Int8Linear))
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and not ready:
+        pack(model, bits)
     if compile:
         compile_step(model)
     return model
@@ -190,6 +292,13 @@ def dtype_to_decode(name, device):
     if name == "auto" and device.type == "cpu":
         return torch.float32, "packed: as fast as bfloat16 where there are units for that, far faster elsewhere"
     return pick_dtype(name, device)
+
+
+def new_cache(model, rows, size):
+    """An empty KVCache in the dtype of a model's products, which rounded weights do not tell."""
+    device = model.lm_head.weight.device
+    x = model.model.embed_tokens(torch.zeros(1, dtype=torch.long, device=device))
+    return KVCache(model.config, rows, size, device, product_dtype(x))
 
 
 # -- many requests at once ---------------------------------------------------------------------------------------
@@ -221,9 +330,9 @@ class Batch:
 
     def __init__(self, model, rows=16, size=None):
         """size: tokens of the longest request, prompt included; None: the model's context."""
-        weight, context = model.lm_head.weight, model.config.context
+        context = model.config.context
         self.model, self.size = model, min(size or context, context)
-        self.cache = KVCache(model.config, rows, self.size, weight.device, product_dtype(weight))
+        self.cache = new_cache(model, rows, self.size)
         self.waiting, self.running = deque(), [None] * rows  # a request for each row of the cache
 
     def add(self, *args, **kwargs):
@@ -338,14 +447,16 @@ def read_prompt(text):
 def load(cfg):
     """(model, tokenizer, directory) ready to sample on the device and in the dtype asked for."""
     directory = Path(cfg.init_from) if cfg.init_from else newest_run()
-    device = pick_device(cfg.device)
+    device, bits = pick_device(cfg.device), {"none": 32, "int8": 8, "int4": 4}[cfg.quantize]
+    if bits < 32:
+        check_quantize(device)
     dtype, _ = dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(directory)
         model = adapter.load(directory, dtype, device)
         if dtype == torch.float32:  # a narrower one would round away much of what an adapter changes
             lora.merge(model)
-        model = to_decode(model, cfg.compile)
+        model = to_decode(model, cfg.compile, bits)
     tok = adapter.load_tokenizer(directory)
     if tok.vocab_size > model.config.vocab_size:
         raise config.Mistake(f"{directory}: the tokenizer has {tok.vocab_size} tokens, the model "
@@ -405,9 +516,8 @@ class Conversation:
     """A cache and the ids in it: of a conversation that grows, each turn reads only what is new."""
 
     def __init__(self, model):
-        weight = model.lm_head.weight
         self.model, self.ids = model, []
-        self.cache = KVCache(model.config, 1, 256, weight.device, product_dtype(weight))
+        self.cache = new_cache(model, 1, 256)
 
     def reply(self, tok, ids, cfg, seed):
         """`write` after the conversation ids, as they are now; returns the new ids."""
@@ -513,7 +623,8 @@ def main(cfg):
     advice = "try --dtype=bfloat16, fewer --max_new_tokens or --device=cpu: "
     with config.mistakes(torch.OutOfMemoryError, prefix=advice):
         model, tok, directory = load(cfg)
-        parameters = model.counts()[0]
+        with torch.device("meta"):
+            parameters = Llama(model.config).counts()[0]  # two of 4 bits share a number
         if parameters < 10e6:  # they stay in the caches of one core; two would mostly wait for each other
             torch.set_num_threads(1)
         talk = chat if cfg.chat else trace if cfg.trace else complete

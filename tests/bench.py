@@ -607,6 +607,13 @@ def decode(cfg):
         yield Pair(f"{name}: a prompt of {length} tokens against nothing but products of its FLOPs",
                    lambda: ours(prompt, new=1),
                    products((model.flops_per_token(length) / 3 - head) * length, cfg), 0.5, runs=3)
+        small = name == "stories15m"
+        for bits, goal in () if gpu else ((8, 2.5 if small else 3.0), (4, 2.5 if small else 3.5)):
+            rounded = Llama(model.config)
+            rounded.load_state_dict(theirs.state_dict())
+            sample.to_decode(rounded.eval(), bits=bits)
+            yield Pair(f"{name}, {new} tokens one by one, --quantize=int{bits}: against transformers.generate",
+                       partial(ours, model=rounded), generate, goal, runs=3)
         if not gpu:
             yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
 
