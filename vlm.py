@@ -44,7 +44,7 @@ import common  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import runs  # noqa: E402
-import sample  # noqa: E402
+import decode  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
@@ -181,7 +181,7 @@ class Vlm(nn.Module):
             end = begun + (ids == self.image_id).sum() // self.image_tokens
             embeds.append(self.embed(torch.from_numpy(ids)[None].to(device), pictures[begun:end])[0])
             begun = end
-        new = sample.decode_all(self.llama, embeds, max_new_tokens, len(embeds), stop_ids=stop_ids, temperature=0)
+        new = decode.decode_all(self.llama, embeds, max_new_tokens, len(embeds), stop_ids=stop_ids, temperature=0)
         self.train(was)
         return [[token for token in row if token not in stop_ids] for row in new]
 
@@ -623,11 +623,11 @@ def load(cfg):
     """Runner of the model that cfg names."""
     directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
-    dtype, _ = sample.dtype_to_decode(cfg.dtype, device)
+    dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = checkpoint.find_checkpoint(directory)
         run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device, dtype)
-    sample.to_decode(run.vlm.llama)
+    decode.to_decode(run.vlm.llama)
     return run
 
 

@@ -568,7 +568,7 @@ def decode(cfg):
     CUDA graphs."""
     import torch
 
-    import sample
+    import decode
     from model import PRESETS, Llama
     device, dtype, _ = precision(cfg.device)
     gpu = device.type == "cuda"
@@ -579,7 +579,7 @@ def decode(cfg):
         new = 240 if name == "stories15m" else 256  # with the prompt, what stories15m's context holds
         model = Llama(PRESETS[name]).to(device, dtype).eval()
         theirs, weights = twin(model).to(dtype).eval(), sum(p.numel() for p in model.parameters())
-        sample.to_decode(model, compile=gpu)
+        decode.to_decode(model, compile=gpu)
         if gpu:
             check_graphs(model)
         prompt = torch.randint(model.config.vocab_size, (1, min(2048, model.config.context - 1)), device=device)
@@ -611,7 +611,7 @@ def decode(cfg):
         for bits, goal in () if gpu else ((8, 2.5 if small else 3.0), (4, 2.5 if small else 3.5)):
             rounded = Llama(model.config)
             rounded.load_state_dict(theirs.state_dict())
-            sample.to_decode(rounded.eval(), bits=bits)
+            decode.to_decode(rounded.eval(), bits=bits)
             yield Pair(f"{name}, {new} tokens one by one, --quantize=int{bits}: against transformers.generate",
                        partial(ours, model=rounded), generate, goal, runs=3)
         if not gpu:
@@ -627,19 +627,19 @@ def requests(cfg):
 
     import torch
 
-    import sample
+    import decode
     from model import PRESETS, Llama
     device, dtype, _ = precision(cfg.device)
     dtype = dtype if device.type == "cuda" else torch.float32  # as sample.py takes it
     model = Llama(replace(PRESETS["stories15m"], context=600)).to(device, dtype).eval()
-    sample.to_decode(model)
+    decode.to_decode(model)
     rng = random.Random(0)
     asked = [([rng.randrange(model.config.vocab_size) for _ in range(rng.randint(30, 300))], rng.randint(30, 300))
              for _ in range(64)]
     tokens = sum(new for _, new in asked)
 
     def refilled():
-        batch = sample.Batch(model, rows=16)
+        batch = decode.Batch(model, rows=16)
         for ids, new in asked:
             batch.add(ids, new, temperature=0)
         while batch.busy:
@@ -662,7 +662,7 @@ def check_graphs(model):
     import torch
 
     from model import KVCache, Llama
-    from sample import pinned
+    from decode import pinned
     weight, idx, found = model.lm_head.weight, torch.arange(12), []
     idx = idx.to(weight.device)
     with torch.inference_mode():

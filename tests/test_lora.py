@@ -16,6 +16,7 @@ import config
 import lora
 import optim
 import runs
+import decode
 import sample
 import train
 from model import Llama, LlamaConfig
@@ -459,4 +460,4 @@ def test_decoding_is_the_same_with_a_cache(base, tmp_path):
     idx = tokens()[:, :5]
     plain = llama.generate(idx, 10, temperature=0)
     lora.merge(llama)
-    assert torch.equal(sample.to_decode(llama).generate(idx, 10, temperature=0), plain)
+    assert torch.equal(decode.to_decode(llama).generate(idx, 10, temperature=0), plain)

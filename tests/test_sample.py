@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import config
+import decode
 import sample
 from model import PRESETS, KVCache, Linear, Llama, LlamaConfig, MoE
 from prepare import tokenizer
-from sample import Batch, Conversation, Int4Linear, Int8Linear, SampleConfig, decode_all, to_decode
+from decode import Batch, Int4Linear, Int8Linear, decode_all, to_decode
+from sample import Conversation, SampleConfig
 from test_model import VOCAB, build, distinct, tiny
 
 USER, ASSISTANT, END = 1, 2, 3
@@ -185,9 +187,9 @@ def test_only_plain_layers_are_packed_and_half_precision_stays_as_it_is():
     attention.q_proj = Adapter(attention.q_proj)
     want = model(idx)[0]
     torch.testing.assert_close(to_decode(model)(idx)[0], want, rtol=1e-5, atol=1e-5)
-    assert isinstance(attention.q_proj, Adapter) and isinstance(attention.q_proj.base, sample.PackedLinear)
+    assert isinstance(attention.q_proj, Adapter) and isinstance(attention.q_proj.base, decode.PackedLinear)
     half = to_decode(talker().bfloat16())
-    assert not any(isinstance(m, (sample.PackedLinear, sample.QuickNorm)) for m in half.modules())
+    assert not any(isinstance(m, (decode.PackedLinear, decode.QuickNorm)) for m in half.modules())
     assert to_decode(model) is model  # a second time changes nothing
 
 
@@ -366,7 +368,7 @@ def test_a_trace_adds_up(changes, packed):
 # -- 8 and 4 bits ------------------------------------------------------------------------------------------------
 
 try:
-    sample.check_quantize(torch.device("cpu"))
+    decode.check_quantize(torch.device("cpu"))
     UNITS = True
 except config.Mistake:
     UNITS = False
@@ -409,7 +411,7 @@ FUZZ = """
 import sys, torch
 sys.path.insert(0, {root!r})
 from model import Linear
-from sample import packed
+from decode import packed
 with torch.no_grad():
     for outputs in 1, 3, 15, 16, 17, 32, 80:
         for inputs in 1, 8, 16, 17, 24, 32, 48, 96, 100:
@@ -469,10 +471,10 @@ def test_a_quantised_model_computes_what_its_rounded_weights_say(name, bits):
 
 def test_quantising_is_refused_in_one_line_where_it_cannot_be(monkeypatch):
     with pytest.raises(config.Mistake, match="--device=cpu"):
-        sample.check_quantize(torch.device("meta"))
+        decode.check_quantize(torch.device("meta"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(config.Mistake, match="AVX2; this one is DEFAULT"):
-        sample.check_quantize(torch.device("cpu"))
+        decode.check_quantize(torch.device("cpu"))
     for wrong in dict(quantize="int3"), dict(quantize="int8", compile=True), dict(quantize="int4", dtype="bfloat16"):
         with pytest.raises(ValueError, match="quantize"):
             SampleConfig(**wrong)
