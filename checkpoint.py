@@ -82,8 +82,9 @@ def find_checkpoint(name):
         return Path(name)
     from huggingface_hub import errors, snapshot_download
     name = str(name)
-    if name.count("/") != 1:  # a name on the hub is owner/model
-        raise FileNotFoundError(f"no directory {name}")
+    if name.count("/") != 1 or name.startswith("out/"):  # a name on the hub is owner/model
+        near = sorted(str(path.parent) for path in Path(name).parent.glob("*/config.json"))
+        raise FileNotFoundError(f"no directory {name}" + (f"; there are {', '.join(near)}" if near else ""))
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
                                       ignore_patterns="*/*"))  # folders hold other formats

@@ -18,28 +18,28 @@ import config
 @dataclass
 class SampleConfig:
     """How to sample."""
+    # -- what is said
     init_from: str | None = None  # a run directory or hub name; None: the newest run under out/
     start: tuple[str, ...] = ()  # the prompt, or several, or FILE:path; none: the beginning of a document
     num_samples: int = 1  # [1, inf) texts for each prompt
     max_new_tokens: int = 256  # [1, inf) longest continuation; a text that ends by itself is shorter
+    # -- how words are chosen
     temperature: float = 0.8  # [0, 1e4] below 1 prefers likely words, which small models need; 0 is greedy
     top_k: int = 0  # [0, inf) keep this many most likely tokens; 0: no limit
     top_p: float = 0.95  # [0, 1] keep the fewest tokens that hold this probability; cuts the tail of nonsense
     min_p: float = 0.0  # [0, 1] keep tokens at least this likely relative to the best; 0: no limit
     seed: int = 1337  # [0, inf) same seed, same text
+    # -- other uses
     chat: bool = False  # talk with the model in its own chat template
-    trace: bool = False  # list the steps of one forward pass over the prompt, to learn what happens in a Llama
     system: str | None = None  # system message of the chat; None: the template's own
+    trace: bool = False  # list the steps of one forward pass over the prompt, to learn what happens in a Llama
+    # -- the machine
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
     compile: bool = False  # a token's step as one graph, on a GPU one CUDA graph: pays after thousands of tokens
-    dtype: str = "auto"  # "float32", "bfloat16", "float16"; "auto" takes what is fast here
-    quantize: str = "none"  # "int8", "int4": matrices of so many bits, on an x86 processor: faster, less exact
+    dtype: str = "auto"  # {auto, float32, bfloat16, float16} auto takes what is fast here
+    quantize: str = "none"  # {none, int8, int4} bits of the matrices, on an x86 processor: faster, less exact
 
     def __post_init__(self):
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
-        if self.quantize not in ("none", "int8", "int4"):
-            raise ValueError(f"quantize must be none, int8 or int4, not {self.quantize!r}")
         if self.quantize != "none" and (self.compile or self.dtype not in ("auto", "float32")):
             raise ValueError("--quantize goes with neither --compile nor --dtype: what is not rounded stays in float32")
         if self.chat and (self.start or self.trace):

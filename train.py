@@ -31,25 +31,29 @@ import config
 
 @dataclass
 class TrainConfig:
-    """How to train; the keys of model.py's LlamaConfig shape the model. A number's comment begins with its range, which
-    config/ enforces."""
+    """How to train; the keys of model.py's LlamaConfig shape the model. A comment begins with the range of
+    a number or the choices for a word, which config/ enforces."""
+    # -- what is trained, on what
     model: str = "stories15m"  # preset whose shape the model's own keys then change; the default suits a laptop
     dataset: str = "tales"  # folder under data/ (or a path) made by a prepare script; tales needs no download
     out_dir: str | None = None  # where the run is kept; None: out/<dataset>
     init_from: str = "scratch"  # "scratch", "resume", or a directory or hub name to fine-tune
+    # -- LoRA
     lora_rank: int = 0  # [0, inf) learn a change of this rank of each matrix (lora.py), often 16; 0: the weights learn
     lora_alpha: int = 32  # [1, inf) LoRA's change counts lora_alpha/lora_rank; 32 lets the rank vary at one rate
+    # -- a step
     batch_size: int = 32  # [1, inf) sequences in one forward pass on each process; what memory allows
     gradient_accumulation_steps: int = 1  # [1, inf) forward passes per step, over all processes together
     block_size: int = 256  # [1, inf) tokens in a sequence; a story fits
     whole_docs: bool = False  # True: windows begin with a document and hold whole ones; for documents shorter than one
     doc_mask: bool = False  # True: no attention across documents, positions restart; slower, cleaner for short ones
+    # -- how it learns
     max_iters: int = 2000  # [1, inf) optimizer steps
-    optimizer: str = "muon"  # "muon" for the hidden matrices (AdamW for the rest) learns faster; "adamw" for all
+    optimizer: str = "muon"  # {muon, adamw} muon, for the hidden matrices (AdamW for the rest), learns faster
     learning_rate: float = 3e-3  # [0, 1000] peak; Muon's updates are scaled to AdamW's size, so one rate serves both
     min_lr: float = 0.0  # [0, 1000] rate at the end; decaying all the way to 0 beats stopping at a tenth
     warmup_iters: int = 100  # [0, inf) steps of linear rise; AdamW's second moment needs some to settle
-    schedule: str = "cosine"  # "cosine", or "wsd": flat, then linear decay, which can be prolonged later
+    schedule: str = "cosine"  # {cosine, wsd} wsd is flat, then falls in a line, and can be prolonged later
     decay_frac: float = 0.2  # [0, 1] share of the steps in which wsd decays
     beta1: float = 0.9  # [0, 1) AdamW's momentum, the usual
     beta2: float = 0.95  # [0, 1) shorter memory than the usual 0.999 is steadier in language models
@@ -57,6 +61,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # [0, 1000] on matrices, not on norms; GPT-3's
     grad_clip: float = 1.0  # [0, 1e9] largest norm of the gradient; 0: no clipping
     checkpointing: bool = False  # recompute activations in the backward pass: a third more work, far less memory
+    # -- what is measured and kept
     eval_interval: int = 250  # [1, inf) steps between evaluations; each also saves a checkpoint
     eval_tokens: int = 0  # [0, inf) validation tokens per evaluation, always the same ones; 0: all of them
     eval_only: bool = False  # print loss, perplexity and bits per byte of the whole validation split, and stop
@@ -64,18 +69,15 @@ class TrainConfig:
     hellaswag_items: int = 0  # [0, inf) only the first so many of its items; 0: all 10,042
     log_interval: int = 10  # [1, inf) steps between log lines
     sample_tokens: int = 60  # [0, inf) length of the sample printed at each evaluation; 0: none
-    shard: bool = False  # split parameters and optimizer over the processes (fully_shard); False: a copy on each (DDP)
     keep: int = 2  # [1, inf) latest checkpoints kept, so that a bad one is not the only one
     seed: int = 1337  # [0, inf) nanoGPT's; draws the weights, the order of the data, dropout and router noise
+    # -- the machine
+    shard: bool = False  # split parameters and optimizer over the processes (fully_shard); False: a copy on each (DDP)
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
-    dtype: str = "auto"  # "float32", "bfloat16", "float16" for matrix products; "auto" takes what is fast here
+    dtype: str = "auto"  # {auto, float32, bfloat16, float16} of matrix products; auto takes what is fast here
     compile: bool | None = None  # torch.compile; None: on CUDA only, elsewhere compiling costs more than it saves
 
     def __post_init__(self):
-        for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "wsd")),
-                              ("dtype", ("auto", "float32", "bfloat16", "float16"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank: LoRA changes a model that is there, which --init_from names")
 
