@@ -559,7 +559,7 @@ def load_llama(cfg, shape, source, dtype):
     float32, those that LoRA freezes may be bfloat16."""
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(source)
-        kept = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
+        kept = {k: v for k, v in shape.items() if k in (*TRAINING_ONLY, "context")}  # RoPE has no longest position
         narrow = dtype == torch.bfloat16 and (cfg.lora_rank or adapter.is_adapter(directory))
         llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, **kept)
         if cfg.lora_rank:
