@@ -44,17 +44,22 @@ def save(llama, directory, state=None, max_shard_size="5GB"):
     """Write config.json and the weights (state; None: the model's own) as transformers does: model.safetensors, or
     parts of at most max_shard_size and an index. Each file appears whole or not at all.
     """
+    state = dict(llama.state_dict() if state is None else state)
+    if llama.config.tie_embeddings:
+        state.pop("lm_head.weight", None)
+    dtype = next(iter(state.values())).dtype
+    write(directory, config_to_hf(llama.config, str(dtype).removeprefix("torch.")), state, max_shard_size)
+
+
+def write(directory, hf, state, max_shard_size="5GB"):
+    """Write hf, the dict of a config.json, and the tensors of state. See `save`."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = dict(llama.state_dict() if state is None else state)
-    if llama.config.tie_embeddings:
-        state.pop("lm_head.weight", None)
     state = {n: t.detach().cpu().contiguous() for n, t in state.items()}
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
-    texts = {"config.json": config_to_hf(llama.config, dtype)}
+    texts = {"config.json": hf}
     if split.is_sharded:
         texts["model.safetensors.index.json"] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     with tempfile.TemporaryDirectory(".tmp", dir=directory) as folder:
@@ -122,6 +127,7 @@ SUPPORTED = {  # config keys that change what a model computes, and their values
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
     "partial_rotary_factor": (1, None), "sliding_window": (None,), "per_layer_config": (None,),
     "quantization_config": (None,), "compression_config": (None,)}
+VISION = "vision_model.", "multi_modal_projector."  # in Llama4ForConditionalGeneration, beside "language_model."
 ARCHITECTURES = {"LlamaForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
 
 
@@ -297,13 +303,28 @@ def _weight_files(directory):
     return [directory / file for file in sorted({Path(str(file)).name for file in table.values()})]
 
 
+def read_tensors(path, prefixes=("",)):
+    """{name: tensor} of a safetensors file, of the names that begin with one of prefixes."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
+
+
+def vision_tensors(directory):
+    """{name: tensor} of what a Llama4ForConditionalGeneration sees with, {} where it has no such part."""
+    files = _weight_files(Path(directory))
+    return {name: t for path in files for name, t in read_tensors(path, VISION).items()}
+
+
 def _our_name(name, cfg, shapes):
     """The name here of a tensor that a file calls `name`; None for one that the language model does not use."""
     if name.endswith("rotary_emb.inv_freq"):  # transformers before 4.32 stored RoPE's frequencies
         return None
     if cfg.arch == "llama4":  # Llama4ForConditionalGeneration wraps the language model
-        vision = name.startswith(("vision_model.", "multi_modal_projector."))
-        return None if vision else name.removeprefix("language_model.")
+        return None if name.startswith(VISION) else name.removeprefix("language_model.")
     names = name, f"model.{name}", name.removeprefix("model.")  # LlamaModel's have no prefix
     return next((n for n in names if n in shapes), name)
 
