@@ -45,7 +45,7 @@ class TrainConfig:
     whole_docs: bool = False  # True: windows begin with a document and hold whole ones; for documents shorter than one
     doc_mask: bool = False  # True: no attention across documents, positions restart; slower, cleaner for short ones
     max_iters: int = 2000  # [1, inf) optimizer steps
-    epochs: float = 0.0  # [0, inf) passes over the data, which then settle max_iters; for fine-tuning; 0: max_iters does
+    epochs: float = 0.0  # [0, inf) passes over the data, from which max_iters then follows; 0: max_iters alone counts
     optimizer: str = "muon"  # "muon" for the hidden matrices (AdamW for the rest) learns faster; "adamw" for all
     learning_rate: float = 3e-3  # [0, 1000] peak; Muon's updates are scaled to AdamW's size, so one rate serves both
     min_lr: float = 0.0  # [0, 1000] rate at the end; decaying all the way to 0 beats stopping at a tenth
@@ -643,9 +643,8 @@ class Text:
         print0(f"data       {self.folder.resolve().name}: {len(self.data):,} training tokens, {len(self.val):,} "
                f"validation, vocabulary {self.val.vocab_size:,}")
         if self.data.marks:
-            print0(f"chats      {self.data.documents:,} to learn from, {self.val.documents:,} held out; in "
-                   f"{self.windows.per_epoch:,} sequences, {self.windows.packing_efficiency:.1%} full; only answers are "
-                   "learned and counted")
+            print0(f"chats      {self.data.documents:,} in {self.windows.per_epoch:,} sequences, "
+                   f"{self.windows.packing_efficiency:.1%} full; {self.val.documents:,} held out; only answers count")
         print0(f"step       {targets:,} tokens = {cfg.batch_size} sequences x {targets / sequences_per_step(cfg):.0f} "
                f"tokens x {count} passes x {WORLD} process{'es' * (WORLD > 1)}")
         epochs = cfg.max_iters * sequences_per_step(cfg) / self.windows.per_epoch
@@ -771,8 +770,8 @@ def evaluate_run(cfg, shape):
     task = Text(cfg, shape, out, device)
     with memory_advice(cfg, device, task.dtype):
         loss = task.val_loss(task.model, progress=True)
-    print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {task.val_windows.targets():,} tokens "
-           f"of {task.folder}")
+    print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {task.val_windows.targets():,} "
+           f"tokens of {task.folder}")
 
 
 def main(cfg, shape):

@@ -118,6 +118,8 @@ def conversation_of(record):
     if not isinstance(record, dict):
         raise ValueError(f"a record is an object, not {str(record)[:40]!r}")
     record = {key: value for key, value in record.items() if value is not None}
+    if record.get("image") or record.get("images"):
+        raise ValueError("it is about pictures, which are for vlm.py")
     messages, learn = [], []
     for n, message in enumerate(messages_in(record), 1):
         try:

@@ -77,7 +77,8 @@ class Conversations:
         or "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox.
         Raises `config.Mistake` if there is none, or if it refuses the conversation.
         """
-        return self._written(messages, add_generation_prompt, tools, documents, date).replace(BEGIN, "").replace(END, "")
+        text = self._written(messages, add_generation_prompt, tools, documents, date)
+        return text.replace(BEGIN, "").replace(END, "")
 
     def _written(self, messages, add_generation_prompt, tools, documents, date):
         """What the template writes, with its marks."""
@@ -173,8 +174,9 @@ class Conversations:
         if end is None:
             raise config.Mistake("no stop token ends the assistant's turn in this chat template")
         if after[:len(before)] != before:
-            raise config.Mistake("the prompt has other ids when the answer follows it: an answer that begins with white "
-                                 "space joins what is before it, or this chat template changes earlier turns")
+            raise config.Mistake("the prompt has other ids when the answer follows it: an answer that begins with "
+                                 "white space joins what is before it, or this chat template changes earlier turns")
         if ids[:end + 1] != after[:end + 1]:
-            raise config.Mistake("this chat template changes earlier turns, so an answer cannot be learned as it was given")
+            raise config.Mistake("this chat template changes earlier turns, so that answers cannot be learned as they "
+                                 "were given")
         return len(before), end + 1

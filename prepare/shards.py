@@ -300,7 +300,7 @@ class Split:
             self.maps.append(np.memmap(path, dtype, "r").view(np.ndarray))
         self.marks = Split(directory, f"{split}_marks") if f"{split}_marks" in self.meta["splits"] else None
         if self.marks and len(self.marks) != len(self):
-            raise config.Mistake(f"{where}: {len(self)} {split} tokens have {len(self.marks)} marks: prepare them again")
+            raise config.Mistake(f"{where}: {len(self)} {split} tokens have {len(self.marks)} marks: prepare again")
 
     def _check(self, path, shard, dtype, verified):
         """Raise `Mistake` unless the file is the shard that meta.json describes."""

@@ -1,24 +1,26 @@
 """Conversations to learn from: the forms of records, what of them is learned, how they are packed and trained on."""
 import datetime
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from test_tokenizer_folders import CHATML, INST, PLAIN, vocabularies, write
+from test_tokenizer_folders import INST, PLAIN, vocabularies, write
 from test_train import DENSE, log_of, same, settings, states
 
 import config
 import train
-from conftest import real_data
 from model import PRESETS, Llama
 from prepare import chat, shards, tokenizer
 from prepare.windows import Conversations, best_fit
 
-MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-          "{% generation %}{{ m.content | default('') + (m.tool_calls | tojson if m.tool_calls else '') + '<|im_end|>' }}"
-          "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+          "{% if m.role == 'assistant' %}"
+          "{% generation %}{{ m.content | default('') + (m.tool_calls | tojson if m.tool_calls else '') }}"
+          "{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+          "{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 DATED = "{{ strftime_now('%d %B %Y') + '\n' + (tools | tojson if tools else '') }}" + UNMARKED
@@ -91,6 +93,7 @@ def trl_labels(path, talks, **more):
     return [(row["input_ids"][0].tolist(), row["labels"][0].tolist()) for row in rows]
 
 
+@pytest.mark.slow  # a quarter of a minute to import TRL
 def test_masks_are_those_of_trl(tmp_path):
     path, talks = model_in(tmp_path / "a", MARKED), TALKS[:2]
     tok = tokenizer.load(path)
@@ -140,7 +143,8 @@ def test_weights_choose_what_is_learned(tmp_path):
 
 def test_what_cannot_be_told_is_said(tmp_path):
     talk = [HI, YES, HI, YES]
-    forgetful = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}"
+    forgetful = ("{% for m in messages %}{% if m.role == 'user' or loop.last %}"
+                 "{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}")
     for n, (template, some, said) in enumerate((
             (forgetful, talk, "changes earlier turns"), (UNMARKED, talk[1:], "speaks first"),
             (UNMARKED.replace("<|im_end|>", ";"), talk, "no stop token"),
@@ -190,7 +194,9 @@ def test_more_in_records():
     ({"messages": [HI | {"content": [{"type": "image_url"}]}]}, "its content is a text"),
     ({"conversations": [{"from": "human", "value": 3}]}, "its content is a text"),
     ({"messages": [HI, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "message 2: "),
-    ({"messages": [HI, CALL | {"tool_calls": ["f"]}]}, "message 2: ")])
+    ({"messages": [HI, CALL | {"tool_calls": ["f"]}]}, "message 2: "),
+    ({"tools": "{", "messages": [HI, YES]}, "Expecting"),
+    ({"image": "a.jpg", "messages": [HI, YES]}, "which are for vlm.py")])
 def test_what_is_wrong_with_a_record(record, said):
     with pytest.raises(ValueError, match=said):
         chat.conversation_of(record)
@@ -221,8 +227,9 @@ def talk(n, turns=1):
 def test_bad_records_are_named_counted_and_skipped(tmp_path, capsys):
     model = model_in(tmp_path / "model")
     records = [talk(i) for i in range(30)]
-    for bad, place in (({"messages": [HI, YES, "x"]}, "line 5 (record 5): message 3"), ("broken", "line 5 (record 5): "),
-                       ({"messages": [YES]}, "line 5 (record 5): the assistant speaks first")):
+    for bad, place in (({"messages": [HI, YES, "x"]}, "line 5 (record 5): message 3"),
+                       ({"messages": [YES]}, "line 5 (record 5): the assistant speaks first"),
+                       ("broken", "line 5 (record 5): Expecting")):
         path = lines(tmp_path / "a.jsonl", records[:4] + [bad] + records[4:])
         _, err, code = prepare(tmp_path, capsys, model, "--input", path)
         assert code == 2 and err.splitlines()[-1].startswith(f"error: {path}: {place}") and "--skip_bad" in err
@@ -326,8 +333,14 @@ def test_packing_is_best_fit():
     assert sorted(i for row in rows for i in row) == list(range(500))
     fill = [sum(sizes[i] for i in row) for row in rows]
     assert max(fill) <= 64
+
+
+@pytest.mark.slow  # a quarter of a minute to import TRL
+def test_packing_is_that_of_trl():
     trl = pytest.importorskip("trl", reason="TRL, the oracle of packing, is not installed")
     datasets = pytest.importorskip("datasets")
+    sizes = np.random.default_rng(0).integers(1, 65, 500).tolist()
+    fill = [sum(sizes[i] for i in row) for row in best_fit(sizes, 64)]
     packed = trl.pack_dataset(datasets.Dataset.from_dict({"input_ids": [[0] * n for n in sizes]}), 64, "bfd")
     assert sorted(map(len, packed["input_ids"])) == sorted(fill)
 
@@ -403,29 +416,25 @@ def test_packed_conversations_learn_as_if_alone(chats, tmp_path):
 
 def test_training_on_conversations(chats, tmp_path, capsys):
     """It learns, says answers from held-out conversations, prints no bits per byte, and resumes to the bit."""
-    more = dict(block_size=96, init_from=str(chats[0]), learning_rate=1e-2, optimizer="adamw", sample_tokens=12)
-    train.main(settings(chats[1], tmp_path / "whole", epochs=8.0, **more), {})
+    model, data = chats
+    windows = Conversations(shards.Split(data, "val"), settings(data, "unused", block_size=96))
+    steps = -(-2 * Conversations(shards.Split(data, "train"), windows.cfg).per_epoch // 4)
+    half, more = steps // 2, dict(block_size=96, learning_rate=1e-2, optimizer="adamw", sample_tokens=12, log_interval=50)
+    for out, epochs in (tmp_path / "whole", {"epochs": 2.0}), (tmp_path / "halves", {"max_iters": steps}):
+        train.main(settings(data, out, init_from=str(model), eval_interval=half, **more | epochs), {})
     said = capsys.readouterr().out
-    tok, windows = tokenizer.load(chats[1]), Conversations(shards.Split(chats[1], "val"),
-                                                           settings(chats[1], "unused", block_size=96))
-    assert "bits/byte" not in said and "(8." in said and "  | user\n  | What is" in said
-    steps = -(-8 * Conversations(shards.Split(chats[1], "train"), windows.cfg).per_epoch // 4)
-    log = log_of(tmp_path / "whole")
-    losses = [entry["val_loss"] for entry in log if "val_loss" in entry]
-    assert log[-1]["step"] == steps and losses[-1] < losses[0] and "val_bpb" not in log[-1]
+    assert "bits/byte" not in said and "(2.0" in said and "  | user\n  | What is" in said
+    whole, halves = (states(tmp_path / name, steps)[0] for name in ("whole", "halves"))
+    assert same(whole, halves)
+    losses = [entry["val_loss"] for entry in log_of(tmp_path / "whole") if "val_loss" in entry]
+    assert losses[-1] < losses[0] and "val_bpb" not in log_of(tmp_path / "whole")[-1]
     run = json.loads((tmp_path / "whole/run.json").read_text())
     assert run["settings"]["max_iters"] == steps and run["settings"]["epochs"] == 0
-    half = steps // 2
-    train.main(settings(chats[1], tmp_path / "halves", max_iters=steps, eval_interval=half, **more), {})
-    assert same(states(tmp_path / "whole", steps)[0], states(tmp_path / "halves", steps)[0])
-    for last in (tmp_path / "halves/checkpoints").glob(f"step_{steps:08d}"):
-        for path in last.iterdir():
-            path.unlink()
-        last.rmdir()
-    train.main(settings(chats[1], tmp_path / "halves", max_iters=steps, eval_interval=half,
-                        **more | {"init_from": "resume"}), {})
-    assert same(states(tmp_path / "whole", steps)[0], states(tmp_path / "halves", steps)[0])
-    assert set(tok.stop_ids) <= set(Llama.from_pretrained(tmp_path / "whole").config.eos_ids)
-    train.main(settings(chats[1], tmp_path / "x", block_size=96, eval_only=True, init_from=str(tmp_path / "whole")), {})
+    shutil.rmtree(tmp_path / f"halves/checkpoints/step_{steps:08d}")
+    train.main(settings(data, tmp_path / "halves", init_from="resume", eval_interval=half, max_iters=steps, **more), {})
+    assert same(whole, states(tmp_path / "halves", steps)[0])
+    assert set(tokenizer.load(data).stop_ids) <= set(Llama.from_pretrained(tmp_path / "whole").config.eos_ids)
+    capsys.readouterr()
+    train.main(settings(data, tmp_path / "x", block_size=96, eval_only=True, init_from=str(tmp_path / "whole")), {})
     said = capsys.readouterr().out
     assert f"over {windows.targets():,} tokens" in said and f"val loss {losses[-1]:.4f}" in said
