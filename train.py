@@ -49,7 +49,12 @@ class TrainConfig:
     doc_mask: bool = False  # True: no attention across documents, positions restart; slower, cleaner for short ones
     # -- how it learns
     max_iters: int = 2000  # [1, inf) optimizer steps
+<<<<<<< HEAD
     optimizer: str = "muon"  # {muon, adamw} muon, for the hidden matrices (AdamW for the rest), learns faster
+=======
+    epochs: float = 0.0  # [0, inf) passes over the data, from which max_iters then follows; 0: max_iters alone counts
+    optimizer: str = "muon"  # "muon" for the hidden matrices (AdamW for the rest) learns faster; "adamw" for all
+>>>>>>> chat
     learning_rate: float = 3e-3  # [0, 1000] peak; Muon's updates are scaled to AdamW's size, so one rate serves both
     min_lr: float = 0.0  # [0, 1000] rate at the end; decaying all the way to 0 beats stopping at a tenth
     warmup_iters: int = 100  # [0, inf) steps of linear rise; AdamW's second moment needs some to settle
@@ -137,8 +142,9 @@ from common import (  # noqa: E402
     keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
 from model import PRESETS, Llama  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
-from prepare.windows import Windows, document_positions, rng_for  # noqa: E402
+from prepare.windows import rng_for, windows_of  # noqa: E402
 
+CHATS, SHOWN = 2, 1000  # held-out conversations that are sampled at each evaluation; characters of a sample's end
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16
 
 
@@ -213,18 +219,17 @@ def eval_spans(windows, device, limit=0):
     if wanted < len(spans):
         spans = spans[np.linspace(0, len(spans) - 1, wanted).astype(int)]
     # All processes need the same number of batches, since those that share a model compute together. What is missing
-    # is filled with (0, 1), which has no target. On a GPU all batches are full: a smaller one would be compiled anew.
+    # is filled with (0, 0), which has no target. On a GPU all batches are full: a smaller one would be compiled anew.
     multiple = WORLD * (cfg.batch_size if device.type == "cuda" else 1)
-    filler = np.tile([0, 1], (-len(spans) % multiple, 1))
+    filler = np.zeros((-len(spans) % multiple, 2))
     return np.concatenate((spans, filler)).astype(int)[RANK::WORLD]
 
 
-def eval_batches(windows, spans, bos_id=None):
+def eval_batches(windows, spans):
     """(targets, (x, y, positions)) of these windows, a batch at a time, each read when it is asked for."""
-    cfg = windows.cfg
-    for i in range(0, len(spans), cfg.batch_size):
-        x, y = windows.read(spans[i:i + cfg.batch_size])
-        yield int((y != -100).sum()), (x, y, document_positions(x, bos_id) if cfg.doc_mask else None)
+    for i in range(0, len(spans), windows.cfg.batch_size):
+        x, y, positions = windows.read(spans[i:i + windows.cfg.batch_size])
+        yield int((y != -100).sum()), (x, y, positions)
 
 
 def bits_per_byte(loss, windows):
@@ -605,18 +610,23 @@ class Text:
         if self.tok.fingerprint != self.data.tokenizer["fingerprint"]:
             raise config.Mistake(f"{self.folder} was made with another tokenizer than the tokenizer.json in it: "
                                  "prepare the data again")
-        if (cfg.doc_mask or cfg.whole_docs) and self.tok.bos_id is None:
+        if (cfg.doc_mask or cfg.whole_docs) and self.tok.bos_id is None and not self.data.marks:
             raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
-        if len(self.data) < 2 * cfg.block_size and not cfg.eval_only:
+        if len(self.data) < 2 * cfg.block_size and not cfg.eval_only and not self.data.marks:
             raise config.Mistake(f"the training split has {len(self.data)} tokens, too few for "
                                  f"block_size={cfg.block_size}")
+        self.windows = windows_of(self.data, cfg, self.tok.bos_id)
+        self.val_windows = windows_of(self.val, cfg, self.tok.bos_id)
+        if cfg.epochs:
+            steps = math.ceil(cfg.epochs * self.windows.per_epoch / sequences_per_step(cfg))
+            self.cfg = cfg = replace(cfg, max_iters=steps, epochs=0.0)  # a run that goes on may have more steps
         with memory_advice(cfg, device, self.dtype):
             self.llama = build_model(cfg, shape, self.val, self.tok, out, self.dtype).train()
             self.llama.model.checkpointing = cfg.checkpointing
             self.sharded = cfg.shard and WORLD > 1
             self.model = shard(self.llama, device, self.dtype) if self.sharded else self.llama.to(device)
-        self.windows = Windows(self.data, cfg, self.tok.bos_id)
-        self.val_windows = Windows(self.val, cfg, self.tok.bos_id)
+        if self.data.marks:  # for other tools: what ends an answer is in the template, not always in config.json
+            self.llama.config.eos_ids = tuple(dict.fromkeys((*self.llama.config.eos_ids, *sorted(self.tok.stop_ids))))
         self.hellaswag = HellaSwag(cfg, self.tok, self.llama.config.context) if cfg.hellaswag else None
         gradients = 2 / 3 if hasattr(self.llama, "adapter") else 1  # frozen weights have none
         self.flops_per_token = self.llama.flops_per_token(cfg.block_size) * gradients
@@ -624,7 +634,7 @@ class Text:
         if self.val.floor_bpb:
             self.floor = self.val.floor_bpb / bits_per_byte(1.0, self.val_windows)
         self.val_fingerprint = [self.val.meta["splits"]["val"], cfg.eval_tokens, cfg.block_size, cfg.whole_docs,
-                                cfg.doc_mask]
+                                cfg.doc_mask] + ([self.val.marks.meta["splits"]["val_marks"]] if self.val.marks else [])
 
     def describe(self):
         """Print what is trained, on what and how."""
@@ -638,9 +648,13 @@ class Text:
             print0(f"lora       {adapter.describe(self.llama)}")
         print0(f"data       {self.folder.resolve().name}: {len(self.data):,} training tokens, {len(self.val):,} "
                f"validation, vocabulary {self.val.vocab_size:,}")
+        if self.data.marks:
+            print0(f"chats      {self.data.documents:,} in {self.windows.per_epoch:,} sequences, "
+                   f"{self.windows.packing_efficiency:.1%} full; {self.val.documents:,} held out; only answers count")
         print0(f"step       {targets:,} tokens = {cfg.batch_size} sequences x {targets / sequences_per_step(cfg):.0f} "
                f"tokens x {count} passes x {WORLD} process{'es' * (WORLD > 1)}")
-        print0(f"schedule   {cfg.max_iters:,} steps ({cfg.max_iters * targets / len(self.data):.2f} epochs), "
+        epochs = cfg.max_iters * sequences_per_step(cfg) / self.windows.per_epoch
+        print0(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), "
                f"{cfg.optimizer}, lr {cfg.learning_rate:g} after {cfg.warmup_iters} of warmup, {cfg.schedule} to "
                f"{cfg.min_lr:g}")
         print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why_dtype})")
@@ -651,15 +665,14 @@ class Text:
         spans = self.windows.draw(drawn, sequences_per_step(cfg))  # of all processes
         spans = spans.reshape(WORLD, count, cfg.batch_size, 2)[RANK]
         micro_batches = []
-        for x, y in map(self.windows.read, spans):
-            positions = document_positions(x, self.tok.bos_id) if cfg.doc_mask else None
+        for x, y, positions in map(self.windows.read, spans):
             micro_batches.append((int((y != -100).sum()), (x, y, positions)))
         return micro_batches
 
     def val_loss(self, model, limit=0, progress=False):
         """Nats per token on the validation split, or on about `limit` tokens of it."""
         spans = eval_spans(self.val_windows, self.device, limit)
-        batches = eval_batches(self.val_windows, spans, self.tok.bos_id)
+        batches = eval_batches(self.val_windows, spans)
         if progress:
             batches = track(batches, "evaluating", -(-len(spans) // self.cfg.batch_size))
         return evaluate(model, batches, self.device, self.autocast)
@@ -682,21 +695,36 @@ class Text:
             scores["val_bpb"] = bits_per_byte(loss, self.val_windows)
         return scores | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
 
-    def sample(self):
-        """A text that the model makes up, of at most cfg.sample_tokens tokens."""
+    def prompts(self):
+        """(ids that a sample begins with, its temperature) of each: the beginning of a text, or prompts of held-out
+        conversations, which are answered with what is most likely."""
+        tok = self.tok
+        if not self.val.marks:
+            return [([tok.bos_id if tok.bos_id is not None else int(self.val[0])], 1.0)]
+        lessons = map(self.val_windows.example, range(min(CHATS, self.val.documents)))
+        return [(ids[:learned.argmax()].tolist(), 0.0) for ids, learned in lessons]
+
+    def samples(self):
+        """Texts that the model makes up, each with at most cfg.sample_tokens new tokens."""
         cfg, tok = self.cfg, self.tok
-        start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(self.val[0])]], device=self.device)
         ends = tok.stop_ids if tok.stop_ids and not self.sharded else None  # sharded: equal lengths on all processes
-        with self.autocast:
-            ids = self.model.eval().generate(start, cfg.sample_tokens, eos_id=ends, seed=cfg.seed)[0].tolist()
+        self.model.eval()
+        texts = []
+        for prompt, temperature in self.prompts():
+            with self.autocast:
+                ids = self.model.generate(torch.tensor([prompt], device=self.device), cfg.sample_tokens, temperature,
+                                          eos_id=ends, seed=cfg.seed)[0].tolist()
+            new = itertools.takewhile(lambda i: i not in tok.stop_ids, ids[len(prompt):])
+            texts.append(tok.decode([*prompt, *new])[-SHOWN:].strip())
         self.model.train()
-        return tok.decode([ids[0], *itertools.takewhile(lambda i: i not in tok.stop_ids, ids[1:])]).strip()
+        return texts
 
     def print_sample(self):
-        """Print a sample, if one is asked for."""
+        """Print samples, if they are asked for."""
         if not self.cfg.sample_tokens or (RANK > 0 and not self.sharded) or self.llama.config.context < 2:
             return
-        print0("  | " + self.sample().replace("\n", "\n  | "))
+        for text in self.samples():
+            print0("  | " + text.replace("\n", "\n  | "))
 
     def save(self, directory, state=None):
         """Write the model, whose weights are `state` if it is sharded, and the tokenizer."""
@@ -711,7 +739,7 @@ def after_restart(cfg, shape, out):
     one of its agents is there still. The first process decides for all. Refuses to resume a run that is complete."""
     if cfg.init_from == "resume":
         step = int(runs.common_latest(out).name.removeprefix("step_"))
-        if step >= cfg.max_iters:
+        if step >= cfg.max_iters and not cfg.epochs:
             raise config.Mistake(f"{out} has done its {step} steps: to go on, give a larger --max_iters")
         return cfg, shape
     agents, goes_on = runs.torchrun_agents(), 0
@@ -735,7 +763,7 @@ def start(task_of, cfg, shape, prefix=""):
     cfg, shape = after_restart(cfg, shape, out)
     task = task_of(cfg, shape, out, device)
     task.describe()
-    fit(task, cfg, out)
+    fit(task, task.cfg, out)
 
 
 def evaluate_run(cfg, shape):
@@ -754,8 +782,8 @@ def evaluate_run(cfg, shape):
     task = Text(cfg, shape, out, device)
     with memory_advice(cfg, device, task.dtype):
         loss = task.val_loss(task.model, progress=True)
-    print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {len(task.val) - 1:,} tokens of "
-           f"{task.folder}")
+    print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {task.val_windows.targets():,} "
+           f"tokens of {task.folder}")
 
 
 def main(cfg, shape):

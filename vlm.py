@@ -98,8 +98,8 @@ class VlmConfig(train.TrainConfig):
             raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
         if self.lora_rank:
             raise ValueError("lora_rank is for train.py; a Llama that was adapted there can learn to see here")
-        if self.doc_mask or self.whole_docs:
-            raise ValueError("doc_mask and whole_docs are for plain text")
+        if self.doc_mask or self.whole_docs or self.epochs:
+            raise ValueError("doc_mask, whole_docs and epochs are for train.py")
 
 
 # -- the model ---------------------------------------------------------------------------------------------------

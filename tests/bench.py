@@ -787,6 +787,7 @@ def overhead(cfg):
     import runs
     import train
     from prepare import shards, tokenizer
+    from prepare.windows import Windows
     device, dtype, autocast = precision(cfg.device)
     folder = ROOT / "data/tales"
     if not folder.is_dir():
@@ -794,14 +795,14 @@ def overhead(cfg):
     words = [str(ROOT / "config/tales.py"), f"--device={cfg.device}"]
     settings, shape = config.load(train.TrainConfig, words, "model.py:LlamaConfig")
     tok, steps = tokenizer.load(folder), 40
-    windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
+    windows = {name: Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
     model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train())
     optimizers = optim.make_optimizers(model, settings, device, dtype)
     draws = [windows["train"].draw(i * settings.batch_size, settings.batch_size) for i in range(steps)]
     batches = [common.to_device(device, *windows["train"].read(spans)) for spans in draws]
 
     def bare():
-        for x, y in batches:
+        for x, y, _ in batches:
             with autocast():
                 loss = model(x, y)[1]
             loss.backward()

@@ -127,7 +127,7 @@ def climb(rung, cfg, shape, out):
     total, active = task.llama.counts()
     facts = {"parameters": total, "active": active, "bits": log[-1].get("val_bpb", math.nan),
              "floor": task.val.floor_bpb, "seconds": log[-1]["seconds"],
-             "cache": cache_bytes(task.llama, cfg.block_size), "text": task.sample(),
+             "cache": cache_bytes(task.llama, cfg.block_size), "text": task.samples()[0],
              "curve": [(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry]}
     write_text(out / "rung.json", json.dumps(facts, indent=1) + "\n")
     return facts
