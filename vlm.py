@@ -457,8 +457,10 @@ def order(seed, epoch, length):
 
 def new_tokenizer(folder, vocab_size):
     """A SentencePiece BPE of so many tokens, trained on the texts of a data set."""
-    texts = [t for r in images.load(folder, "train") for t in (*r.get("captions", ()), *(
-        turn["value"].replace(IMAGE, "") for turn in r.get("conversations", ())))]
+    texts = []
+    for n, record in enumerate(images.load(folder, "train"), 1):
+        with config.mistakes(ValueError, prefix=f"{Path(folder) / 'train.jsonl'}, record {n}: "):
+            texts += [text.replace(IMAGE, "") for _, talk in images.talks_of(record) for _, text in talk]
     return tokenizer.train_sentencepiece(texts, vocab_size)
 
 
@@ -521,6 +523,8 @@ class Stage:
             raise config.Mistake(f"stage {cfg.stage!r} takes " + (
                 "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
                 "captions and conversations, not pairs of answers"))
+        if cfg.stage == "prefer" and cfg.init_from == "scratch":
+            raise config.Mistake("stage 'prefer' goes on from a model that answers: name its run with --init_from")
         resumed = runs.common_latest(out) if cfg.init_from == "resume" else None
         self.model, self.tok = build(cfg, shape, self.folder, None if cfg.init_from == "scratch" else
                                      resumed or cfg.init_from)
