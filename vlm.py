@@ -233,9 +233,10 @@ class Vlm(nn.Module):
             for name, part in learned.items():
                 with common.atomic_write(directory / f"{name}.safetensors") as path:
                     save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
+            digest = None if self.encoder_learned else digest_of(self.encoder)[:16]
             files = {"vlm.json": {"encoder": self.encoder.name, "encoder_learned": self.encoder_learned,
-                                  "image_id": self.image_id, "pixel_shuffle": self.pixel_shuffle,
-                                  "learned": sorted(self.learned)}}
+                                  "encoder_digest": digest, "image_id": self.image_id,
+                                  "pixel_shuffle": self.pixel_shuffle, "learned": sorted(self.learned)}}
         tok.save(directory)
         for name, facts in files.items():
             with common.atomic_write(directory / name) as path:
@@ -270,10 +271,18 @@ class Vlm(nn.Module):
                                                                       "pixel_shuffle"))
             except KeyError as e:
                 raise ValueError(f"{directory / 'vlm.json'} has no {e}") from None
-            vlm = cls(llama, vision.make_encoder(name, vit_weights, not learned), image_id, (), joined, beta)
+            if learned and vit_weights:
+                raise ValueError(f"{directory} has an encoder of its own, which learned: leave vit_weights out")
+            encoder = vision.make_encoder(name, vit_weights, not learned)
+            if not learned and facts.get("encoder_digest") not in (None, digest_of(encoder)[:16]):  # None: an older run
+                raise ValueError(f"{directory} learned with other weights of {name}: name their file with "
+                                 "--vit_weights")
+            vlm = cls(llama, encoder, image_id, (), joined, beta)
             parts = ("projector", "encoder")[:1 + learned]
             states = {part: checkpoint.read_tensors(directory / f"{part}.safetensors") for part in parts}
         else:
+            if vit_weights:
+                raise ValueError(f"{directory} has an encoder of its own: leave vit_weights out")
             facts = hf = checkpoint.read_json(directory / "config.json")
             if not isinstance(hf.get("vision_config"), dict):
                 raise ValueError(f"{directory} holds a model that does not see: no vlm.json, no vision_config")
@@ -290,6 +299,14 @@ class Vlm(nn.Module):
                 raise ValueError(f"{directory}: not the weights of its {part}: {' '.join(str(e).split())}") from None
         vlm.encoder_learned, vlm.learned = learned, set(facts.get("learned", ()))
         return vlm.to(dtype).freeze(()).eval()
+
+
+def digest_of(module):
+    """Stands for all weights of a module: hexadecimal digits."""
+    digest = hashlib.sha256()
+    for t in module.state_dict().values():
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def sees(directory):
@@ -440,8 +457,10 @@ def order(seed, epoch, length):
 
 def new_tokenizer(folder, vocab_size):
     """A SentencePiece BPE of so many tokens, trained on the texts of a data set."""
-    texts = [t for r in images.load(folder, "train") for t in (*r.get("captions", ()), *(
-        turn["value"].replace(IMAGE, "") for turn in r.get("conversations", ())))]
+    texts = []
+    for n, record in enumerate(images.load(folder, "train"), 1):
+        with config.mistakes(ValueError, prefix=f"{Path(folder) / 'train.jsonl'}, record {n}: "):
+            texts += [text.replace(IMAGE, "") for _, talk in images.talks_of(record) for _, text in talk]
     return tokenizer.train_sentencepiece(texts, vocab_size)
 
 
@@ -452,7 +471,8 @@ def build(cfg, shape, folder, source):
     with config.mistakes(ValueError, FileNotFoundError):
         source = source and checkpoint.find_checkpoint(source)
         if source and sees(source):
-            vlm, tok = open_run(source, cfg.vit_weights, cfg.beta, **kept)
+            begun = cfg.init_from == "resume" and cfg.stage == "together"  # the encoder is no longer that of the file
+            vlm, tok = open_run(source, None if begun else cfg.vit_weights, cfg.beta, **kept)
             for key, have in (("encoder", vlm.encoder.name), ("pixel_shuffle", vlm.pixel_shuffle)):
                 if getattr(cfg, key) not in (None, have):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
@@ -503,6 +523,8 @@ class Stage:
             raise config.Mistake(f"stage {cfg.stage!r} takes " + (
                 "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
                 "captions and conversations, not pairs of answers"))
+        if cfg.stage == "prefer" and cfg.init_from == "scratch":
+            raise config.Mistake("stage 'prefer' goes on from a model that answers: name its run with --init_from")
         resumed = runs.common_latest(out) if cfg.init_from == "resume" else None
         self.model, self.tok = build(cfg, shape, self.folder, None if cfg.init_from == "scratch" else
                                      resumed or cfg.init_from)
@@ -781,7 +803,10 @@ def main(given, shape):
         given, shape = train.with_run(given | {"out_dir": str(out)}, shape, out, "vlm.py:VlmConfig")
     elif given.get("eval") or given.get("eval_only"):
         directory = run_to_use(given.get("out_dir"), given.get("init_from", "scratch"))
+        named = given.get("vit_weights")
         given, shape = train.with_run(given, shape, directory, "vlm.py:VlmConfig")
+        if given.get("stage") == "together":
+            given["vit_weights"] = named  # not where its encoder began: it has one of its own now
     cfg = config.make(VlmConfig, given)
     if cfg.caption:
         caption(cfg)
