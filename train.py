@@ -49,12 +49,8 @@ class TrainConfig:
     doc_mask: bool = False  # True: no attention across documents, positions restart; slower, cleaner for short ones
     # -- how it learns
     max_iters: int = 2000  # [1, inf) optimizer steps
-<<<<<<< HEAD
-    optimizer: str = "muon"  # {muon, adamw} muon, for the hidden matrices (AdamW for the rest), learns faster
-=======
     epochs: float = 0.0  # [0, inf) passes over the data, from which max_iters then follows; 0: max_iters alone counts
-    optimizer: str = "muon"  # "muon" for the hidden matrices (AdamW for the rest) learns faster; "adamw" for all
->>>>>>> chat
+    optimizer: str = "muon"  # {muon, adamw} muon, for the hidden matrices (AdamW for the rest), learns faster
     learning_rate: float = 3e-3  # [0, 1000] peak; Muon's updates are scaled to AdamW's size, so one rate serves both
     min_lr: float = 0.0  # [0, 1000] rate at the end; decaying all the way to 0 beats stopping at a tenth
     warmup_iters: int = 100  # [0, inf) steps of linear rise; AdamW's second moment needs some to settle
