@@ -598,7 +598,7 @@ class Text:
         self.dtype, self.why_dtype = pick_dtype(cfg.dtype, device)
         self.autocast = autocast_to(self.dtype, device)
         self.folder = folder_of(cfg)
-        if (self.folder / "train.jsonl").is_file():
+        if (self.folder / "train.jsonl").is_file() and not (self.folder / "meta.json").is_file():
             raise config.Mistake(f"{self.folder} holds pictures, which are for vlm.py")
         self.val = shards.Split(self.folder, "val")
         self.data = self.val if cfg.eval_only else shards.Split(self.folder, "train")
