@@ -33,7 +33,7 @@ import config
 from checkpoint import read_json
 from common import RANK, WORLD, print0
 from model import rotate
-from prepare import images
+from prepare import picture_files
 
 VIT_B_16 = "https://download.pytorch.org/models/vit_b_16-c867db91.pth"  # torchvision's IMAGENET1K_V1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which pretrained encoders expect
@@ -77,7 +77,7 @@ def square(image, size):
     from PIL import Image
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     if image.size != (size, size):
-        image = images.on_square(image, size, tuple(round(255 * level) for level in MEAN))
+        image = picture_files.on_square(image, size, tuple(round(255 * level) for level in MEAN))
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return ((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])[None]
 
@@ -440,14 +440,14 @@ class Pictures:
         None for an encoder that learns."""
         self.folder, self.names, self.encoder = Path(folder), names, encoder
         self.device, self.autocast, self.kept = device, autocast, None
-        self.array = images.open_array(folder, names)
+        self.array = picture_files.open_array(folder, names)
         if limit is not None and names:
             self.keep(limit)
 
     def look(self, i):
         """Picture number i as people see it: (H, W, 3) uint8, or a PIL image."""
         name = self.names[i]
-        return np.asarray(self.array[name]) if isinstance(name, int) else images.read(self.folder / name)
+        return np.asarray(self.array[name]) if isinstance(name, int) else picture_files.read(self.folder / name)
 
     def pixels(self, which):
         """(n, 3, S, S) of the pictures numbered `which`."""

@@ -52,7 +52,7 @@ import runs  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
-from prepare import images, tokenizer  # noqa: E402
+from prepare import images, picture_files, tokenizer  # noqa: E402
 from prepare.images import (  # noqa: E402
     IMAGE, Examples, caption_prompt, with_image, with_pictures)
 from scores import agree, caption_scores  # noqa: E402
@@ -663,7 +663,7 @@ def look(run, paths, need_all=False):
     seen, encoder = [], run.vlm.encoder
     for path in paths:
         try:
-            squares, canvas = encoder.cut(images.read(path))
+            squares, canvas = encoder.cut(picture_files.read(path))
         except config.Mistake as e:
             if need_all:
                 raise
@@ -677,7 +677,7 @@ def look(run, paths, need_all=False):
 def caption(cfg):
     """One line for each picture, those of folders included; exit code 2 if any could not be read."""
     from tqdm import tqdm
-    paths, size, failed = images.expand(cfg.caption), cfg.batch_size, 0
+    paths, size, failed = picture_files.expand(cfg.caption), cfg.batch_size, 0
     run = load(cfg)
     run.expect("caption", "captions")
     bar = tqdm(total=len(paths), desc="captions", unit=" pictures", leave=False, disable=len(paths) <= size)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images, shards  # noqa: E402
+from prepare import images, picture_files, shards  # noqa: E402
 
 HUB = "jxie/coco_captions"
 
@@ -34,7 +34,8 @@ def from_folder(folder, limit):
                     texts.setdefault(a["image_id"], []).append(" ".join(a["caption"].split()))
                 else:
                     useless += 1
-            found = [(images.find(place / i["file_name"]), texts[i["id"]]) for i in table["images"] if i["id"] in texts]
+            found = [(picture_files.find(place / i["file_name"]), texts[i["id"]]) for i in table["images"]
+                     if i["id"] in texts]
         found = [{"image": str(path.resolve()), "captions": words} for path, words in found if path.is_file()]
         records[split] = found[:limit]
         print(f"{files[-1].name}: {len(found):,} of {len(table['images']):,} photos are there, with captions"

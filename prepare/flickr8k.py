@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images, shards  # noqa: E402
+from prepare import images, picture_files, shards  # noqa: E402
 
 HUB = "jxie/flickr8k"
 LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
@@ -43,25 +43,25 @@ def captions(folder):
     for name, text in pairs:
         if any(map(str.isalnum, text)) and name != "image":  # the head of the CSV file
             found.setdefault(name.strip(), []).append(tidy(text))
-    return images.ByName(found)
+    return picture_files.ByName(found)
 
 
 def photos(folder, out, names):
     """{photo: its path} of the photos `names`; those that are in tar files only are unpacked into out/images."""
     from tqdm import tqdm
-    found = images.ByName({p.name: str(p.resolve()) for p in sorted(folder.rglob("*"))
-                           if p.suffix.lower() in images.ENDINGS and p.is_file()})
-    missing = images.ByName({name: name for name in names if not found.get(name)})
+    found = picture_files.ByName({p.name: str(p.resolve()) for p in sorted(folder.rglob("*"))
+                           if p.suffix.lower() in picture_files.ENDINGS and p.is_file()})
+    missing = picture_files.ByName({name: name for name in names if not found.get(name)})
     unpacked = {}
     for path in sorted(folder.glob("*.tar*")) if missing.values else []:
         with config.mistakes(tarfile.TarError, OSError, EOFError, prefix=f"{path}: "), tarfile.open(path) as tar:
             for member in tqdm(tar, path.name, unit=" files", leave=False, delay=1):
                 name = Path(member.name).name
-                if member.isfile() and missing.get(name) and Path(name).suffix.lower() in images.ENDINGS:
+                if member.isfile() and missing.get(name) and Path(name).suffix.lower() in picture_files.ENDINGS:
                     (out / "images").mkdir(parents=True, exist_ok=True)
                     (out / "images" / name).write_bytes(tar.extractfile(member).read())
                     unpacked[name] = f"images/{name}"
-    unpacked = images.ByName(unpacked)
+    unpacked = picture_files.ByName(unpacked)
     return {name: found.get(name) or unpacked.get(name) for name in names}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images, shards  # noqa: E402
+from prepare import images, picture_files, shards  # noqa: E402
 
 @dataclass
 class Settings:
@@ -40,7 +40,7 @@ def record_of(raw, place):
     elif "conversations" not in made:
         made = {"conversations": [{"from": "human", "value": raw.get("instruction")},
                                   {"from": "gpt", "value": raw.get("output")}]}
-    paths = [str(images.find(place / p).resolve()) for p in pictures]
+    paths = [str(picture_files.find(place / p).resolve()) for p in pictures]
     return made | ({"image": paths if len(paths) > 1 else paths[0]} if paths else {})
 
 

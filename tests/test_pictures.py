@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import config
-from prepare import images, tokenizer
+from prepare import images, picture_files, tokenizer
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 MORE = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "A cat."}]
@@ -275,7 +275,7 @@ def test_pictures_that_viewers_open(tmp_path):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
         for source in tmp_path / name, io.BytesIO(data):
-            picture = images.read(source)
+            picture = picture_files.read(source)
             assert picture.size == ((30, 50) if name == "turned.jpg" else (50, 30)), name
             assert np.abs(np.array(picture.getpixel((20, 20))) - (200, 10, 10)).max() < 8, name
     whole = files["generator.png"]
@@ -283,7 +283,7 @@ def test_pictures_that_viewers_open(tmp_path):
     for name, data in (("cut.png", whole[:-40]), ("head.png", whole[:33]), ("lost.png", lost)):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(config.Mistake, match=name):
-            images.read(tmp_path / name)
+            picture_files.read(tmp_path / name)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -294,7 +294,7 @@ def test_turned_pictures_are_as_pillow_turns_them(orientation, tmp_path):
     exif[0x0112] = orientation
     picture.save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as theirs:
-        assert images.read(tmp_path / "a.png").tobytes() == ImageOps.exif_transpose(theirs).tobytes()
+        assert picture_files.read(tmp_path / "a.png").tobytes() == ImageOps.exif_transpose(theirs).tobytes()
 
 
 def test_errors_name_the_whole_path(tmp_path, capsys):
@@ -330,18 +330,18 @@ def test_own_arrays_are_checked_at_load(name, tmp_path):
     elif array is not None:
         (tmp_path / "images.npy").write_bytes(array)
     with pytest.raises(config.Mistake, match=said) as e:
-        images.open_array(tmp_path, [0, 1, 3])
+        picture_files.open_array(tmp_path, [0, 1, 3])
     assert "\n" not in str(e.value) and "images.npy" in str(e.value)
 
 
 def test_pictures_that_went(tmp_path):
     """G7: all that are missing are counted, before anything else is done."""
     photo(tmp_path / "a.png")
-    assert images.open_array(tmp_path, ["a.png"]) is None
+    assert picture_files.open_array(tmp_path, ["a.png"]) is None
     np.save(tmp_path / "images.npy", np.zeros((2, 8, 8, 3), np.uint8))
-    assert images.open_array(tmp_path, [0, 1, "a.png"]).shape == (2, 8, 8, 3)
+    assert picture_files.open_array(tmp_path, [0, 1, "a.png"]).shape == (2, 8, 8, 3)
     with pytest.raises(config.Mistake, match=r"2 of the 3 pictures .* not there .*/b.png; prepare"):
-        images.open_array(tmp_path, ["a.png", "b.png", str(tmp_path / "c.png")])
+        picture_files.open_array(tmp_path, ["a.png", "b.png", str(tmp_path / "c.png")])
 
 
 # -- names and splits ----------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def test_flickr8k_finds_photos_by_any_name(form, prepare, tmp_path):
     assert code == 0, err
     train = images.load(tmp_path / "out", "train")
     assert len(train) == len(NAMES) and all(r["captions"] == ["A dog, number 0.", "A dog, number 1."] for r in train)
-    reds = [images.read(tmp_path / "out" / r["image"]).getpixel((4, 4))[0] for r in train]
+    reds = [picture_files.read(tmp_path / "out" / r["image"]).getpixel((4, 4))[0] for r in train]
     assert np.abs(np.array(reds) - 40 * np.arange(len(NAMES))).max() < 8
     assert "1 pictures of val are in train too" in out  # G12: said, where others made the split
 
@@ -460,7 +460,7 @@ def test_pictures_are_held_out_with_all_that_is_said_about_them(prepare, tmp_pat
     raw += [{"instruction": f"{i}?", "output": "b"} for i in range(100)]
     code, out, err, made = llava(prepare, tmp_path, raw, "--val_fraction=0.2")
     assert code == 0 and sum(map(len, made.values())) == len(raw), err
-    held = [{images.read(p).tobytes() for r in made[s] for p in images.images_of(r)} for s in ("train", "val")]
+    held = [{picture_files.read(p).tobytes() for r in made[s] for p in images.images_of(r)} for s in ("train", "val")]
     assert not held[0] & held[1] and 4 <= len(held[1]) <= 26 and len(held[0]) + len(held[1]) == 60
     assert 8 <= sum("image" not in r for r in made["val"]) <= 32
     again = llava(prepare, tmp_path, raw[::-1], "--val_fraction=0.2")[3]  # the order of records changes nothing

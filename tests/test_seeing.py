@@ -10,7 +10,7 @@ from PIL import Image
 import config
 import runs
 import vlm
-from prepare import images
+from prepare import images, picture_files
 
 SHAPE = dict(n_layer=1, n_head=2, n_kv_head=1, dim=32, head_dim=16, ffn_dim=48, vocab_size=300)
 TALK = [{"from": "human", "value": "hi?"}, {"from": "gpt", "value": "ho"}]
@@ -192,7 +192,7 @@ def test_pictures_are_seen_whole(size):
     picture = np.zeros((size[1], size[0], 3), np.uint8)
     picture[..., 0] = np.linspace(0, 255, size[0])[None, :].astype(np.uint8)  # red grows to the right, green downwards
     picture[..., 1] = np.linspace(0, 255, size[1])[:, None].astype(np.uint8)
-    square = np.asarray(images.on_square(Image.fromarray(picture), 48, (0, 0, 255)))
+    square = np.asarray(picture_files.on_square(Image.fromarray(picture), 48, (0, 0, 255)))
     assert square.shape == (48, 48, 3)
     inside = square[..., 2] < 128
     height, width = inside.any(1).sum(), inside.any(0).sum()

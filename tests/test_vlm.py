@@ -22,7 +22,7 @@ import vision
 import vlm
 from conftest import PATIENCE, ROOT, real_data
 from model import PRESETS, Llama
-from prepare import images, tokenizer
+from prepare import images, picture_files, tokenizer
 
 TINY = dict(n_layer=2, n_head=2, n_kv_head=1, dim=32, head_dim=16, ffn_dim=48)
 
@@ -362,7 +362,7 @@ def zoo(tmp_path_factory):
 def test_pictures_of_every_kind(zoo):
     """Each good one comes out upright, RGB, with the colours it shows; each bad one is one line that names the file."""
     good, bad = zoo
-    looks = {n: images.read(p) for n, p in good.items()}
+    looks = {n: picture_files.read(p) for n, p in good.items()}
     assert {i.mode for i in looks.values()} == {"RGB"}
 
     def centre(name, x=0.9):
@@ -378,7 +378,7 @@ def test_pictures_of_every_kind(zoo):
     assert turned.getpixel((20, 10))[0] > 150 > turned.getpixel((20, 50))[0]
     for name, path in bad.items():
         with pytest.raises(config.Mistake) as e:
-            images.read(path)
+            picture_files.read(path)
         assert name in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 400
 
 
@@ -663,7 +663,8 @@ def test_flickr8k_of_the_real_files(tmp_path):
     records = {s: images.load(tmp_path, s) for s in images.SPLITS}
     assert [len(r) for r in records.values()] == [20, 20, 20] and all(len(r["captions"]) == 5 for r in records["train"])
     first = next(n for n in (source / "Flickr_8k.devImages.txt").read_text().split())
-    assert records["val"][0]["image"] == f"images/{first}" and images.read(tmp_path / "images" / first).mode == "RGB"
+    assert records["val"][0]["image"] == f"images/{first}"
+    assert picture_files.read(tmp_path / "images" / first).mode == "RGB"
     assert all(c.endswith((".", "!", "?")) and " ." not in c for r in records["train"] for c in r["captions"])
 
 
@@ -721,7 +722,7 @@ def test_hub_data_sets(monkeypatch, tmp_path, capsys):
     records = images.from_hub("some/name", tmp_path, 2, lambda r: {"captions": [r["caption"]]})
     assert [r["captions"] for r in records["train"]] == [["one", "three"], ["two"]]
     assert set(records) == set(images.SPLITS)
-    assert images.read(tmp_path / records["train"][1]["image"]).getpixel((0, 0)) == (0, 0, 255)
+    assert picture_files.read(tmp_path / records["train"][1]["image"]).getpixel((0, 0)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize("script, args, message", [
