@@ -133,7 +133,7 @@ def test_keys_of_another_class():
     assert cfg.batch_size == 2 and other == {"n_layer": 3, "rope_scaling": (8.0, 1.0, 4.0, 8192.0)}
 
 
-@pytest.mark.parametrize("name", ["train.py:TrainConfig", "sample.py:SampleConfig", "model.py:LlamaConfig",
+@pytest.mark.parametrize("name", ["train.py:TrainConfig", "sample.py:SampleConfig", "model.py:LlamaConfig", "serve.py:ServeConfig",
                                   "vlm.py:VlmConfig"])
 def test_every_default_says_its_reason(name):
     keys = config.keys_of(name)
@@ -141,7 +141,7 @@ def test_every_default_says_its_reason(name):
     assert not [k.name for k in keys.values() if len(k.why) <= 3]
 
 
-SETTINGS = ["train.py:TrainConfig", "sample.py:SampleConfig", "vlm.py:VlmConfig"] + [
+SETTINGS = ["train.py:TrainConfig", "sample.py:SampleConfig", "serve.py:ServeConfig", "vlm.py:VlmConfig"] + [
     f"prepare/{path.name}:Settings" for path in sorted((ROOT / "prepare").glob("*.py"))
     if "class Settings" in path.read_text(encoding="utf-8")]
 

@@ -242,6 +242,12 @@ def test_a_port_that_is_taken_is_one_line(tmp_path):
             serve.main(serve.read_settings([str(tmp_path), f"--port={taken.getsockname()[1]}"]))
 
 
+def test_missing_packages_are_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(config.Mistake, match=r"the server needs gradio: pip install -e \"\.\[serve\]\""):
+        serve.read_settings([])
+
+
 @pytest.mark.slow
 def test_a_thousand_requests_lose_nothing_and_leave_memory_flat():
     resident = psutil_of_this_process()
@@ -274,7 +280,7 @@ def psutil_of_this_process():
 def test_the_page_talks(tmp_path):
     """As it is started, and used through gradio's own client."""
     gradio_client = pytest.importorskip("gradio_client", reason="needs the packages of [serve]")
-    build(tiny("stories15m", vocab_size=VOCABULARY, context=512)).save_pretrained(tmp_path / "run")
+    build(tiny("stories15m", vocab_size=VOCABULARY, context=256)).save_pretrained(tmp_path / "run")
     characters().save(tmp_path / "run")
     with subprocess.Popen([sys.executable, "serve.py", tmp_path / "run", "--port=0"], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}) as process:
@@ -283,7 +289,7 @@ def test_the_page_talks(tmp_path):
             until(lambda: answers(address))
             assert "gradio" in httpx.get(address).text
             client = gradio_client.Client(address, verbose=False)
-            assert len(client.predict("hello", api_name="/chat")) > 3
+            assert all(len(client.predict(text, api_name="/chat")) > 3 for text in map(str, range(6)))  # 64 tokens each
             assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "run"
         finally:
             process.terminate()
