@@ -52,7 +52,7 @@ from typing import Annotated, Literal  # noqa: E402
 
 from fastapi import FastAPI, Request  # noqa: E402
 from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
-from pydantic import BaseModel, Field, ValidationError  # noqa: E402
+from pydantic import BaseModel, Field, ValidationError, model_validator  # noqa: E402
 from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 
 import sample  # noqa: E402
@@ -95,15 +95,21 @@ class Asked(BaseModel):
     prompt: str = ""  # of a completion
     stream: bool = False
     stream_options: dict = {}
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # its newer name
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # None: what the context holds
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # the newer name of max_tokens
     temperature: Annotated[float, Field(ge=0, le=2)] = sample.SampleConfig.temperature
     top_p: Annotated[float, Field(ge=0, le=1)] = sample.SampleConfig.top_p
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    n: Literal[1] | None = None
-    logprobs: Literal[False, 0] | None = None
-    tools: Annotated[list, Field(max_length=0)] | None = None
+    n: Literal[1] = 1
+    logprobs: Literal[False, 0] = False
+    tools: Annotated[list, Field(max_length=0)] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, fields):
+        """To clients, null means not given."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     def ids(self, tok):
         """Ids of the prompt."""
@@ -153,7 +159,7 @@ class Service:
     async def pieces(self, asked, request):
         """Yield (text, None) of an answer, and at its end (text, "stop" or "length")."""
         text, held = self.tok.stream(after=request.prompt), ""
-        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop
         async with aclosing(self.engine.tokens(request)) as tokens:
             async for token, last in tokens:
                 ended = token in self.stop_ids
