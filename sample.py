@@ -42,6 +42,8 @@ class SampleConfig:
     def __post_init__(self):
         if self.quantize != "none" and (self.compile or self.dtype not in ("auto", "float32")):
             raise ValueError("--quantize goes with neither --compile nor --dtype: what is not rounded stays in float32")
+        if self.quantize != "none" and self.trace:
+            raise ValueError("--trace counts whole weights: leave --quantize out")
         if self.chat and (self.start or self.trace):
             raise ValueError("--chat asks for what you say: leave --start and --trace out")
         if self.system and not self.chat:

@@ -9,6 +9,7 @@ passwords: only this machine can reach it, unless --host says otherwise.
 """
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import config
 
@@ -33,7 +34,10 @@ class ServeConfig:
 
 def read_settings(argv):
     """ServeConfig of the command line, whose first word may be what to serve."""
-    return config.load(ServeConfig, [f"--init_from={argv[0]}", *argv[1:]] if argv and argv[0][0] != "-" else argv)
+    cfg = config.load(ServeConfig, [f"--init_from={argv[0]}", *argv[1:]] if argv and argv[0][0] != "-" else argv)
+    if missing := [name for name in ("fastapi", "uvicorn", "gradio") if not find_spec(name)]:
+        raise config.Mistake(f'the server needs {", ".join(missing)}: pip install -e ".[serve]"')
+    return cfg
 
 
 if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
@@ -46,14 +50,13 @@ import time  # noqa: E402
 from contextlib import aclosing  # noqa: E402
 from typing import Annotated, Literal  # noqa: E402
 
+from fastapi import FastAPI, Request  # noqa: E402
+from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
+from pydantic import BaseModel, Field, ValidationError, model_validator  # noqa: E402
+from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
+
 import sample  # noqa: E402
 from engine import Engine  # noqa: E402
-
-with config.mistakes(ImportError, prefix='a server needs `pip install -e ".[serve]"`: '):
-    from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse, StreamingResponse
-    from pydantic import BaseModel, Field, ValidationError
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 
 class Refused(config.Mistake):
@@ -92,15 +95,21 @@ class Asked(BaseModel):
     prompt: str = ""  # of a completion
     stream: bool = False
     stream_options: dict = {}
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # its newer name
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # None: what the context holds
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # the newer name of max_tokens
     temperature: Annotated[float, Field(ge=0, le=2)] = sample.SampleConfig.temperature
     top_p: Annotated[float, Field(ge=0, le=1)] = sample.SampleConfig.top_p
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    n: Literal[1] | None = None
-    logprobs: Literal[False, 0] | None = None
-    tools: Annotated[list, Field(max_length=0)] | None = None
+    n: Literal[1] = 1
+    logprobs: Literal[False, 0] = False
+    tools: Annotated[list, Field(max_length=0)] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, fields):
+        """To clients, null means not given."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     def ids(self, tok):
         """Ids of the prompt."""
@@ -108,16 +117,6 @@ class Asked(BaseModel):
             return tok.encode(self.prompt, bos=tok.adds_bos or not self.prompt) or tok.encode("\n")
         return tok.chat([{"role": m.role, "content": m.content if isinstance(m.content, str) else
                           "".join(part.text for part in m.content)} for m in self.messages])
-
-    @property
-    def stops(self):
-        """Texts at which the answer ends."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def limit(self):
-        """The most tokens of the answer, or None."""
-        return self.max_tokens or self.max_completion_tokens
 
 
 async def read(request, limit):
@@ -140,6 +139,7 @@ class Service:
     """A model with its tokenizer, and what it says to requests."""
 
     def __init__(self, cfg, model, tok, name):
+        cfg.context = min(cfg.context, model.config.context)
         self.cfg, self.tok, self.name = cfg, tok, name
         self.engine = Engine(model, cfg.rows, cfg.context)
         self.stop_ids = frozenset(tok.stop_ids | set(model.config.eos_ids))
@@ -150,14 +150,16 @@ class Service:
             raise Refused(f"there is no model {asked.model!r}, only {self.name!r}", 404, "model_not_found")
         if len(self.engine.requests()) >= self.cfg.rows + self.cfg.waiting:
             raise Refused("too many requests are waiting: come again", 429, "queue_full")
+        limit = asked.max_tokens or asked.max_completion_tokens or self.cfg.context
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         with config.mistakes(ValueError):  # a prompt that is too long
-            return self.engine.add(asked.ids(self.tok), asked.limit or self.cfg.context, self.stop_ids,
-                                   asked.temperature, top_p=asked.top_p, seed=seed)
+            return self.engine.add(asked.ids(self.tok), limit, self.stop_ids, asked.temperature, top_p=asked.top_p,
+                                   seed=seed)
 
     async def pieces(self, asked, request):
         """Yield (text, None) of an answer, and at its end (text, "stop" or "length")."""
-        text, held, stops = self.tok.stream(after=request.prompt), "", asked.stops
+        text, held = self.tok.stream(after=request.prompt), ""
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop
         async with aclosing(self.engine.tokens(request)) as tokens:
             async for token, last in tokens:
                 ended = token in self.stop_ids
@@ -249,19 +251,27 @@ def with_page(app, service):
     import gradio
     chats = bool(service.tok.chat_template)
 
+    def asked(text, history):
+        """The request for an answer to text, without what is too old for the context."""
+        said = [*({key: m[key] for key in ("role", "content")} for m in history), {"role": "user", "content": text}]
+        new = Asked(model=service.name, max_tokens=service.cfg.context // 4,
+                    **{"messages": said} if chats else {"prompt": text})
+        fits = len(new.ids(service.tok)) < service.cfg.context * 3 // 4
+        return new if fits or not history else asked(text, history[2:])
+
     async def say(text, history):
-        messages = [*({k: m[k] for k in ("role", "content")} for m in history), {"role": "user", "content": text}]
-        asked = Asked(model=service.name, **{"messages": messages} if chats else {"prompt": text})
-        said = "" if chats else text
-        with config.mistakes(config.Mistake):
-            async with aclosing(service.pieces(asked, service.begin(asked))) as pieces:
+        request, shown = asked(text, history), "" if chats else text
+        try:
+            async with aclosing(service.pieces(request, service.begin(request))) as pieces:
                 async for piece, _ in pieces:
-                    said += piece
-                    yield said
+                    shown += piece
+                    yield shown
+        except config.Mistake as e:
+            raise gradio.Error(str(e), print_exception=False) from e
     page = gradio.ChatInterface(
         say, title=service.name, description=None if chats else "Begin a text, and the model goes on with it.",
         chatbot=gradio.Chatbot(render_markdown=False, height="70vh"),  # what a model says is text, no HTML
-        flagging_mode="never", concurrency_limit=service.cfg.rows, analytics_enabled=False)
+        api_name="chat", flagging_mode="never", concurrency_limit=service.cfg.rows, analytics_enabled=False)
     return gradio.mount_gradio_app(app, page, "/", max_file_size="1mb")
 
 

@@ -166,7 +166,7 @@ def _typed(key, value, where):
     return found
 
 
-OTHER_NAMES = {"prompt": "start", "data": "dataset", "steps": "max_iters", "epochs": "max_iters"}  # said elsewhere
+OTHER_NAMES = {"prompt": "start", "data": "dataset", "steps": "max_iters"}  # said elsewhere
 
 
 def _find(known, name, where):

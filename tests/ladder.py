@@ -120,9 +120,9 @@ def climb(rung, cfg, shape, out):
     print(f"\n== {rung.name}", flush=True)
     task = Task(cfg, shape | rung.shape, out, pick_device(cfg.device), rung.changes)
     task.describe()
-    train.fit(task, cfg, out)
+    train.fit(task, task.cfg, out)  # whose steps may follow from epochs
     log = runs.read_log(out / "log.jsonl")
-    if log[-1]["step"] < cfg.max_iters:
+    if log[-1]["step"] < task.cfg.max_iters:
         raise config.Mistake("the ladder was stopped; the same command goes on, with this rung from its beginning")
     total, active = task.llama.counts()
     facts = {"parameters": total, "active": active, "bits": log[-1].get("val_bpb", math.nan),

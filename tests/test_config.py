@@ -52,8 +52,8 @@ class Settings:
     (["--compile=perhaps"], None, "compile takes bool"),
     (["--bach_size=2"], None, "did you mean 'batch_size'"),
     (["--lr=1"], None, "did you mean 'learning_rate'"),
+    (["--steps=1"], None, "did you mean 'max_iters'"),
     (["--lora=1"], None, "did you mean 'lora_rank'"),
-    (["--epochs=1"], None, "did you mean 'max_iters'"),
     (["--optimizer=adamw"], "optimizer", "adamw"),
     (["--optimizer=sgd"], None, "optimizer must be one of muon, adamw, not 'sgd'"),
     (["--learning_rate=nan"], None, "learning_rate must lie in (0, 1], not nan"),
@@ -66,7 +66,7 @@ class Settings:
     (["--batch_size=2", "c.py"], None, "c.py comes too late: config files stand before --keys"),
     (["--zzzzzz=2"], None, "-h lists them all"),
     (["batch_size=2"], None, "neither a config file"),
-    (["nowhere.py"], None, "no config file nowhere.py; there are config/llama4_tiny.py"),
+    (["nowhere.py"], None, "no config file nowhere.py; there are config/"),
 ])
 def test_command_line(argv, name, value):
     if name is None:
@@ -134,14 +134,14 @@ def test_keys_of_another_class():
 
 
 @pytest.mark.parametrize("name", ["train.py:TrainConfig", "sample.py:SampleConfig", "model.py:LlamaConfig",
-                                  "vlm.py:VlmConfig"])
+                                  "serve.py:ServeConfig", "vlm.py:VlmConfig"])
 def test_every_default_says_its_reason(name):
     keys = config.keys_of(name)
     assert len(keys) > 10
     assert not [k.name for k in keys.values() if len(k.why) <= 3]
 
 
-SETTINGS = ["train.py:TrainConfig", "sample.py:SampleConfig", "vlm.py:VlmConfig"] + [
+SETTINGS = ["train.py:TrainConfig", "sample.py:SampleConfig", "serve.py:ServeConfig", "vlm.py:VlmConfig"] + [
     f"prepare/{path.name}:Settings" for path in sorted((ROOT / "prepare").glob("*.py"))
     if "class Settings" in path.read_text(encoding="utf-8")]
 

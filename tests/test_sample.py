@@ -475,6 +475,6 @@ def test_quantising_is_refused_in_one_line_where_it_cannot_be(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(config.Mistake, match="AVX2; this one is DEFAULT"):
         decode.check_quantize(torch.device("cpu"))
-    for wrong in dict(quantize="int8", compile=True), dict(quantize="int4", dtype="bfloat16"):
+    for wrong in dict(compile=True), dict(dtype="bfloat16"), dict(trace=True):
         with pytest.raises(ValueError, match="quantize"):
-            SampleConfig(**wrong)
+            SampleConfig(quantize="int4", **wrong)

@@ -63,7 +63,7 @@ def until(condition):
 
 @pytest.fixture(scope="module")
 def served():
-    with serving(rows=4) as (service, address):
+    with serving(rows=4, context=600) as (service, address):
         yield service, address, openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
 
 
@@ -138,6 +138,12 @@ def test_a_seed_fixes_a_text_whatever_runs_beside_it(served):
     assert len(unseeded) == 2
 
 
+def test_null_is_not_given(served):
+    keys = "temperature", "top_p", "stop", "seed", "n", "stream", "stream_options", "logprobs", "tools", "messages"
+    answer = httpx.post(served[1] + "/v1/completions", json=GOOD | dict.fromkeys(keys))
+    assert answer.json()["usage"]["completion_tokens"] == 2
+
+
 def test_models(served):
     assert [model.id for model in served[2].models.list()] == ["tiny"]
 
@@ -147,7 +153,7 @@ GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2}
 
 @pytest.mark.parametrize("changes, status, words", [
     ({"model": "gpt-9"}, 404, "no model 'gpt-9', only 'tiny'"), ({"model": None}, 400, "model"),
-    ({"prompt": 3}, 400, "prompt"), ({"prompt": "x" * 2999}, 400, "a prompt of 3000 tokens"),
+    ({"prompt": 3}, 400, "prompt"), ({"prompt": "x" * 599}, 400, "a prompt of 600 tokens"),
     ({"max_tokens": 0}, 400, "max_tokens"), ({"max_tokens": "many"}, 400, "max_tokens"),
     ({"temperature": -1}, 400, "temperature"), ({"temperature": 1e9}, 400, "temperature"),
     ({"top_p": 1.5}, 400, "top_p"), ({"seed": -1}, 400, "seed"), ({"seed": 2**64}, 400, "seed"),
@@ -176,7 +182,7 @@ def test_bodies_that_are_no_json_do_no_harm(served):
     """200 requests, each a good one with a few bytes of it changed, cut or doubled."""
     _, address, client = served
     draw = random.Random(0)
-    with httpx.Client() as http:
+    with httpx.Client(timeout=PATIENCE) as http:
         for _ in range(200):
             body = bytearray(json.dumps(GOOD | {"stream": draw.random() < 0.5}).encode())
             for _ in range(draw.randint(1, 4)):
@@ -242,6 +248,12 @@ def test_a_port_that_is_taken_is_one_line(tmp_path):
             serve.main(serve.read_settings([str(tmp_path), f"--port={taken.getsockname()[1]}"]))
 
 
+def test_missing_packages_are_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(config.Mistake, match=r"the server needs gradio: pip install -e \"\.\[serve\]\""):
+        serve.read_settings([])
+
+
 @pytest.mark.slow
 def test_a_thousand_requests_lose_nothing_and_leave_memory_flat():
     resident = psutil_of_this_process()
@@ -274,7 +286,7 @@ def psutil_of_this_process():
 def test_the_page_talks(tmp_path):
     """As it is started, and used through gradio's own client."""
     gradio_client = pytest.importorskip("gradio_client", reason="needs the packages of [serve]")
-    build(tiny("stories15m", vocab_size=VOCABULARY, context=512)).save_pretrained(tmp_path / "run")
+    build(tiny("stories15m", vocab_size=VOCABULARY, context=256)).save_pretrained(tmp_path / "run")
     characters().save(tmp_path / "run")
     with subprocess.Popen([sys.executable, "serve.py", tmp_path / "run", "--port=0"], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}) as process:
@@ -283,7 +295,7 @@ def test_the_page_talks(tmp_path):
             until(lambda: answers(address))
             assert "gradio" in httpx.get(address).text
             client = gradio_client.Client(address, verbose=False)
-            assert len(client.predict("hello", api_name="/chat")) > 3
+            assert all(len(client.predict(text, api_name="/chat")) > 3 for text in map(str, range(6)))  # 64 tokens each
             assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "run"
         finally:
             process.terminate()
