@@ -292,7 +292,7 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
         {"image": i, "conversations": [{"from": "human", "value": "<image>\ncolour?"}, {"from": "gpt", "value": c}]})]
     images.save({"train": records, "val": records}, folder, progress=False)
     vision.VITS["llama4_test"] = vision.VitConfig(**TOWER)
-    shape = {k: v for k, v in TEXT.items() if k != "context"} | dict(vocab_size=320, n_layer=2)
+    shape = {k: v for k, v in TEXT.items() if k != "context"} | dict(vocab_size=320, n_layer=2, nope_every=2)
     cfg = vlm.VlmConfig(stage="together", encoder="llama4_test", dataset=str(folder), out_dir=str(tmp_path / "run"),
                         batch_size=4, block_size=64, max_iters=120, warmup_iters=2, eval_interval=120, sample_tokens=8,
                         sample_images=8, device="cpu", dtype="float32", learning_rate=1e-2)
@@ -311,9 +311,10 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
         with torch.no_grad():
             wanted = theirs(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"].float()).logits
             assert close(see(torch.from_numpy(ids)[None], None, squares)[0], wanted)
-        vlm.fit(replace(cfg, stage="instruct", init_from=str(tmp_path / "run"), encoder=None, max_iters=2,
-                        out_dir=str(tmp_path / "next")), {})
-        vlm.fit(replace(cfg, stage="instruct", init_from="resume", out_dir=str(tmp_path / "next"), max_iters=4), {})
+        more = replace(cfg, stage="instruct", init_from=str(tmp_path / "run"), encoder=None, max_iters=2,
+                       out_dir=str(tmp_path / "next"), learning_rate=1e-4)
+        vlm.fit(more, {})
+        vlm.fit(replace(more, init_from="resume", max_iters=4), {})
     finally:
         del vision.VITS["llama4_test"]
     before, after = (checkpoint.vision_tensors(tmp_path / run) for run in ("run", "next"))
@@ -323,6 +324,7 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
     image.crop((0, 0, 24, 24)).save(tmp_path / "green.png")
     capsys.readouterr()
     vlm.main(dict(init_from=str(tmp_path / "next"), caption=(str(tmp_path / "green.png"),), device="cpu"), {})
+    assert train.runs.read_log(tmp_path / "next/log.jsonl")[-1]["exact"] == 1.0
     vlm.main(dict(init_from=str(tmp_path / "next"), ask=("colour?", str(tmp_path / "green.png")), device="cpu"), {})
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path / 'green.png'}: green square", "green"]
 
