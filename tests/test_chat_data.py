@@ -419,8 +419,7 @@ def test_training_on_conversations(chats, tmp_path, capsys):
     model, data = chats
     windows = Conversations(shards.Split(data, "val"), settings(data, "unused", block_size=96))
     steps = -(-2 * Conversations(shards.Split(data, "train"), windows.cfg).per_epoch // 4)
-    half = steps // 2
-    more = dict(block_size=96, learning_rate=1e-2, optimizer="adamw", sample_tokens=12, log_interval=50)
+    half, more = steps // 2, dict(block_size=96, learning_rate=1e-2, optimizer="adamw", sample_tokens=12, eval_tokens=0)
     for out, epochs in (tmp_path / "whole", {"epochs": 2.0}), (tmp_path / "halves", {"max_iters": steps}):
         train.main(settings(data, out, init_from=str(model), eval_interval=half, **more | epochs), {})
     said = capsys.readouterr().out
