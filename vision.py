@@ -33,7 +33,7 @@ import config
 from checkpoint import read_json
 from common import RANK, WORLD, print0
 from model import rotate
-from prepare import picture_files
+from prepare import images, picture_files, tokenizer
 
 VIT_B_16 = "https://download.pytorch.org/models/vit_b_16-c867db91.pth"  # torchvision's IMAGENET1K_V1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which pretrained encoders expect
@@ -402,6 +402,25 @@ def config_from_hf(hf, tiles=16):
         return VitConfig(**fields, llama4=True, join=join, rope_theta=float(theta), tiles=tiles)
     except (ValueError, TypeError) as e:
         raise ValueError(f"vision_config: {e}") from None
+
+
+def renamed(tok, old, new, special):
+    """A tokenizer whose added token `old` is called `new`."""
+    tokens = [t | {"content": new, "special": special} if t["content"] == old else t
+              for t in tok.spec.get("added_tokens") or []]
+    return tokenizer.Tokenizer(tok.spec | {"added_tokens": tokens}, tok.settings, tok.model)
+
+
+def with_frame(tok):
+    """(tokenizer with all of Llama 4's tokens for pictures, id of <|patch|>, ids of FRAME). Its <|image|> is
+    called <image> in the program, as the mark of every model is; `save_pretrained` gives it its name back."""
+    tok, mark = images.with_image(renamed(tok, FRAME[-1], images.IMAGE, special=False))
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for text in (*FRAME[:-1], PATCH):
+        if text not in tok.added:
+            more = [*tok.spec["added_tokens"], {"id": tok.vocab_size, "content": text, **plain}]
+            tok = tokenizer.Tokenizer(tok.spec | {"added_tokens": more}, tok.settings, tok.model)
+    return tok, tok.added[PATCH], (*(tok.added[text] for text in FRAME[:-1]), mark)
 
 
 def read_tiles(directory):

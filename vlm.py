@@ -225,8 +225,8 @@ class Vlm(nn.Module):
         directory = Path(directory)
         if self.llama4:
             checkpoint.write(directory, *self.to_hf())
-            tok = renamed(tok, IMAGE, vision.FRAME[-1], special=True)
-            files = vision.processor_files(self.encoder)
+            tok = vision.renamed(tok, IMAGE, vision.FRAME[-1], special=True)
+            files = vision.processor_files(self.encoder) | {"chat_template.jinja": tok.chat_template["default"]}
         else:
             self.llama.save_pretrained(directory)
             learned = {"projector": self.projector} | ({"encoder": self.encoder} if self.encoder_learned else {})
@@ -240,7 +240,7 @@ class Vlm(nn.Module):
         tok.save(directory)
         for name, facts in files.items():
             with common.atomic_write(directory / name) as path:
-                path.write_text(json.dumps(facts, indent=1) + "\n")
+                path.write_text(facts if isinstance(facts, str) else json.dumps(facts, indent=1) + "\n", "utf-8")
 
     def to_hf(self):
         """(config.json, {name: tensor}) of a Llama 4, as transformers' Llama4ForConditionalGeneration has them."""
@@ -315,30 +315,11 @@ def sees(directory):
     return (directory / "vlm.json").is_file() or hf.is_file() and "vision_config" in checkpoint.read_json(hf)
 
 
-def renamed(tok, old, new, special):
-    """A tokenizer whose added token `old` is called `new`."""
-    tokens = [t | {"content": new, "special": special} if t["content"] == old else t
-              for t in tok.spec.get("added_tokens") or []]
-    return tokenizer.Tokenizer(tok.spec | {"added_tokens": tokens}, tok.settings, tok.model)
-
-
-def with_frame(tok):
-    """(tokenizer with all of Llama 4's tokens for pictures, id of <|patch|>, ids of vision.FRAME). Its <|image|> is
-    called <image> in the program, as the mark of every model is; `save_pretrained` gives it its name back."""
-    tok, mark = with_image(renamed(tok, vision.FRAME[-1], IMAGE, special=False))
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    for text in (*vision.FRAME[:-1], vision.PATCH):
-        if text not in tok.added:
-            more = [*tok.spec["added_tokens"], {"id": tok.vocab_size, "content": text, **plain}]
-            tok = tokenizer.Tokenizer(tok.spec | {"added_tokens": more}, tok.settings, tok.model)
-    return tok, tok.added[vision.PATCH], (*(tok.added[text] for text in vision.FRAME[:-1]), mark)
-
-
 def open_run(directory, vit_weights=None, beta=0.1, **overrides):
     """(Vlm, tokenizer) of a directory."""
     vlm, tok = Vlm.from_pretrained(directory, vit_weights, beta, **overrides), tokenizer.load(directory)
     if vlm.llama4:
-        tok, patch, vlm.frame = with_frame(tok)
+        tok, patch, vlm.frame = vision.with_frame(tok)
         if patch != vlm.image_id:
             raise ValueError(f"{directory}: {vision.PATCH} has the id {patch}, config.json says {vlm.image_id}")
     return vlm, tok
@@ -478,7 +459,7 @@ def build(cfg, shape, folder, source):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
         else:
             encoder = vision.make_encoder(cfg.encoder or "vit_b_16", cfg.vit_weights, cfg.stage != "together")
-            add, count = (with_frame, len(vision.FRAME) + 1) if encoder.llama4 else (with_image, 1)
+            add, count = (vision.with_frame, len(vision.FRAME) + 1) if encoder.llama4 else (with_image, 1)
             vocab_size = shape.get("vocab_size", 512)
             tok = adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size - count)
             tok, *ids = add(tok)

@@ -52,7 +52,7 @@ def make(text=None, tower=None, frame=(93, 94, 95, 96, 91)):
 
 def theirs_of(see, folder):
     """transformers' model, read from what ours writes."""
-    tok, *_ = vlm.with_frame(tokenizer.byte())
+    tok, *_ = vision.with_frame(tokenizer.byte())
     see.save_pretrained(folder, tok)
     return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -201,7 +201,7 @@ def processors(tmp_path_factory):
     """make(most tiles, size, patch) -> (Vlm, tokenizer, transformers' processor read from what ours writes)."""
     def make_processor(tiles, size=24, patch=4):
         folder = tmp_path_factory.mktemp("processor")
-        tok, patch_id, frame = vlm.with_frame(tokenizer.byte())
+        tok, patch_id, frame = vision.with_frame(tokenizer.byte())
         tower = vision.VitConfig(**TOWER | dict(size=size, patch=patch, tiles=tiles))
         see = vlm.Vlm(Llama(LlamaConfig(**TEXT | dict(vocab_size=320))), vision.Vit("llama4", tower), patch_id, frame)
         see.save_pretrained(folder, tok)
@@ -223,6 +223,17 @@ def test_pixels_and_tokens(processors, tiles, size, patch):
         assert torch.equal(squares, wanted["pixel_values"].float()), (height, width)
         ids = see.spread(tok.encode("see <image> and"), iter([canvas]))
         assert ids.tolist() == wanted["input_ids"][0].tolist(), (height, width)
+
+
+def test_conversations_have_the_form_of_the_tokenizer(processors):
+    """Not Llama 4's own, which transformers' processor takes where it finds none."""
+    _, tok, theirs = processors(1)
+    talk = [("user", "<image>\nWhat?"), ("assistant", "A dog."), ("user", "Where?")]
+    wanted = tok.render([{"role": role, "content": text} for role, text in talk])
+    talk = [{"role": role, "content": text.replace("<image>", "<|image|>")} for role, text in talk]
+    assert theirs.apply_chat_template(talk, add_generation_prompt=True) == wanted.replace("<image>", "<|image|>")
+    assert theirs.tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False) == wanted.replace(
+        "<image>", "<|image|>")
 
 
 def test_canvases_of_every_size():
@@ -267,7 +278,7 @@ def test_configs_that_cannot_be(change, message):
 
 def test_missing_weights_are_named(tmp_path):
     see = make()
-    tok, *_ = vlm.with_frame(tokenizer.byte())
+    tok, *_ = vision.with_frame(tokenizer.byte())
     see.save_pretrained(tmp_path, tok)
     hf, state = see.to_hf()
     del state["vision_model.class_embedding"]
