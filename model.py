@@ -544,7 +544,7 @@ class Llama(nn.Module):
                 inputs = p.shape[1]  # Linear is (out, in), Experts are (E, in, out): both have it second
                 depth = 2 * self.config.n_layer if role in ("o_proj", "down_proj") else 1
                 std = (inputs * depth) ** -0.5
-            p.copy_(draw_normal(p.shape, std, seed, name, p.device))
+            put(p, draw_normal(p.shape, std, seed, name, p.device))
         self.model.expert_load.zero_()
 
     def forward(self, idx=None, targets=None, positions=None, *, embeds=None, cache=None, lengths=None):
@@ -683,6 +683,14 @@ def draw_normal(shape, std, seed, name, device):
     key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(key, "big") >> 1)  # 63 bits
     return torch.empty(shape, dtype=torch.float32, device=device).normal_(std=std, generator=generator)
+
+
+def put(p, whole):
+    """Copy a whole tensor into p, which may be a DTensor: each process then takes its own part and asks no other."""
+    if hasattr(p, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+        whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    p.copy_(whole)
 
 
 # -- generation --------------------------------------------------------------------------------------------------

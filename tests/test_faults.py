@@ -78,7 +78,7 @@ def place(tmp_path_factory):
     for name in ("cut", "header", "pickle", "bin", "shape", "renamed", "no_json", "other",
                  "no_tok", "tok_cut", "tok_bytes", "state"):
         shutil.copytree(d / "run", d / name)
-        weights, state = d / name / "model.safetensors", d / name / "checkpoints/step_00000002/train_state.pt"
+        weights, state = d / name / "model.safetensors", d / name / "checkpoints/step_00000002/train_state.json"
         for path in weights, d / name / "config.json", d / name / "tokenizer.json", state:  # they are links
             path.write_bytes((path.read_bytes(), path.unlink())[0])
         if name == "cut":
@@ -153,7 +153,7 @@ TRAIN = [  # arguments, and what the line says
     (["--init_from={d}/no_json"], "config.json is not JSON"),
     (["--init_from={d}/other"], "model_type 'gpt2' is not supported"),
     (["--init_from={d}/no_tok"], "there is no tokenizer"),
-    (["--init_from=resume", "--out_dir={d}/state", "--max_iters=4"], "train_state.pt cannot be read"),
+    (["--init_from=resume", "--out_dir={d}/state", "--max_iters=4"], "train_state.json cannot be read"),
     (["--init_from=resume", "--out_dir={d}/run", "--optimizer=adamw", "--max_iters=4"],
      "was made by another optimizer"),
     (["--out_dir=/proc/nothing"], "cannot write the run directory"),
