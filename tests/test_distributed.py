@@ -1,4 +1,4 @@
-"""Several processes that share one model: first weights, gradients, Muon, checkpoints, faults. On gloo, without GPUs."""
+"""Several processes that share a model: first weights, gradients, Muon, checkpoints, faults; on gloo, without GPUs."""
 import hashlib
 import json
 import os
@@ -53,8 +53,8 @@ print("codes", codes)
 
 
 def processes(*groups):
-    """For each (n, name, arguments ...) of groups, call the function `name` of this file in n processes, one group after
-    another. Returns (exit codes of each group, stdout, stderr)."""
+    """For each (n, name, arguments ...) of groups call the function `name` of this file in n processes, a group at a
+    time. Returns (exit codes of each group, stdout, stderr)."""
     with_ports = []
     for n, *call in groups:
         with socket.socket() as s:
@@ -82,7 +82,7 @@ def one_step(out, replicas=1):
     for name, c in SHAPES.items():
         cfg = train.TrainConfig(shard=True, replicas=replicas, muon_momentum=0.5)
         llama = Place(cfg, CPU, F32).new(c, 3).train()
-        first = {n: checkpoint.whole(p) for n, p in llama.named_parameters()}
+        first = {n: checkpoint.whole(p).clone() for n, p in llama.named_parameters()}
         rows = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(1))
         rows = rows.view(common.WORLD, -1, 17)[common.RANK]
         llama(rows[:, :-1], rows[:, 1:])[1].backward()
@@ -181,7 +181,7 @@ def resumed(words, out, replicas, shape, more):  # noqa: F811
 
 def fault(words, out, kind):  # noqa: F811
     """A run of which something goes wrong with the last process after step 2."""
-    save, step, last = runs.save_checkpoint, runs.Log.write, int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    save, step, last = runs.save_checkpoint, runs.Log.write, common.RANK == common.WORLD - 1
 
     def full(out, write, state, *rest):
         if state["step"] == 4 and last:
