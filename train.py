@@ -267,12 +267,13 @@ def fit(task, cfg, out):
     if cfg.init_from == "resume":
         state = resume(task, cfg, out, optimizers, scaler)
         log = runs.Log(out, [entry for entry in runs.read_log(out / "log.jsonl") if entry["step"] <= state["step"]])
-    compiled_model = torch.compile(model) if not sharded and can_compile(cfg, device) else model
+    compiles = can_compile(cfg, device)
+    compiled_model = torch.compile(model) if compiles and not sharded else model  # blocks that are split are already
     ddp = WORLD > 1 and not sharded
     step_model = data_parallel(compiled_model) if ddp else compiled_model
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if device.type == "cuda"
                  and gpu in torch.cuda.get_device_name(device)), 0) * WORLD
-    print0(f"run        {out}, compile {'on' if can_compile(cfg, device) else 'off'}"
+    print0(f"run        {out}, compile {'on' if compiles else 'off'}"
            + (f", resumed after step {state['step']}" if state["step"] else ""))
     start, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, runs.torchrun_agents()
     most_bad_steps = 25 if scaler.is_enabled() else 5  # in a row; the scaler's first scales are too large on purpose
@@ -669,7 +670,7 @@ def after_restart(cfg, shape, out):
 def main(cfg, shape):
     """Train, or evaluate, as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
     device = pick_device(cfg.device)
-    if device.type == "cpu":
+    if device.type == "cpu" and not cfg.shard:
         keep_freed_memory()
     out = run_directory(cfg.out_dir, cfg.dataset)
     init_distributed(device)

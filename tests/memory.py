@@ -68,8 +68,8 @@ def on_gpu(preset, cfg, worlds):
 
 def on_host(preset, world):
     """Bytes of a process's host memory while it saves, beside what Python, torch and CUDA take: the file of weights
-    that it holds, twice as safetensors copies it, which is the most that it ever needs."""
-    return 2 * min(5e9, 4 * parameters(preset) / world)
+    that it holds, which is the most that it ever needs (safetensors 0.8 writes it without a copy)."""
+    return min(5e9, 4 * parameters(preset) / world)
 
 
 def parameters(preset):

@@ -2,7 +2,10 @@
 import hashlib
 import json
 import os
+import random
+import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -210,7 +213,6 @@ def contents(folder):
     ("hangs", [2, 2, None], "has not answered for 0:00:03")])
 def test_a_fault_of_one_process_ends_all_with_a_line(words, tmp_path, kind, codes, line):  # noqa: F811
     """A disk that is full, a process that dies, one that does not answer: the checkpoint before stays whole."""
-    import re
     out = tmp_path / "run"
     (found,), said, err = processes((3, "fault", str(words), str(out), kind))
     assert [c for c, want in zip(found, codes) if want is not None] == [c for c in codes if c is not None], err
@@ -293,3 +295,97 @@ def test_real_sizes_are_placed_within_a_gibibyte(preset, world, replicas):
         total, mine, memory, seconds = json.loads(done.stdout)
         print(f"{preset} on {world}, {replicas} replicas: {mine:,} of {total:,}, {memory:.2f} GiB, {seconds:.1f} s")
         assert mine < 1.02 * total * replicas / world and memory < 1
+
+
+# -- torchrun starts all again -----------------------------------------------------------------------------------------
+
+def agent(out, said, dataset, *options):
+    """torchrun with a run that shares a model and saves every other step."""
+    keys = dict(dataset=dataset, out_dir=out, batch_size=1, gradient_accumulation_steps=2, block_size=32,
+                max_iters=10**6, eval_interval=2, eval_tokens=64, log_interval=1, sample_tokens=0, shard=True,
+                device="cpu", dtype="float32", **DENSE)
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "train.py",
+               *(f"--{k}={v}" for k, v in keys.items())]
+    return subprocess.Popen(command, cwd=ROOT, stdout=open(said, "w"), stderr=subprocess.STDOUT)
+
+
+def wait_for(what, *agents):
+    """Wait until what() is true, while these agents live."""
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < end and all(a.poll() is None for a in agents)
+        time.sleep(0.05)
+
+
+def saved_step(out):
+    found = runs.latest(out)
+    return int(found.name.removeprefix("step_")) if found else 0
+
+
+def end(*agents):
+    """Kill torchruns and their processes, as a node without power does."""
+    for a in agents:
+        if a.poll() is None:
+            for pid in [a.pid, *children_of(a.pid)]:
+                os.kill(pid, signal.SIGKILL)
+            a.wait()
+
+
+def children_of(pid):
+    try:
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def need_every_step_once(out):
+    """The log has each step once, up to the newest checkpoint at least, and that opens."""
+    steps = [r["step"] for r in runs.read_log(out / "log.jsonl") if "train_loss" in r]
+    assert steps == [*range(1, len(steps) + 1)] and len(steps) >= saved_step(out)
+    Llama.from_pretrained(runs.latest(out))
+    assert checkpoint.tensor_names(runs.latest(out) / "optimizer")
+
+
+@pytest.mark.slow
+def test_a_node_is_killed_and_the_other_goes_on(words, tmp_path):  # noqa: F811
+    """--nnodes=1:2: two agents, one killed with its process; the other goes on alone, with all passes of a step."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    out, common_words = tmp_path / "run", (
+        "--nnodes=1:2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=7",
+        "--rdzv_conf=last_call_timeout=5", "--max_restarts=5")
+    agents = []
+    try:
+        for name in "first", "second":  # the first one keeps what all agree on
+            agents.append(agent(out, tmp_path / name, words, *common_words))
+            time.sleep(3)
+        wait_for(lambda: saved_step(out) >= 2, *agents)
+        assert "x 2 processes" in (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
+        end(agents[1])
+        reached = saved_step(out)
+        wait_for(lambda: saved_step(out) >= reached + 4, agents[0])
+        said = (tmp_path / "first").read_text()
+        assert "restart    a process had died; going on from" in said and "x 2 passes x 1 process" in said
+    finally:
+        end(*agents)
+    need_every_step_once(out)
+
+
+@pytest.mark.slow
+def test_kills_of_any_process_lose_nothing_but_steps_since_the_last_save(words, tmp_path):  # noqa: F811
+    """$KILLS (20) of a random process at a random moment."""
+    out, rng, kills = tmp_path / "run", random.Random(0), int(os.environ.get("KILLS", "20"))
+    run = agent(out, tmp_path / "said", words, "--standalone", "--nproc_per_node=2", f"--max_restarts={kills + 1}")
+    try:
+        for _ in range(kills):
+            reached = saved_step(out)
+            wait_for(lambda: saved_step(out) > reached, run)
+            time.sleep(rng.uniform(0, 1))
+            assert saved_step(out) >= reached
+            os.kill(rng.choice(children_of(run.pid)), signal.SIGKILL)
+        reached = saved_step(out)
+        wait_for(lambda: saved_step(out) > reached, run)
+    finally:
+        end(run)
+    need_every_step_once(out)

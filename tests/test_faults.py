@@ -107,7 +107,7 @@ def place(tmp_path_factory):
         elif name == "state_cut":
             state.write_bytes(state.read_bytes()[:-9])
         elif name == "state":
-            state.with_suffix(".pt").write_bytes(pickle.dumps(print, protocol=2))  # what a pickle that runs code begins like
+            state.with_suffix(".pt").write_bytes(pickle.dumps(print, protocol=2))  # one that runs code begins so
     (d / "file").write_text("")
     for name, text in (("syntax", "batch_size = 4\nblock_size = = 8\n"), ("unknown", "batchsize = 4\n"),
                        ("type", "batch_size = 'b'\n"), ("error", "\nbatch_size = 1 / 0\n")):
