@@ -439,8 +439,9 @@ def save_tensors(tensors, directory):
             os.fsync(f.fileno())
         return
     import torch.distributed.checkpoint as dcp
-    names = sorted(tensors)
-    files = {name: 1 + i * FILES // len(names) for i, name in enumerate(names)}
+    share = sum(t.numel() * t.itemsize for t in tensors.values()) // WORLD
+    count = 1 + share // 2**28  # files of each process: the writer holds one in memory beside what it writes
+    files = {name: 1 + i * count // len(tensors) for i, name in enumerate(sorted(tensors))}
     writer = dcp.HuggingFaceStorageWriter(str(directory), files, save_distributed=True)
     try:
         with _quiet():
@@ -449,17 +450,14 @@ def save_tensors(tensors, directory):
         raise OSError(first_line(next(iter(e.failures.values()))[0])) from None
 
 
-FILES = 16  # of each process: the writer holds one of them in memory beside what it writes
-
-
 def tensor_names(directory):
     """The names of all tensors in a directory of safetensors. Raises ValueError where there is nothing to read."""
-    names = set()
-    for path in directory.glob("*.safetensors"):
+    names, paths = set(), list(directory.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"no tensors in {directory}")
+    for path in paths:
         with _opened(path) as file:
             names |= set(file.keys())
-    if not names:
-        raise ValueError(f"no tensors in {directory}")
     return names
 
 

@@ -70,14 +70,13 @@ def link_checkpoint(source, directory, skip=()):
     checkpoint.remove_weights(directory, except_for=os.listdir(source))
 
 
-def save_checkpoint(out, write, state, tensors, keep):
+def save_checkpoint(out, write, state, tensors, shared, keep):
     """Make a checkpoint of what write(directory) writes, of `state` (for JSON) and of `tensors` ({name: tensor}, the
     optimizers'); link it as the run's own files, and in best/ if it has improved.
 
-    All processes call it; of a model that they share each writes its part, else the first one writes. Raises `Mistake`,
-    with the earlier checkpoints as they were, when the disk is full."""
+    All processes call it; of a shared model each writes its part, else the first one writes. Raises `Mistake`, with the
+    earlier checkpoints as they were, when the disk is full."""
     final, tmp = out / "checkpoints" / f"step_{state['step']:08d}", out / "checkpoints" / ".writing"
-    shared = any(hasattr(t, "placements") for t in tensors.values())
     start = time.perf_counter()
     try:
         with together():

@@ -356,7 +356,7 @@ def fit(task, cfg, out):
                     log.write(facts | scores)
                 saved = state | {"improved": improved, "val_fingerprint": task.val_fingerprint,
                                  "scaler": scaler.state_dict()}
-                runs.save_checkpoint(out, task.save, saved, optim.states(model, optimizers), cfg.keep)
+                runs.save_checkpoint(out, task.save, saved, optim.states(model, optimizers), sharded, cfg.keep)
                 if RANK == 0:
                     runs.plot(log.curves, out / "loss.png", out.name, task.floor)
             if stopping and not last:

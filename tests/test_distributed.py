@@ -32,13 +32,18 @@ CPU, F32 = torch.device("cpu"), torch.float32
 SHAPES = {name: LlamaConfig(**dict(vocab_size=50, context=32) | shape) for name, shape in {
     "tied": DENSE | dict(tie_embeddings=True), "untied": DENSE,
     "moe": SPARSE,  # 4 experts: whole ones on 2 and 4 processes
-    "few": SPARSE | dict(n_experts=3, dim=36, n_head=2, n_kv_head=2)}.items()}  # rows of each, or some without any
+    "few": SPARSE | dict(n_experts=3, dim=34, n_head=2, n_kv_head=2)}.items()}  # rows of each, or some without any
 LAYOUTS = [(2, 1), (4, 1), (4, 2)]  # processes, replicas
 
 FORK = """
 import os, sys
-import torch, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor  # once for all
+import torch.distributed.checkpoint, torch.distributed.fsdp
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import test_distributed  # what it imports of others is imported once; the project's modules again by each process
+for name, module in list(sys.modules.items()):
+    file = getattr(module, "__file__", None) or ""
+    if file.startswith({root!r}) and "site-packages" not in file:
+        del sys.modules[name]
 codes = []
 for n, port, call in {groups!r}:
     children = []
@@ -144,7 +149,7 @@ def read_back(folder, out, replicas):
 @pytest.mark.parametrize("name", ["moe", "tied"])
 def test_saved_by_any_number_resumed_by_any_other(words, tmp_path, name):  # noqa: F811
     """What is loaded has the bits that were saved, and later losses are one process's within 1e-6; the files are those
-    of a Hugging Face checkpoint, one for each process, and JSON."""
+    of a Hugging Face checkpoint, one or more for each process, and JSON."""
     shape = SPARSE | dict(n_experts=3) if name == "moe" else DENSE
     layouts, alone, kept = [(1, 1), *LAYOUTS], tmp_path / "1x1", {}
     go_on(words, alone, 1, shape, max_iters=4)
@@ -158,7 +163,7 @@ def test_saved_by_any_number_resumed_by_any_other(words, tmp_path, name):  # noq
     calls += [(n, "read_back", str(four), str(tmp_path / f"read_{n}x{r}"), r) for n, r in LAYOUTS]
     all_well(*calls)
     read_back(four, tmp_path / "read_1x1", 1)
-    assert len(list(four.glob("model-*.safetensors"))) == 4 and not list(four.glob("**/*.pt"))
+    assert len(list(four.glob("model-*.safetensors"))) >= 4 and not list(four.glob("**/*.pt"))
     expected = log_of(alone)
     for layout in LAYOUTS:
         log = [r for r in expected if r["step"] > 2]
