@@ -31,7 +31,7 @@ def load(name, dtype=None, device="cpu", split=None, **overrides):
     """
     directory = find_checkpoint(name)
     if (directory / "adapter_config.json").exists():
-        raise ValueError(f"{directory} holds an adapter (adapter_config.json): merge it into its base model first")
+        raise ValueError(f"{directory} holds an adapter (adapter_config.json), which adapter.load opens; or merge it")
     generation = directory / "generation_config.json"
     cfg = config_from_hf(read_json(directory / "config.json"), read_json(generation) if generation.exists() else {})
     cfg = replace(cfg, **overrides)

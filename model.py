@@ -16,6 +16,7 @@ Sources: LLaMA (arXiv:2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), R
 (2002.05202), GQA (2305.13245), Switch (2101.03961), temperature tuning (2501.19399); for Llama 4,
 meta-llama/llama-models `models/llama4` and transformers `modeling_llama4.py`.
 """
+import copy
 import hashlib
 import math
 from dataclasses import dataclass, fields, replace
@@ -120,6 +121,7 @@ def _presets():
     llama1 = LlamaConfig(norm_eps=1e-6)
     llama2 = LlamaConfig(context=4096)
     size13 = dict(n_layer=40, n_head=40, dim=5120, ffn_dim=13824)
+    code = replace(llama2, vocab_size=32016, context=16384, rope_theta=1e6)
     llama3 = LlamaConfig(vocab_size=128256, n_kv_head=8, ffn_dim=14336, context=8192, rope_theta=5e5)
     size70 = dict(n_layer=80, n_head=64, n_kv_head=8, dim=8192, head_dim=128, ffn_dim=28672)
     size405 = dict(n_layer=126, n_head=128, dim=16384, head_dim=128, ffn_dim=53248)
@@ -140,9 +142,11 @@ def _presets():
         "llama-1-7b": llama1, "llama-2-7b": llama2,
         "llama-2-13b": replace(llama2, n_kv_head=40, head_dim=128, **size13),
         "llama-2-70b": replace(llama2, **size70),
+        "code-llama-7b": code, "code-llama-13b": replace(code, n_kv_head=40, head_dim=128, **size13),
+        "code-llama-34b": replace(code, **size70 | dict(vocab_size=32000, n_layer=48, ffn_dim=22016)),
         "llama-3-8b": llama3, "llama-3-70b": replace(llama3, **size70), "llama-3.1-8b": llama31,
         "llama-3.1-70b": replace(llama31, **size70), "llama-3.1-405b": replace(llama31, **size405),
-        "llama-3.3-70b": replace(llama31, **size70),
+        "llama-3.3-70b": replace(llama31, **size70), "llama-guard-3-8b": llama31,
         "llama-3.2-1b": replace(llama32, n_layer=16, dim=2048, head_dim=64, ffn_dim=8192),
         "llama-3.2-3b": replace(llama32, n_layer=28, n_head=24, dim=3072, head_dim=128, ffn_dim=8192),
         "tinyllama-1.1b": LlamaConfig(n_layer=22, n_kv_head=4, dim=2048, ffn_dim=5632),
@@ -155,6 +159,7 @@ def _presets():
         "stories110m": stories110m,
         "llama-4-scout": scout,
         "llama-4-maverick": replace(scout, context=1048576, rope_scaling=(), qk_norm=False, n_experts=128, moe_every=2),
+        "llama-guard-4-12b": replace(scout, n_experts=0, ffn_dim=8192),  # Scout's shared experts alone; width from 12B
         "scout-128m": scout128m,
         "mini-llama": stories110m,
         "llama4-tiny": replace(scout, vocab_size=32000, n_layer=12, n_head=12, n_kv_head=4, dim=768, head_dim=64,
@@ -714,6 +719,14 @@ class KVCache:
         self.keys = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]  # (B, S, K, d) of each layer
         self.values = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
 
+    def part(self, rows):
+        """A cache of these rows alone (a slice). Its tensors are views: what it stores is stored here too."""
+        part = copy.copy(self)
+        part.lengths = self.lengths[rows]
+        part.rows = self.rows[:len(part.lengths)]
+        part.keys, part.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        return part
+
     def slots(self, chunk):
         """S of a layer with this chunk; 0: with full attention."""
         return min(chunk or self.size, self.size)
@@ -789,7 +802,8 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=
     """Draw a token from each row of logits (B, V) -> (B,). temperature 0 takes the most likely.
 
     top_k keeps the k most likely tokens, top_p the fewest whose probabilities reach p (arXiv:1904.09751), min_p
-    those with at least min_p times the probability of the most likely (arXiv:2407.01082)."""
+    those with at least min_p times the probability of the most likely (arXiv:2407.01082). generator: one, or a list of
+    one for each row, which then does not depend on the other rows."""
     if temperature < 1e-9:  # in float32 all probability is then on the most likely token
         return logits.argmax(-1)
     logits = logits - logits.max(-1, keepdim=True).values  # 0 for the most likely, so that nothing overflows
@@ -805,5 +819,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=
         p = torch.zeros_like(p).scatter(1, order, falling.masked_fill(cut, 0))
     if min_p:
         p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0)
-    times = torch.empty_like(p).exponential_(generator=generator)
+    times = torch.empty_like(p)
+    for row, own in zip(times, generator) if isinstance(generator, list) else [(times, generator)]:
+        row.exponential_(generator=own)
     return (p / times).argmax(-1)  # an exponential race: token i wins with chance p[i]

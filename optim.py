@@ -3,7 +3,7 @@ import math
 
 import torch
 
-NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "pos_embedding")  # matrices that Muon is not meant for
+NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "positional_embedding", "lora_")  # not meant for Muon
 
 
 class Muon(torch.optim.Optimizer):

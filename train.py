@@ -36,6 +36,8 @@ class TrainConfig:
     dataset: str = "tales"  # folder under data/ (or a path) made by a prepare script; tales needs no download
     out_dir: str | None = None  # where the run is kept; None: out/<dataset>
     init_from: str = "scratch"  # "scratch", "resume", or a directory or hub name to fine-tune
+    lora_rank: int = 0  # [0, inf) learn a change of this rank of each matrix (lora.py), often 16; 0: the weights learn
+    lora_alpha: int = 32  # [1, inf) LoRA's change counts lora_alpha/lora_rank; 32 lets the rank vary at one rate
     batch_size: int = 32  # [1, inf) sequences in one forward pass on each process; what memory allows
     gradient_accumulation_steps: int = 1  # [1, inf) forward passes per step, over all processes together
     block_size: int = 256  # [1, inf) tokens in a sequence; a story fits
@@ -74,6 +76,8 @@ class TrainConfig:
                               ("dtype", ("auto", "float32", "bfloat16", "float16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.lora_rank and self.init_from == "scratch":
+            raise ValueError("lora_rank: LoRA changes a model that is there, which --init_from names")
 
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux")  # fields of LlamaConfig that no checkpoint carries
@@ -90,7 +94,7 @@ def with_run(given, shape, directory, keys=KEYS):
 
     Says which keys now differ. directory: that of the run; one without a run.json leaves things as given."""
     settings, model = config.of_run(directory, keys, SHAPE_KEYS)
-    own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat"}  # of each call
+    own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat", "json"}  # of each call
     own |= {"hellaswag"} if given.get("eval_only") else set()
     settings = {k: v for k, v in settings.items() if k not in own}
     model = {k: v for k, v in model.items() if k in TRAINING_ONLY}
@@ -121,7 +125,9 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import adapter  # noqa: E402
 import checkpoint  # noqa: E402
+import lora  # noqa: E402
 import optim  # noqa: E402
 import runs  # noqa: E402
 from checkpoint import find_checkpoint  # noqa: E402
@@ -278,7 +284,7 @@ def fit(task, cfg, out):
     start, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, runs.torchrun_agents()
     most_bad_steps = 25 if scaler.is_enabled() else 5  # in a row; the scaler's first scales are too large on purpose
     with (stop_signals() as signals, IdleThreads(device) as threads, memory_advice(cfg, device, task.dtype),
-          contextlib.ExitStack() as stack,
+          in_company(), contextlib.ExitStack() as stack,
           config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
         for step in range(start, cfg.max_iters):
             begin = time.perf_counter()
@@ -511,13 +517,28 @@ def need_fit(c, cfg, shape, vocab_size):
         raise config.Mistake(f"the data set has ids up to {vocab_size - 1}, the model only vocab_size={c.vocab_size}")
 
 
-def load_llama(source, shape, place):
-    """(Llama, tokenizer) of a checkpoint: a directory or a hub name. place: see `shard.Place`."""
+def load_llama(cfg, shape, source, place):
+    """(Llama, tokenizer) of a checkpoint, a directory or a hub name, where `place` says (`shard.Place`). Weights that
+    learn are float32, those that LoRA freezes may be bfloat16."""
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(source)
         kept = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
-        llama = Llama.from_pretrained(directory, torch.float32, place.device, split=place.mesh and place.split, **kept)
-    return llama, tokenizer.load(directory)
+        frozen = cfg.lora_rank or adapter.is_adapter(directory)
+        narrow = place.dtype == torch.bfloat16 and frozen
+        split = None if place.mesh is None or frozen else place.split
+        llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, place.device, split=split, **kept)
+        if cfg.lora_rank:
+            adapter.begin(llama, cfg.lora_rank, cfg.lora_alpha, source, cfg.seed)
+        if narrow:
+            lora.float32_stream(llama)
+        if place.mesh and frozen:  # adapted as a whole, and split then
+            place.split(llama)
+    return llama, adapter.load_tokenizer(directory)
+
+
+def start_from(cfg, shape, out, place):
+    """(Llama, tokenizer) of the checkpoint that cfg.init_from names: for "resume" the newest of the run in `out`."""
+    return load_llama(cfg, shape, runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, place)
 
 
 def build_model(cfg, shape, data, tok, out, place):
@@ -526,12 +547,11 @@ def build_model(cfg, shape, data, tok, out, place):
         c = new_shape(cfg, shape, tok, data.vocab_size)
         need_fit(c, cfg, {}, data.vocab_size)
         return place.new(c, cfg.seed)
-    source = runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from
-    llama, its_tok = load_llama(source, shape, place)
+    llama, its_tok = start_from(cfg, shape, out, place)
     if its_tok.fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
-                             f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
-                             f"--tokenizer={source}")
+                             f"than the model ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
+                             f"--tokenizer={out if cfg.init_from == 'resume' else cfg.init_from}")
     need_fit(llama.config, cfg, shape, data.vocab_size)
     return llama
 
@@ -565,7 +585,8 @@ class Text:
         self.windows = Windows(self.data, cfg, self.tok.bos_id)
         self.val_windows = Windows(self.val, cfg, self.tok.bos_id)
         self.hellaswag = HellaSwag(cfg, self.tok, self.llama.config.context) if cfg.hellaswag else None
-        self.flops_per_token = self.llama.flops_per_token(cfg.block_size)
+        gradients = 2 / 3 if hasattr(self.llama, "adapter") else 1  # frozen weights have none
+        self.flops_per_token = self.llama.flops_per_token(cfg.block_size) * gradients
         self.floor = None  # nats per token
         if self.val.floor_bpb:
             self.floor = self.val.floor_bpb / bits_per_byte(1.0, self.val_windows)
@@ -580,6 +601,8 @@ class Text:
         targets = int(sequences_per_step(cfg) * cfg.block_size * self.windows.packing_efficiency)
         print0(f"model      {total:,} parameters" + (f", {active:,} active per token" if active != total else "")
                + f" ({c.arch}, {c.n_layer} layers, dim {c.dim})")
+        if hasattr(self.llama, "adapter"):
+            print0(f"lora       {adapter.describe(self.llama)}")
         print0(f"data       {self.folder.resolve().name}: {len(self.data):,} training tokens, {len(self.val):,} "
                f"validation, vocabulary {self.val.vocab_size:,}")
         print0(f"step       {targets:,} tokens = {cfg.batch_size} sequences x {targets / sequences_per_step(cfg):.0f} "
@@ -627,22 +650,25 @@ class Text:
             self.print_sample()
             return scores | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
 
-    def print_sample(self):
-        """Print a text that the model makes up."""
+    def sample(self):
+        """A text that the model makes up, of at most cfg.sample_tokens tokens."""
         cfg, tok = self.cfg, self.tok
-        if not cfg.sample_tokens or (RANK > 0 and not self.sharded) or self.llama.config.context < 2:
-            return
         start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(self.val[0])]], device=self.device)
         ends = tok.stop_ids if tok.stop_ids and not self.sharded else None  # sharded: equal lengths on all processes
         with self.autocast:
             ids = self.model.eval().generate(start, cfg.sample_tokens, eos_id=ends, seed=cfg.seed)[0].tolist()
         self.model.train()
-        text = tok.decode([ids[0], *itertools.takewhile(lambda i: i not in tok.stop_ids, ids[1:])])
-        print0("  | " + text.strip().replace("\n", "\n  | "))
+        return tok.decode([ids[0], *itertools.takewhile(lambda i: i not in tok.stop_ids, ids[1:])]).strip()
+
+    def print_sample(self):
+        """Print a sample, if one is asked for."""
+        if not self.cfg.sample_tokens or (RANK > 0 and not self.sharded) or self.llama.config.context < 2:
+            return
+        print0("  | " + self.sample().replace("\n", "\n  | "))
 
     def save(self, directory):
         """Write the model, of which each process that shares it writes some files, and the tokenizer."""
-        self.llama.save_pretrained(directory)
+        adapter.save(self.llama, directory)
         if RANK == 0:
             self.tok.save(directory)
 
@@ -667,31 +693,45 @@ def after_restart(cfg, shape, out):
     return replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
 
 
-def main(cfg, shape):
-    """Train, or evaluate, as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
+def start(task_of, cfg, shape, prefix=""):
+    """Train what task_of(cfg, shape, out, device) makes: an object like `Text`. prefix: of the run directory's name."""
+    micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
+    device = pick_device(cfg.device)
+    if device.type == "cpu" and not cfg.shard:
+        keep_freed_memory()
+    out = run_directory(cfg.out_dir, cfg.dataset, prefix)
+    init_distributed(device)
+    cfg, shape = after_restart(cfg, shape, out)
+    task = task_of(cfg, shape, out, device)
+    task.describe()
+    fit(task, cfg, out)
+
+
+def evaluate_run(cfg, shape):
+    """Print the loss of a model on the whole validation split, or its scores on HellaSwag."""
     device = pick_device(cfg.device)
     if device.type == "cpu" and not cfg.shard:
         keep_freed_memory()
     out = run_directory(cfg.out_dir, cfg.dataset)
     init_distributed(device)
-    if cfg.eval_only and cfg.hellaswag:
+    if cfg.hellaswag:
         dtype, _ = pick_dtype(cfg.dtype, device)
-        source = runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from
-        llama, tok = load_llama(source, {}, Place(cfg, device, dtype))
+        llama, tok = start_from(cfg, {}, out, Place(cfg, device, dtype))
         HellaSwag(cfg, tok, llama.config.context)(llama, device, autocast_to(dtype, device))
-    elif cfg.eval_only:
-        task = Text(cfg, shape, out, device)
-        with memory_advice(cfg, device, task.dtype):
-            loss = task.val_loss(task.model, progress=True)
-        print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {len(task.val) - 1:,} tokens of "
-               f"{task.folder}")
+        return
+    task = Text(cfg, shape, out, device)
+    with memory_advice(cfg, device, task.dtype):
+        loss = task.val_loss(task.model, progress=True)
+    print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {len(task.val) - 1:,} tokens of "
+           f"{task.folder}")
+
+
+def main(cfg, shape):
+    """Train, or evaluate, as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
+    if cfg.eval_only:
+        evaluate_run(cfg, shape)
     else:
-        micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
-        cfg, shape = after_restart(cfg, shape, out)
-        task = Text(cfg, shape, out, device)
-        task.describe()
-        with in_company():
-            fit(task, cfg, out)
+        start(Text, cfg, shape)
 
 
 if __name__ == "__main__":

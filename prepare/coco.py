@@ -25,15 +25,22 @@ def from_folder(folder, limit):
         if not files:
             raise config.Mistake(f"--input must hold COCO's captions_{split}2017.json, in itself or in annotations/")
         place = folder / files[-1].stem.removeprefix("captions_")
-        with config.mistakes(OSError, ValueError, KeyError, TypeError, prefix=f"{files[-1]} is not COCO's: "):
+        with config.mistakes(OSError, ValueError, KeyError, TypeError, AttributeError,
+                             prefix=f"{files[-1]} is not COCO's: "):
             table = images.json_of(files[-1])
-            texts = {}
+            texts, useless = {}, 0
             for a in table["annotations"]:
-                texts.setdefault(a["image_id"], []).append(" ".join(a["caption"].split()))
-            found = [(place / i["file_name"], texts[i["id"]]) for i in table["images"] if i["id"] in texts]
-        found = [{"image": str(path.resolve()), "captions": words} for path, words in found if path.exists()]
+                if isinstance(a.get("caption"), str) and a["caption"].strip():
+                    texts.setdefault(a["image_id"], []).append(" ".join(a["caption"].split()))
+                else:
+                    useless += 1
+            found = [(images.find(place / i["file_name"]), texts[i["id"]]) for i in table["images"] if i["id"] in texts]
+        found = [{"image": str(path.resolve()), "captions": words} for path, words in found if path.is_file()]
         records[split] = found[:limit]
-        print(f"{files[-1].name}: {len(found):,} of {len(table['images']):,} photos are there")
+        print(f"{files[-1].name}: {len(found):,} of {len(table['images']):,} photos are there, with captions"
+              + f"; {useless:,} captions are empty or no text" * (useless > 0))
+        if split == "train" and not found:
+            raise config.Mistake(f"none of the {len(table['images']):,} photos of {files[-1]} is in {place}")
     return records
 
 

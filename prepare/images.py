@@ -6,11 +6,19 @@ A prepared data set is a folder with {train,val,test}.jsonl, one record a line, 
                                          {"from": "gpt", "value": "A dog."}, ...]}
     {"image": "a.jpg", "question": "What is it?", "chosen": "A dog.", "rejected": "A cat."}
 `image` is a path (absolute or from the folder), a row of the folder's images.npy (N, H, W, 3), or a list of those;
-without it the record is text only. Other keys are left alone.
+without it the record is text only. A conversation may begin with one turn from "system". `<image>` stands in the
+human's turns, once for each picture, or nowhere: then the pictures come before the first of them. Other keys are left
+alone.
 """
+import contextlib
 import hashlib
 import json
+import os
+import re
+import sys
+import unicodedata
 import warnings
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +30,15 @@ from prepare import shards, tokenizer
 
 SPLITS = ("train", "val", "test")
 IMAGE = "<image>"
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}  # LLaVA's words: those of chat templates
 TURNS = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}"  # for tokenizers without a chat template
          "{{ eos_token if m['role'] == 'assistant' else '\\n' }}{% endfor %}")
-FILES = r"((train|val|test)\.jsonl|bad_images\.txt|images\.npy|meta\.json)(\.\d+)?(\.tmp)?|images"  # of a data set here
+FILES = r"((train|val|test)\.jsonl|bad_images\.txt|images\.npy|meta\.json)(\.\d+)?(\.tmp)?|images|features"
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 MAX_PIXELS = 100_000_000  # a photo has up to 60 million; more than this is a mistake or an attack
+PNG = b"\x89PNG\r\n\x1a\n"
+HALVES = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can hold and no UTF-8 file
+NAMED = 3  # records that are named for each reason why some are left out
 
 
 @dataclass
@@ -36,24 +49,62 @@ class Settings:
     limit: int | None = None  # [1, inf) stop after this many images of each split; None: all of them
 
 
+# -- pictures ----------------------------------------------------------------------------------------------------
+
 def read(path):
     """The picture in a file (path or bytes stream) as upright RGB; transparency becomes white, of an animation the
     first frame counts, 16 bits a channel become 8. Raises `config.Mistake`, one line, for what is no readable picture.
     """
-    from PIL import Image, ImageOps
-    name = getattr(path, "name", path)
+    import io
+    stream = hasattr(path, "read")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes, which are checked here, and about odd metadata
-            Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: it refuses large photos of good faith
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
-                return _rgb(ImageOps.exif_transpose(image))
+        try:
+            return _decode(path)
+        except Exception:
+            data = path.seek(0) or path.read() if stream else Path(path).read_bytes()
+            if not data.startswith(PNG):
+                raise
+            return _decode(io.BytesIO(_bare_png(data)))
     except Exception as e:  # Pillow's decoders raise whatever a damaged file leads them to
         reason = {"FileNotFoundError": "there is no such file", "UnidentifiedImageError": "it is not a picture",
                   "IsADirectoryError": "it is a folder"}.get(type(e).__name__) or " ".join(str(e).split()) or repr(e)
-        raise config.Mistake(f"{name}: {reason}") from e
+        name = str(getattr(path, "name", "a picture") if stream else path)
+        raise config.Mistake(f"{name if len(name) < 500 else name[:500] + '...'}: {reason[:500]}") from e
+
+
+def _decode(file):
+    from PIL import Image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sizes, which are checked here, and about odd metadata
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: it refuses large photos of good faith
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+            return _rgb(_upright(image))
+
+
+def _bare_png(data):
+    """The bytes of a PNG file without what no decoder needs: text and profiles, however large or damaged."""
+    kept, at = [PNG], len(PNG)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at:at + 4], "big")  # length, name, contents, checksum
+        name, sound = data[at + 4:at + 8], zlib.crc32(data[at + 4:end - 4]) == int.from_bytes(data[end - 4:end], "big")
+        if name in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or name in (b"tRNS", b"eXIf") and sound:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _upright(image):
+    """The picture turned as its EXIF data say; as it is where they are damaged."""
+    from PIL.Image import Transpose
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # whatever damaged metadata lead to
+        return image
+    turn = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+            6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image):
@@ -68,37 +119,79 @@ def _rgb(image):
     return image.convert("RGB")
 
 
-def save(records, folder, splits=SPLITS, progress=True):
-    """Write {split}.jsonl for {split: list of records}, leaving out records whose picture cannot be read.
+def on_square(image, size, color):
+    """The whole picture, as large as fits, in the middle of a square (PIL, size x size) of this color (r, g, b)."""
+    from PIL import Image
+    scale = size / max(image.size)
+    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (size, size), color)
+    square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+    return square
 
-    The bad ones are counted, and listed in bad_images.txt. Each picture is decoded once. Raises `Mistake` when
-    nothing is left of the training split."""
-    from tqdm import tqdm
-    folder, bad, checked, kept = Path(folder), {}, {}, {}
-    for split in (s for s in splits if s in records):
-        kept[split] = []
-        for record in tqdm(records[split], desc=f"checking {split}", unit=" records", disable=not progress):
-            paths = [p for p in images_of(record) if isinstance(p, str)]
-            for path in paths:
-                if path not in checked:
-                    try:
-                        read(folder / path)
-                        checked[path] = True
-                    except config.Mistake as e:
-                        checked[path], bad[path] = False, str(e)
-            if all(checked[p] for p in paths):
-                kept[split].append(record)
-    if "train" in splits and not kept.get("train"):
-        raise config.Mistake(": ".join(["no usable record is left for training", *list(bad.values())[:1]]))
-    with config.mistakes(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    for split, some in kept.items():
-        shards.write_text(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in some))
-        print(f"{split}: {len(some):,} records, {len({p for r in some for p in images_of(r)}):,} images")
-    if bad:
-        shards.write_text(folder / "bad_images.txt", "".join(line + "\n" for line in bad.values()))
-        print(f"{len(bad):,} pictures cannot be read and were left out: {folder / 'bad_images.txt'}")
 
+class ByName:
+    """What belongs to names of files: found by the whole name, or else without ending, case and form of accents."""
+
+    def __init__(self, values):
+        """values: {name: value}."""
+        self.values, self.loose = values, {self.key(name): value for name, value in values.items()}
+
+    @staticmethod
+    def key(name):
+        return unicodedata.normalize("NFC", Path(name).stem).casefold()
+
+    def get(self, name, default=None):
+        return self.values[name] if name in self.values else self.loose.get(self.key(name), default)
+
+
+@lru_cache(maxsize=4096)
+def _pictures_in(folder):
+    try:
+        return ByName({p.name: p for p in sorted(folder.iterdir()) if p.suffix.lower() in ENDINGS})
+    except OSError:
+        return ByName({})
+
+
+def find(path):
+    """The file that a data set means by a path: lists say a.jpg where the folder has a.JPG or a.png. The path itself
+    where there is none."""
+    return path if os.path.isfile(path) else _pictures_in(path.parent).get(path.name, path)
+
+
+def expand(paths):
+    """The paths, each folder replaced by the pictures in it and below, by name; what else lies there is counted. A
+    folder without any stays, to be named as what it is."""
+    found = []
+    for path in map(Path, paths):
+        files = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else []
+        inside = [p for p in files if p.suffix.lower() in ENDINGS
+                  and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        if inside and len(files) > len(inside):
+            print(f"{path}: {len(files) - len(inside):,} files are hidden or no pictures by their names",
+                  file=sys.stderr)
+        found += inside or [path]
+    return found
+
+
+def open_array(folder, names):
+    """The folder's images.npy (N, H, W, 3) uint8, or None. Raises `Mistake` where it is something else, or where any of
+    the pictures `names` (rows, or paths from the folder) is not there."""
+    path, array = Path(folder) / "images.npy", None
+    if path.is_file():
+        with config.mistakes(OSError, ValueError, EOFError, prefix=f"{path} cannot be read: "):
+            array = np.load(path, mmap_mode="r")
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
+                raise ValueError(f"it must hold pictures (N, H, W, 3) of uint8, not {array.shape} of {array.dtype}")
+    rows = 0 if array is None else len(array)
+    gone = [n for n in names if (not 0 <= n < rows if isinstance(n, int) else not os.path.isfile(Path(folder) / n))]
+    if gone:
+        first = f"{path} has {rows} rows, no {gone[0]}" if isinstance(gone[0], int) else Path(folder) / gone[0]
+        raise config.Mistake(f"{len(gone):,} of the {len(names):,} pictures of {folder} are not there (any more): "
+                             f"{first}; prepare the data again")
+    return array
+
+
+# -- records -----------------------------------------------------------------------------------------------------
 
 def images_of(record):
     """The pictures of a record, in order, as a list."""
@@ -106,20 +199,164 @@ def images_of(record):
     return image if isinstance(image, list) else [] if image is None else [image]
 
 
+def need(holds, reason):
+    if not holds:
+        raise ValueError(reason)
+
+
+def with_pictures(text, count):
+    """text, begun by <image> for each of `count` pictures that it does not place itself."""
+    return text if IMAGE in text else (IMAGE + "\n") * count + text
+
+
+def talks_of(record):
+    """What is said in a record: [(kind, [(role, text), ...]), ...], each picture placed by one mark in a user's turn.
+
+    kind: caption, answer, chosen or rejected. Raises ValueError, with the reason, for a record that is not as the first
+    lines of this file say, or that teaches nothing."""
+    pictures, found = images_of(record), []
+    need(all(isinstance(p, str) and p or type(p) is int and p >= 0 for p in pictures),
+         "its image is no path, no row of images.npy and no list of those")
+    if "captions" in record:
+        captions = record["captions"]
+        need(isinstance(captions, list) and captions, "its captions are not a list of texts")
+        need(pictures, "it has captions and no picture")
+        found += [("caption", [("user", IMAGE * len(pictures)), ("assistant", text)]) for text in captions]
+    if "conversations" in record:
+        turns = record["conversations"]
+        need(isinstance(turns, list) and turns and all(isinstance(t, dict) for t in turns),
+             "its conversations are not a list of turns")
+        need(all(t.get("from") in list(ROLES) for t in turns), f"its turns are not all from {', '.join(ROLES)}")
+        found.append(("answer", [(ROLES[t["from"]], t.get("value")) for t in turns]))
+    if "chosen" in record:
+        found += [(key, [("user", record.get("question")), ("assistant", record.get(key))])
+                  for key in ("chosen", "rejected")]
+    need(found, "it has neither captions, conversations nor a chosen answer")
+    found = [(kind, placed(talk, len(pictures))) for kind, talk in found]
+    if "chosen" in record:
+        chosen, rejected = (" ".join(unicodedata.normalize("NFC", record[k]).split()) for k in ("chosen", "rejected"))
+        need(chosen != rejected, "its chosen answer is the rejected one")
+    return found
+
+
+def placed(talk, count):
+    """talk, [(role, text), ...], with a mark for each of `count` pictures. Raises ValueError where it is no talk."""
+    need(all(isinstance(text, str) and (text.strip() or role == "system") for role, text in talk),
+         "one of its texts is empty or no text")
+    need(not any(HALVES.search(text) for _, text in talk), "one of its texts has half a character")
+    roles = [role for role, _ in talk]
+    first = int(roles[0] == "system")
+    need(roles[first:] and roles[first:] == ["user", "assistant"] * (len(roles) // 2),
+         "its turns do not go from human to gpt and back")
+    marks = sum(text.count(IMAGE) for role, text in talk if role == "user")
+    need(marks == sum(text.count(IMAGE) for _, text in talk), f"{IMAGE} stands elsewhere than in the human's words")
+    need(marks in (0, count), f"it has {count} pictures and {marks} {IMAGE} marks")
+    begin = "user", with_pictures(talk[first][1], 0 if marks else count)
+    return [*talk[:first], begin, *talk[first + 1:]]
+
+
+class Sieve:
+    """Takes records in; counts those that are of no use, with the reason. Each picture is decoded once."""
+
+    def __init__(self, folder):
+        """folder: that of the data set, from which relative paths begin."""
+        self.folder, self.refused = Path(folder), {}  # {reason: [where, ...]}
+        self.pictures, self.bad = {}, []  # {path: hash of the file, or None}, why not
+
+    @contextlib.contextmanager
+    def refusing(self, where):
+        """Within this block a ValueError is the reason why the record at `where` is of no use."""
+        try:
+            yield
+        except ValueError as e:
+            self.refused.setdefault(" ".join(str(e).split()), []).append(where)
+
+    def picture(self, path):
+        """The hash of a picture's file; None where it is no picture."""
+        if path not in self.pictures:
+            try:
+                read(self.folder / path)
+                self.pictures[path] = hashlib.sha256((self.folder / path).read_bytes()).hexdigest()
+            except (config.Mistake, OSError, ValueError) as e:
+                self.pictures[path] = None
+                self.bad.append(" ".join(str(e).split()))
+        return self.pictures[path]
+
+    def keep(self, records, what, progress=True):
+        """Those of use among {number: record}, which are named "`what` <number>"."""
+        from tqdm import tqdm
+        kept = []
+        for n, record in tqdm(records.items(), f"checking {Path(what).name}", unit=" records", disable=not progress):
+            with self.refusing(f"{what} {n}"):
+                talks_of(record)
+                if all([self.picture(p) for p in images_of(record) if isinstance(p, str)]):
+                    kept.append(record)
+        return kept
+
+    def reasons(self):
+        """One line for each reason why records are left out."""
+        for reason, where in sorted(self.refused.items(), key=lambda item: -len(item[1])):
+            yield f"{len(where):,} of no use: {reason} ({', '.join(where[:NAMED])}{', ...' * (len(where) > NAMED)})"
+        if self.bad:
+            yield f"{len(self.bad):,} pictures cannot be read and were left out: {self.bad[0]}"
+
+
+def save(records, folder, splits=SPLITS, progress=True, sieve=None):
+    """Write {split}.jsonl for {split: list of records}, leaving out those of no use, which are counted and named.
+
+    Pictures that cannot be read are listed in bad_images.txt. sieve: has seen the records already. Raises `Mistake`
+    when nothing is left of the training split."""
+    kept = {s: records[s] for s in splits if s in records}
+    if sieve is None:
+        sieve = Sieve(folder)
+        kept = {s: sieve.keep(dict(enumerate(some, 1)), f"{s} record", progress) for s, some in kept.items()}
+    folder, reasons = Path(folder), list(sieve.reasons())
+    if "train" in splits and not kept.get("train"):
+        raise config.Mistake("no usable record is left for training: " + ("; ".join(reasons) or "there are none"))
+    with config.mistakes(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    for split, some in kept.items():
+        shards.write_text(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in some))
+        print(f"{split}: {len(some):,} records, {len({p for r in some for p in images_of(r)}):,} images")
+    print("".join(line + "\n" for line in reasons), end="")
+    if sieve.bad:
+        shards.write_text(folder / "bad_images.txt", "".join(line + "\n" for line in sieve.bad))
+        print(f"the unreadable pictures are listed in {folder / 'bad_images.txt'}")
+    else:
+        (folder / "bad_images.txt").unlink(missing_ok=True)
+    shown = {s: {sieve.pictures.get(p, p) for r in some for p in images_of(r)} for s, some in kept.items()}
+    for split in shown.keys() - {"train"}:
+        if both := len(shown[split] & shown.get("train", set())):
+            print(f"{both:,} pictures of {split} are in train too: what {split} measures is partly learned by heart")
+    if "val" in kept and not kept["val"]:
+        print("val has no records, and vlm.py needs some to train: hold out more")
+
+
 def load(folder, split):
     """The records of a split, list of dict. Raises `Mistake` for a missing data set and for a damaged line."""
-    path = Path(folder) / f"{split}.jsonl"
+    folder = Path(folder)
+    path = folder / f"{split}.jsonl"
     if not path.is_file():
-        script = f"prepare/{Path(folder).name}.py"
-        known = (config.ROOT / script).is_file()
-        hint = f"run `python {script}` first" if known else "there is no such data set"
-        raise config.Mistake(f"no {path}: {hint}")
+        script, there = f"prepare/{folder.name}.py", [s for s in SPLITS if (folder / f"{s}.jsonl").is_file()]
+        hint = f"run `python {script}` first" if (config.ROOT / script).is_file() else "there is no such data set"
+        raise config.Mistake(f"no {path}: " + (f"this data set has only {' and '.join(there)}" if there else hint))
     return read_json(path)
 
 
+def read_json(path):
+    """The objects of a .json list or of a .jsonl file."""
+    with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} cannot be read: "):
+        text = Path(path).read_text(encoding="utf-8-sig")
+        whole = text.lstrip().startswith("[")
+        found = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+        if not all(isinstance(r, dict) for r in found):
+            raise ValueError("it is not a list of objects")
+    return found
+
+
 def json_of(path):
-    """What a JSON file holds."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """What a JSON file holds, with or without a byte order mark."""
+    return json.loads(Path(path).read_text(encoding="utf-8-sig"))
 
 
 def from_hub(name, folder, limit, words):
@@ -144,17 +381,6 @@ def from_hub(name, folder, limit, words):
                     found[path] = {"image": path, **words(row)}
         records[split] = list(found.values())
     return records
-
-
-def read_json(path):
-    """The objects of a .json list or of a .jsonl file."""
-    with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} cannot be read: "):
-        text = Path(path).read_text(encoding="utf-8")
-        whole = text.lstrip().startswith("[")
-        found = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
-        if not all(isinstance(r, dict) for r in found):
-            raise ValueError("it is not a list of objects")
-    return found
 
 
 # -- examples: what a model reads and what it is to learn of it --------------------------------------------------
@@ -186,14 +412,9 @@ class Row:
         return self.ids[:self.learn.argmax()]
 
 
-def caption_prompt(tok):
-    """ids after which a caption follows: the picture on a line of its own, as in a conversation."""
-    return tok.encode(IMAGE + "\n", bos=True)
-
-
-def with_pictures(text, count):
-    """text, begun by <image> for each of `count` pictures that it does not place itself."""
-    return text if IMAGE in text else (IMAGE + "\n") * count + text
+def caption_prompt(tok, count=1):
+    """ids after which a caption follows: each picture on a line of its own, as in a conversation."""
+    return tok.encode((IMAGE + "\n") * count, bos=True)
 
 
 @lru_cache(maxsize=2**16)  # many pictures are asked the same and answer alike: tokenized once, and kept once
@@ -213,28 +434,20 @@ def spans(tok, turns):
 
 
 def rows_of(record, tok, number):
-    """The examples in a record (see prepare/images.py); number: {picture: its number}. A pair of preferences is
-    two rows, chosen and rejected."""
-    pictures = tuple(number[p] for p in images_of(record))
-
-    def conversation(turns, kind):
-        (role, text), *rest = turns
-        answer = next(text for role, text in turns if role == "assistant")
-        return Row(*spans(tok, ((role, with_pictures(text, len(pictures))), *rest)), pictures, (answer,), kind)
-    try:
-        found = []
-        for caption in record.get("captions", ()):
-            prompt, words = caption_prompt(tok), tok.encode(caption, eos=True)
-            ids = np.array(prompt + words, np.int32)
-            found.append(Row(ids, np.arange(len(ids)) >= len(prompt), pictures, tuple(record["captions"]), "caption"))
-        if "conversations" in record:
-            roles = {"human": "user", "gpt": "assistant", "system": "system"}
-            found.append(conversation([(roles[t["from"]], t["value"]) for t in record["conversations"]], "answer"))
-        if "chosen" in record:
-            found += [conversation([("user", record["question"]), ("assistant", record[key])], key)
-                      for key in ("chosen", "rejected")]
-    except (KeyError, TypeError, ValueError, StopIteration, AttributeError) as e:
-        raise config.Mistake(f"{e!r} in a record that is not as prepare/images.py says: {str(record)[:200]}") from None
+    """The examples in a record; number: {picture: its number}, to which the record's pictures are added. A pair of
+    preferences is two rows, chosen and rejected. Raises `Mistake` for a record that is of no use."""
+    with config.mistakes(ValueError):
+        talks = talks_of(record)
+    pictures, found = tuple(number.setdefault(p, len(number)) for p in images_of(record)), []
+    for kind, talk in talks:
+        answer = next(text for role, text in talk if role == "assistant")
+        if kind == "caption":
+            prompt = caption_prompt(tok, len(pictures))
+            ids = np.array(prompt + tok.encode(answer, eos=True), np.int32)
+            learn, answers = np.arange(len(ids)) >= len(prompt), tuple(record["captions"])
+        else:
+            (ids, learn), answers = spans(tok, tuple(talk)), (answer,)
+        found.append(Row(ids, learn, pictures, answers, kind))
     return found
 
 
@@ -245,19 +458,28 @@ def spread(ids, image_id, image_tokens):
 
 class Examples:
     """What a model reads of a split: each example is the rows about one picture that begin alike, or a chosen and a
-    rejected row. Rows are cut to block_size tokens; those that lose a picture or all their answer are left out."""
+    rejected row. Rows longer than block_size are cut after their last answer that ends within it, and left out where
+    there is none; `shortened` and `lost` count them."""
 
     def __init__(self, folder, split, tok, image_id, image_tokens, block_size, number):
         """number: {picture: its number}, to which the split's pictures are added."""
+        from tqdm import tqdm
         self.image_id, self.image_tokens = image_id, image_tokens
-        self.examples, self.pairs, self.lost = [], False, 0
-        last = {}
-        for record in load(folder, split):
-            for p in images_of(record):
-                number.setdefault(p, len(number))
-            rows, self.pairs = rows_of(record, tok, number), "chosen" in record
-            for some in [rows] if self.pairs else [[row] for row in rows]:
-                if not all([self.cut(row, block_size) for row in some]):
+        self.examples, self.pairs, self.lost, self.shortened = [], False, 0, 0
+        last, path, records = {}, Path(folder) / f"{split}.jsonl", load(folder, split)
+        if not records:
+            raise config.Mistake(f"{path} has no records: prepare the data again, with some for {split}")
+        self.pairs = "chosen" in records[0]
+        quiet = os.environ.get("RANK", "0") != "0"
+        for n, record in enumerate(tqdm(records, f"reading {split}", unit=" records", leave=False, delay=2,
+                                        disable=quiet), 1):
+            with config.mistakes(config.Mistake, prefix=f"{path}, record {n}: "):
+                if ("chosen" in record) != self.pairs:
+                    raise config.Mistake("pairs of answers stand among other records: keep them in a data set apart")
+                rows = rows_of(record, tok, number)
+                fits = [self.cut(row, block_size) for row in rows]
+            for some, fit in [(rows, all(fits))] if self.pairs else [([r], fit) for r, fit in zip(rows, fits)]:
+                if not fit:
                     self.lost += 1
                     continue
                 beginning = None if self.pairs else self.beginning(some[0])
@@ -271,7 +493,8 @@ class Examples:
                 if beginning is not None:
                     last[beginning] = line, used + branches
         if not self.examples:
-            raise config.Mistake(f"{folder}: no {split} example fits block_size={block_size}")
+            raise config.Mistake(f"{path}: no example of {len(records):,} records fits block_size={block_size}; a "
+                                 f"picture alone takes {image_tokens} tokens")
 
     def beginning(self, row):
         """What rows must share to be read as branches of one sequence: pictures, and the ids up to the last of them.
@@ -291,13 +514,19 @@ class Examples:
         return sum(int(self.widths(row).sum()) - self.trunk(row) for row in rows) + self.trunk(rows[0])
 
     def cut(self, row, block_size):
-        """Shorten a row; False if it is of no use then."""
+        """Cut a row that is too long after the last answer that ends within block_size; False if none does."""
         if (row.ids == self.image_id).sum() != len(row.pictures):
-            raise config.Mistake(f"an example has {len(row.pictures)} pictures but not as many {IMAGE} marks")
-        keep = int((self.widths(row).cumsum() <= block_size + 1).sum())
-        whole = not (row.ids[keep:] == self.image_id).any()
-        row.ids, row.learn = row.ids[:keep], row.learn[:keep]
-        return whole and bool(row.learn.any())
+            raise config.Mistake(f"the chat template does not keep the {len(row.pictures)} {IMAGE} marks")
+        room = self.widths(row).cumsum() <= block_size + 1  # the last id is never read, only learned
+        if not room[-1]:
+            ends = np.flatnonzero(row.learn & room & ~np.append(row.learn[1:], False))
+            if not len(ends):
+                return False
+            keep = ends[-1] + 1
+            self.shortened += bool(row.learn[keep:].any())
+            row.ids, row.learn = row.ids[:keep], row.learn[:keep]
+            row.pictures = row.pictures[:(row.ids == self.image_id).sum()]
+        return True
 
     def __len__(self):
         return len(self.examples)

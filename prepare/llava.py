@@ -7,7 +7,8 @@
 
 A record has "conversations", or "instruction" and "output", or "question", "chosen" and "rejected"; "image" names a
 file under the pictures' folder (without it, the record is text only). Those whose `<image>` marks do not match their
-pictures, or that say nothing, are counted and left out. Records are held out for validation by a hash of their text.
+pictures, or that say nothing, are counted and left out. Pictures are held out for validation, with all that is said
+about them, by a hash of their files; records without one by a hash of their text.
 """
 import hashlib
 import json
@@ -18,9 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
 from prepare import images, shards  # noqa: E402
-
-MARK = "<image>"
-
 
 @dataclass
 class Settings:
@@ -33,24 +31,45 @@ class Settings:
 
 
 def record_of(raw, place):
-    """A record for vlm.py from one of LLaVA's or RLAIF-V's. Raises ValueError with the reason where it is of no use."""
-    pictures = [str((place / p).resolve()) for p in images.images_of(raw) if p]
-    if "chosen" in raw:
-        texts = [raw.get(k) for k in ("question", "chosen", "rejected")]
-        made = dict(zip(("question", "chosen", "rejected"), texts))
-    else:
-        turns = raw.get("conversations") or [{"from": "human", "value": raw.get("instruction")},
-                                             {"from": "gpt", "value": raw.get("output")}]
-        texts = [t.get("value") for t in turns]
-        if any(t.get("from") != ("human", "gpt")[i % 2] for i, t in enumerate(turns)) or len(turns) % 2:
-            raise ValueError("its turns do not go from human to gpt and back")
-        made = {"conversations": [{"from": t["from"], "value": t["value"]} for t in turns]}
-    if not all(isinstance(t, str) and t.strip() for t in texts):
-        raise ValueError("it says nothing, or not in LLaVA's or RLAIF-V's fields")
-    marks = sum(t.count(MARK) for t in texts[::2 if "conversations" in made else 1])
-    if sum(t.count(MARK) for t in texts) != marks or marks not in ({0, len(pictures)} if pictures else {0}):
-        raise ValueError(f"its pictures ({len(pictures)}) and its {MARK} marks in questions ({marks}) do not match")
-    return made | ({"image": pictures if len(pictures) > 1 else pictures[0]} if pictures else {})
+    """A record for vlm.py from one of LLaVA's or RLAIF-V's. Raises ValueError where its image is no file's name."""
+    pictures = [p for p in images.images_of(raw) if p not in (None, "")]
+    images.need(all(isinstance(p, str) and "\0" not in p for p in pictures), "its image is not the name of a file")
+    made = {k: raw[k] for k in ("conversations", "question", "chosen", "rejected") if raw.get(k)}
+    if "chosen" in made:
+        made.pop("conversations", None)
+    elif "conversations" not in made:
+        made = {"conversations": [{"from": "human", "value": raw.get("instruction")},
+                                  {"from": "gpt", "value": raw.get("output")}]}
+    paths = [str(images.find(place / p).resolve()) for p in pictures]
+    return made | ({"image": paths if len(paths) > 1 else paths[0]} if paths else {})
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hold_out(records, files, fraction):
+    """{"train": ..., "val": ...}: about `fraction` of the records held out, at least one where that can be, and no
+    picture on both sides. files: {path: hash of the picture's file}."""
+    leader = {}
+
+    def group(key):
+        while leader.setdefault(key, key) != key:
+            leader[key] = leader[leader[key]]
+            key = leader[key]
+        return key
+    keys = [[files[p] for p in images.images_of(r)] or [digest(json.dumps(r, sort_keys=True))] for r in records]
+    for first, *others in keys:  # pictures of one record stay together
+        for other in others:
+            a, b = sorted((group(first), group(other)))
+            leader[b] = a
+    groups = sorted({group(first) for first, *_ in keys}, key=digest)
+    count = sum(int(digest(g)[:8], 16) / 2**32 < fraction for g in groups)
+    held = set(groups[:max(1, min(count, len(groups) - 1)) if fraction and len(groups) > 1 else 0])
+    sides = {"train": [], "val": []}
+    for record, (first, *_) in zip(records, keys):
+        sides["val" if group(first) in held else "train"].append(record)
+    return sides
 
 
 def main():
@@ -59,22 +78,16 @@ def main():
         raise config.Mistake("name LLaVA's files with --input, for example llava_instruct_150k.json from "
                              "huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K, and its pictures with --images")
     out = shards.own_folder(cfg.out or config.ROOT / "data/llava", images.FILES, cfg.input)
-    place = Path(cfg.images or Path(cfg.input[0]).parent)
-    records, reasons = {"train": [], "val": []}, []
+    place, sieve, records = Path(cfg.images or Path(cfg.input[0]).parent), images.Sieve(out), []
     for path in cfg.input:
-        raw, made, before = images.read_json(path)[:cfg.limit], [], len(reasons)
+        raw, made = images.read_json(path)[:cfg.limit], {}
         for n, record in enumerate(raw, 1):
-            try:
-                made.append(record_of(record, place))
-            except (ValueError, TypeError, AttributeError) as e:
-                reasons.append(f"{path}: record {n}: {e}")
-        print(f"{path}: {len(raw):,} records, {len(reasons) - before:,} of no use")
-        for m in made:
-            share = int.from_bytes(hashlib.sha256(json.dumps(m, sort_keys=True).encode()).digest()[:4], "big") / 2**32
-            records["val" if share < cfg.val_fraction else "train"].append(m)
-    if reasons and not records["train"] + records["val"]:
-        raise config.Mistake(f"no usable record: {reasons[0]}")
-    images.save(records, out)
+            with sieve.refusing(f"{path}: record {n}"):
+                made[n] = record_of(record, place)
+        records += sieve.keep(made, f"{path}: record")
+        useless = sum(where.startswith(f"{path}: ") for some in sieve.refused.values() for where in some)
+        print(f"{path}: {len(raw):,} records, {useless:,} of no use")
+    images.save(hold_out(records, sieve.pictures, cfg.val_fraction), out, sieve=sieve)
 
 
 if __name__ == "__main__":

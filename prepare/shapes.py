@@ -4,9 +4,9 @@
     python prepare/shapes.py --images=50000     # more of them
 
 A scene holds one or two objects, each with a color, a shape, a size and one of nine positions. Every seventh
-combination of these four is held out (see `held_out`): validation scenes are made of such objects only,
-training scenes of the others only. So a model that answers about validation has understood how the four
-go together; it cannot have seen the object. Where, how large, how turned and on what background an object
+combination of these four is held out (see `held_out`): validation and test scenes are made of such objects
+only, training scenes of the others only. So a model that answers about them has understood how the four go
+together; it cannot have seen the object. Where, how large, how turned and on what background an object
 is drawn varies a little, as do the colors themselves.
 
 `meta.json` has the chance level: how often the best guess without looking is right, for each kind of question.
@@ -137,6 +137,7 @@ class Settings:
     """How many scenes, and where they go."""
     images: int = 16000  # [1, inf) training pictures: 110 MB; too many for a small model to learn by heart
     val_images: int = 1000  # [1, inf) validation pictures, of held-out combinations only
+    test_images: int = 1000  # [1, inf) test pictures, the same: for figures on what no choice of settings has seen
     questions: int = 8  # [1, inf) about a picture at most, each in a conversation of its own: answers give away others
     seed: int = 1337  # [0, inf) the same seed gives the same files
     out: str | None = None  # folder to write; None: data/shapes
@@ -166,7 +167,7 @@ def main():
     from tqdm import tqdm
     cfg = config.load(Settings)
     out = shards.own_folder(cfg.out or config.ROOT / "data/shapes", images.FILES)
-    sizes = {"train": cfg.images, "val": cfg.val_images}
+    sizes = {"train": cfg.images, "val": cfg.val_images, "test": cfg.test_images}
     with config.mistakes(OSError):
         out.mkdir(parents=True, exist_ok=True)
         pixels = np.lib.format.open_memmap(out / "images.npy.tmp", "w+", np.uint8, (sum(sizes.values()), SIDE, SIDE, 3))
@@ -174,7 +175,7 @@ def main():
     for split, count in sizes.items():
         rng, lines, asked[split] = random.Random(f"{cfg.seed} {split}"), [], []
         for _ in tqdm(range(count), desc=split, unit=" pictures"):
-            image, caption, found = scene(rng, split == "val")
+            image, caption, found = scene(rng, split != "train")
             pixels[row] = image
             lines.append(json.dumps({"image": row, "captions": [caption]}) + "\n")
             for question, answer in found[:cfg.questions]:
@@ -189,9 +190,10 @@ def main():
             "held_out": {"rule": "(color + shape + size + place) % 7 == 0, as indices in these lists",
                          "color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "place": PLACES}}
     (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    for name in ("images.npy", "train.jsonl", "val.jsonl", "meta.json"):
+    for name in ("images.npy", *(f"{split}.jsonl" for split in sizes), "meta.json"):
         os.replace(out / f"{name}.tmp", out / name)
-    print(f"{out}: {cfg.images:,} pictures to learn from, {cfg.val_images:,} of held-out combinations")
+    print(f"{out}: {cfg.images:,} pictures to learn from, {cfg.val_images:,} and {cfg.test_images:,} of held-out "
+          "combinations")
     print("right without looking: " + ", ".join(f"{k} {v:.0%}" for k, v in guess.items()))
 
 

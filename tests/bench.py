@@ -225,8 +225,7 @@ def hellaswag(cfg):
 def peers():
     """transformers, or `Skip`."""
     try:
-        import vlm
-        vlm.torchvision_models()  # lets a torchvision that was built for another torch be imported
+        import conftest  # noqa: F401  lets a torchvision that was built for another torch be imported
         import transformers
     except ImportError as e:
         raise Skip(f"{e.name} is not installed") from None
@@ -493,6 +492,57 @@ def dense(cfg):
         yield against_products(model, ours, rows, length, goal, cfg)
 
 
+def lora_step(whose, learned, device):
+    """A step of fine-tuning SmolLM2-135M with LoRA of rank 16 on 4 x 512 tokens, of which each row's last `learned`
+    are targets, as a callable. whose: "ours", or "theirs": peft and transformers."""
+    import torch
+
+    import adapter
+    from model import PRESETS, Llama
+    device, _, autocast = precision(device)
+    model = Llama(PRESETS["smollm2-135m"]).to(device)
+    idx = torch.randint(model.config.vocab_size, (4, 513), generator=torch.Generator().manual_seed(0)).to(device)
+    x, y = idx[:, :-1].contiguous(), idx[:, 1:].clone()
+    y[:, :512 - learned] = -100
+    if whose == "ours":
+        adapter.begin(model, 16, 32, "none", seed=0)
+        source = (y != -100).flatten().nonzero()[:, 0]
+        target, model = y.flatten()[source], as_trained(model.train())
+        return training_step(model, lambda: model.losses(x, None, source, target).mean(), autocast, device)
+    try:
+        import peft
+    except ImportError as e:
+        raise Skip(f"{e.name} is not installed") from None
+    settings = peft.LoraConfig(r=16, lora_alpha=32, target_modules=adapter.MATRICES, task_type="CAUSAL_LM")
+    theirs = as_trained(peft.get_peft_model(twin(model), settings).train())
+    return training_step(theirs, lambda: theirs(input_ids=x, shift_labels=y, labels=y, use_cache=False).loss, autocast,
+                         device)
+
+
+def lora_memory(whose, learned, device):
+    """The most GiB that a process of its own takes for two of these steps; on a GPU, what it allocates there."""
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import bench, common; "
+            f"step = bench.lora_step({whose!r}, {learned}, {device!r}); step(); step(); "
+            f"print(common.peak_memory(common.pick_device({device!r})))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise Skip(f"{whose}: {done.stderr[-300:]}")
+    return int(done.stdout.split()[-1]) / 2**30
+
+
+@row
+def finetune(cfg):
+    """A step of fine-tuning with LoRA, and its memory, against peft and transformers."""
+    for learned in 256, 512:
+        what = f"LoRA of rank 16 on SmolLM2-135M, 4 x 512 tokens, {learned} of 512 learned, against peft"
+        ours, theirs = (lora_step(whose, learned, cfg.device) for whose in ("ours", "theirs"))
+        yield Pair(f"a step of {what}", ours, theirs, 1.3, runs=3)
+        del ours, theirs
+        gc.collect()
+        yield Pair(f"memory of {what}", *(partial(lora_memory, whose, learned, cfg.device)
+                                          for whose in ("ours", "theirs")), 1.0, runs=1, warmup=False, unit="GiB")
+
+
 @row
 def memory(cfg):
     """GPU memory of a training step: activation checkpointing, and what a token takes."""
@@ -559,6 +609,45 @@ def decode(cfg):
                    products((model.flops_per_token(length) / 3 - head) * length, cfg), 0.5, runs=3)
         if not gpu:
             yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
+
+
+@row
+def requests(cfg):
+    """Many requests of different lengths, nano-vllm's benchmark scaled down: 64 requests of 30 to 300 tokens in and
+    out, 16 at a time, prompts counted. A row that is free takes the next request, against batches that wait for their
+    longest."""
+    import random
+
+    import torch
+
+    import sample
+    from model import PRESETS, Llama
+    device, dtype, _ = precision(cfg.device)
+    dtype = dtype if device.type == "cuda" else torch.float32  # as sample.py takes it
+    model = Llama(replace(PRESETS["stories15m"], context=600)).to(device, dtype).eval()
+    sample.to_decode(model)
+    rng = random.Random(0)
+    asked = [([rng.randrange(model.config.vocab_size) for _ in range(rng.randint(30, 300))], rng.randint(30, 300))
+             for _ in range(64)]
+    tokens = sum(new for _, new in asked)
+
+    def refilled():
+        batch = sample.Batch(model, rows=16)
+        for ids, new in asked:
+            batch.add(ids, new, temperature=0)
+        while batch.busy:
+            batch.step()
+
+    def static():
+        for start in range(0, 64, 16):
+            some = asked[start:start + 16]
+            T = max(len(ids) for ids, _ in some)
+            idx = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in some], device=device)
+            mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids, _ in some], device=device)
+            model.generate(idx, max(new for _, new in some), temperature=0, mask=mask)
+        wait(device)
+    yield Pair(f"64 requests for {tokens:,} tokens, 16 at a time, rows refilled, against batches of 16", refilled,
+               static, 1.4, runs=3)
 
 
 def check_graphs(model):
@@ -699,7 +788,8 @@ def overhead(cfg):
     settings, shape = config.load(train.TrainConfig, words, "model.py:LlamaConfig")
     tok, steps = tokenizer.load(folder), 40
     windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
-    model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None).to(device).train())
+    place = train.Place(settings, device, dtype)
+    model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None, place).train())
     optimizers = optim.make_optimizers(model, settings, device, dtype)
     draws = [windows["train"].draw(i * settings.batch_size, settings.batch_size) for i in range(steps)]
     batches = [common.to_device(device, *windows["train"].read(spans)) for spans in draws]

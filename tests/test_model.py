@@ -335,7 +335,9 @@ COUNTS = {
     "llama-2-7b": 6738415616, "llama-2-13b": 13015864320, "llama-2-70b": 68976648192, "llama-3-8b": 8030261248,
     "llama-3.1-8b": 8030261248, "llama-3-70b": 70553706496, "llama-3.1-70b": 70553706496, "llama-3.3-70b": 70553706496,
     "llama-3.1-405b": 405853388800, "llama-3.2-1b": 1235814400, "llama-3.2-3b": 3212749824,
-    "llama-4-scout": 107769861120, "llama-4-maverick": 400711848960, "scout-128m": 127785472, "mini-llama": 109529856}
+    "llama-4-scout": 107769861120, "llama-4-maverick": 400711848960, "scout-128m": 127785472, "mini-llama": 109529856,
+    "code-llama-7b": 6738546688, "code-llama-13b": 13016028160, "code-llama-34b": 33743970304,
+    "llama-guard-3-8b": 8030261248, "llama-guard-4-12b": 11129164800}  # and 0.87B of vision: the published 12B
 ACTIVE = {"llama-4-scout": 17.17e9, "llama-4-maverick": 17.17e9, "llama4-tiny": 139e6}
 
 

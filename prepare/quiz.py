@@ -1,0 +1,233 @@
+"""Built-in conversations: questions about the tales of prepare/tales.py, whose answers are exact.
+
+    python prepare/tales.py && python prepare/quiz.py       # writes data/quiz: no download, a few seconds
+    python prepare/quiz.py --conversations=50000            # more of them
+
+A conversation begins with one tale or two, told by the grammar; the answer to every question is in them. Every seventh
+combination of hero, helper and what the helper wears is held out (see `combinations`): validation tells of these only,
+training of the others only. So a model that answers about validation has read the tale. `best_guess` is how often one
+is right who has not read it, exact from the grammar; kinds of questions where that is more than half are not asked.
+
+train.jsonl, val.jsonl: the conversations as {"messages": [...], "wrong": [...]}, for any model and its chat template.
+tokenizer.json: that of the tales, which has no chat template and so gets the plainest one (TEMPLATE): tales, line end,
+question, space, answer, EOS. With the space the words of an answer are the tokens that they are in the tale.
+
+    grade("the owl", "the owl")       # the reward of an answer: right or not
+    pairs(records)                    # preferences: the answer, and a wrong one of the same kind
+"""
+import functools
+import itertools
+import json
+import math
+import random
+import re
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+import config  # noqa: E402
+from prepare import shards, tokenizer  # noqa: E402
+from prepare.tales import GRAMMAR, Slot, finish, parse_choice  # noqa: E402
+
+# The plots in which it is asked, a colon, the question, the answer; slots as in the grammar ("story" is any plot).
+QUESTIONS = """
+lost: who lost the {color} {object}? {hero}
+lost: what had {hero} lost? a {color} {object}
+lost: who found the {object}? the {helper}
+lost: where was the {object}? {spot}
+lost: who had a {color} {object}? {hero}
+mystery: who had a {color} {object}? the {helper}
+rescue: who had a {color} {tool}? {hero}
+rescue: who {tool.trouble}? the {helper}
+rescue: who helped the {helper}? {hero}
+lost dream: who helped {hero}? the {helper}
+dream: who wanted to {wish}? {hero}
+dream: what did {hero} want to do? {wish}
+friend: who wanted to play {game}? {hero}
+friend: what did the {helper} play? {game}
+mystery: who heard a {noise}? {hero}
+dream friend rescue mystery: where was the {helper}? {spot}
+story: whose friend was the {helper}? {hero}
+story: whose friend had a {shade} {garment}? {hero}
+story: who was in a {shade} {garment}? the {helper}
+story: what was the {helper} in? a {shade} {garment}
+story: who liked {soup} soup? {hero}
+story: what did {hero} like? {soup} soup
+"""
+COMBINATION = ("hero", "helper", "shade", "garment")  # every tale has one of each
+TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}{% if message.role == "assistant" %}
+{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}
+{% else %}{{ "" if loop.first else "\\n" }}{{ message.content }}{% endif %}{% endfor %}"""
+
+
+# -- questions ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Kind:
+    """A line of QUESTIONS: plots in which it is asked, question and answer with slots."""
+    plots: tuple
+    question: str
+    answer: str
+
+    @functools.cached_property
+    def slots(self):
+        """(slots of the question, slots of the answer that it does not name): sets."""
+        asked, told = (set(re.findall(r"{(\w+)", text)) for text in (self.question, self.answer))
+        return asked, told - asked
+
+    def ask(self, bound):
+        """(question, answer) about a tale in which `bound` says what each slot is; None where it does not say."""
+        if any(plot in bound for plot in self.plots) and set().union(*self.slots) <= bound.keys():
+            return finish(spell(self.question, bound)), spell(self.answer, bound)
+
+
+def spell(text, bound, rng=random):
+    """A text with slots, where `bound` does not say what they are drawn anew."""
+    said, _ = GRAMMAR.draw(parse_choice(text), dict(bound), rng)
+    return said[0] + finish(said)[1:]  # the "a" becomes "an" where it should; nothing new begins with a capital
+
+
+def kinds(table=QUESTIONS):
+    """The kinds of questions of which nobody guesses more than half."""
+    found = [Kind(tuple(plots.split()), *re.fullmatch(r"(.*\?) (.*)", line).groups())
+             for plots, line in (row.split(": ") for row in table.strip().splitlines())]
+    return [kind for kind in found if best_guess(kind) <= 0.5]
+
+
+def ways(part):
+    """In how many equally likely ways a part of the grammar can be told."""
+    if not isinstance(part, list):
+        return ways(GRAMMAR.rules[part]) if isinstance(part, Slot) else 1
+    return sum(math.prod(map(ways, option)) for option in part)
+
+
+def best_guess(kind):
+    """How often the most likely answer to a validation question is right, given nothing but the question: exact, since
+    all choices in a tale are uniform and independent but for the combinations, which are counted."""
+    asked, told = kind.slots
+    named, answers = ([i for i, slot in enumerate(COMBINATION) if slot in slots] for slots in (asked, told))
+    counts = defaultdict(Counter)  # of the answers to each question
+    for combination in combinations(True):
+        counts[tuple(combination[i] for i in named)][tuple(combination[i] for i in answers)] += 1
+    right = sum(max(of.values()) for of in counts.values()) / sum(of.total() for of in counts.values())
+    return right / math.prod(ways(Slot(slot)) for slot in told - set(COMBINATION))
+
+
+# -- conversations -----------------------------------------------------------------------------------------------
+
+@functools.cache
+def combinations(held_out):
+    """What a hero, a helper and its clothes may be in validation (held_out) or in training: one of seven combinations
+    is held out, where the four indices add up to 7 n."""
+    words = [[(i, word) for i, (word,) in enumerate(GRAMMAR.rules[slot])] for slot in COMBINATION]
+    return [tuple(word for _, word in combination) for combination in itertools.product(*words)
+            if (sum(i for i, _ in combination) % 7 == 0) == held_out]
+
+
+def tell(rng, number, held_out):
+    """So many tales in which all heroes and all helpers differ -> [(text, what each slot is), ...]."""
+    while True:
+        chosen = [rng.choice(combinations(held_out)) for _ in range(number)]
+        if all(len(set(column)) == number for column in list(zip(*chosen))[:2]):
+            break
+    told = []
+    for combination in chosen:
+        bound = dict(zip(COMBINATION, combination))
+        told.append((finish(GRAMMAR.draw(Slot("story"), bound, rng)[0]), bound))
+    return told
+
+
+def questions(tales, asked, rng):
+    """[(question, answer, wrong answer), ...] about these tales together: all of these kinds that have one answer. The
+    wrong one is what the same kind asks of the other tale, if there is one, or drawn anew."""
+    found = []
+    for _, bound in tales:
+        for kind in asked:
+            if pair := kind.ask(bound):
+                others = [spell(kind.answer, other, rng) for _, other in tales if other is not bound]
+                while (wrong := others.pop() if others else spell(kind.answer, {}, rng)) == pair[1]:
+                    pass
+                found.append((*pair, wrong))
+    times = Counter(question for question, _, _ in found)
+    return [one for one in found if times[one[0]] == 1]
+
+
+def conversation(asked, rng, held_out, most):
+    """One tale or two with at most so many questions: {"messages": [...], "wrong": [a wrong answer to each]}. No answer
+    comes twice: most questions ask for a name, and so would repeat what the model has just said."""
+    tales = tell(rng, rng.choice((1, 2)), held_out)
+    found = questions(tales, asked, rng)
+    rng.shuffle(found)
+    found = list({answer: (question, answer, wrong) for question, answer, wrong in found}.values())[:most]
+    messages = [{"role": role, "content": text} for question, answer, _ in found
+                for role, text in (("user", question), ("assistant", answer))]
+    messages[0]["content"] = "\n".join([*(text for text, _ in tales), messages[0]["content"]])
+    return {"messages": messages, "wrong": [wrong for _, _, wrong in found]}
+
+
+def grade(text, answer):
+    """Is this the answer? Every word of it and no other; space around does not count."""
+    return text.strip() == answer
+
+
+def pairs(records):
+    """Preferences, one for each question of these records: {"prompt", "chosen", "rejected"}, lists of messages."""
+    for record in records:
+        tales = record["messages"][0]["content"].rpartition("\n")[0]
+        turns = iter(record["messages"])
+        for asked, told, wrong in zip(turns, turns, record["wrong"]):
+            question = asked["content"].rpartition("\n")[2]
+            yield {"prompt": [asked | {"content": f"{tales}\n{question}"}], "chosen": [told],
+                   "rejected": [told | {"content": wrong}]}
+
+
+# -- the script --------------------------------------------------------------------------------------------------
+
+FILES = rf"{shards.DATA_FILES}|(train|val)\.jsonl(\.\d+\.tmp)?"  # those of this data set
+
+
+@dataclass
+class Settings:
+    """How many conversations, and where they go."""
+    conversations: int = 20000  # [1, inf) to learn from, 4 million tokens: more than a laptop reads in five minutes
+    val_conversations: int = 6000  # [1, inf) of held-out combinations, a question each: 95 % has an error of 0.3 points
+    questions: int = 10  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
+    tokenizer: str | None = None  # file or folder, of the model that is to learn; None: data/tales, the quick start's
+    seed: int = 1337  # [0, inf) the same seed gives the same files
+    out: str | None = None  # folder to write; None: data/quiz
+
+
+def with_template(tok):
+    """The tokenizer with a form for conversations: TEMPLATE, if it has none of its own."""
+    return tok if tok.chat_template else tokenizer.Tokenizer(tok.spec, tok.settings | {"chat_template": TEMPLATE},
+                                                             tok.model)
+
+
+def write(out, cfg, asked):
+    """Write both splits as jsonl."""
+    from tqdm import tqdm
+    for split, count, most in ("train", cfg.conversations, cfg.questions), ("val", cfg.val_conversations, 1):
+        rng = random.Random(f"{cfg.seed} {split}")
+        lines = [json.dumps(conversation(asked, rng, split == "val", most)) + "\n"
+                 for _ in tqdm(range(count), split, unit=" conversations")]
+        shards.write_text(out / f"{split}.jsonl", "".join(lines))
+
+
+def main():
+    cfg = config.load(Settings)
+    out, tales = shards.own_folder(cfg.out or config.ROOT / "data/quiz", FILES), config.ROOT / "data/tales"
+    if cfg.tokenizer is None and not (tales / "meta.json").is_file():
+        raise config.Mistake("no data in data/tales: run `python prepare/tales.py` first, or give --tokenizer FOLDER")
+    tok, asked = with_template(tokenizer.load(cfg.tokenizer or tales)), kinds()
+    with config.mistakes(OSError):
+        tok.save(out)
+        write(out, cfg, asked)
+    print(f"{out}: {cfg.conversations:,} conversations to learn from, {cfg.val_conversations:,} with what is held out")
+    print("right unread, at best: " + ", ".join(f"{kind.question} {best_guess(kind):.1%}" for kind in asked))
+
+
+if __name__ == "__main__":
+    config.run(main)
