@@ -134,7 +134,7 @@ from checkpoint import find_checkpoint  # noqa: E402
 from common import (  # noqa: E402
     RANK, WORLD, IdleThreads, all_reduce_sum, autocast_to, cleanup, in_company, init_distributed,
     keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
-from model import PRESETS, Llama, put  # noqa: E402
+from model import PRESETS, put  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
 from prepare.windows import Windows, document_positions, rng_for  # noqa: E402
 from shard import Place, can_compile, data_parallel  # noqa: E402

@@ -395,7 +395,7 @@ def test_frozen_weights_are_bfloat16_where_products_are(words, run, tmp_path):
     out = tmp_path / "lora"
     train.main(settings(words, out, init_from=str(run), dtype="bfloat16", max_iters=2, **LORA), {})
     cfg = settings(words, out, init_from="resume", dtype="bfloat16", **LORA)
-    llama, _ = train.load_llama(cfg, {}, runs.latest(out), torch.bfloat16)
+    llama, _ = train.load_llama(cfg, {}, runs.latest(out), train.Place(cfg, torch.device("cpu"), torch.bfloat16))
     assert {p.dtype for n, p in llama.named_parameters() if "lora_" not in n} == {torch.bfloat16}
     assert {p.dtype for n, p in llama.named_parameters() if "lora_" in n} == {torch.float32}
     streams = []
