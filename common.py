@@ -69,8 +69,8 @@ def in_company():
     except RuntimeError as e:
         if WORLD == 1 or not re.search("gloo|NCCL|[Cc]onnection|[Tt]imed? ?out", str(e)):
             raise
-        raise config.Mistake(f"another process has ended, or has not answered for {PATIENCE} "
-                             f"({first_line(e)[-120:]}); the last checkpoint is whole") from e
+        raise config.Mistake(f"another process has ended, for a reason of its own, or has not answered for {PATIENCE}; "
+                             "the last checkpoint is whole") from e
 
 
 def init_distributed(device):
