@@ -1,5 +1,6 @@
 """Several processes that share a model: first weights, gradients, Muon, checkpoints, faults; on gloo, without GPUs."""
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import checkpoint
 import common
 import optim
 import runs
+import shard
 import train
 from conftest import PATIENCE, ROOT
 from model import PRESETS, Llama, LlamaConfig
@@ -275,33 +277,37 @@ def test_blocks_are_compiled_before_they_are_split(tmp_path):
 
 # -- real sizes, without memory ----------------------------------------------------------------------------------------
 
-def placements(preset, rank, world, replicas):
-    """(parameters, those of this process, GiB of memory, seconds) of a real model on so many processes, none real."""
+def placements():
+    """Print, for real models on many processes of which none is real: name, processes, replicas, parameters, the most
+    and the fewest that a process has, seconds; and in the end GiB of memory."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    start = time.perf_counter()
-    place = Place(train.TrainConfig(shard=True, replicas=replicas), CPU, torch.bfloat16)
-    with torch.device("meta"):
-        llama = Llama(PRESETS[preset])
-    place.split(llama)
-    optim.make_optimizers(llama, train.TrainConfig(), CPU, torch.bfloat16)
-    mine = sum(p.to_local().numel() for p in llama.parameters())
-    print(json.dumps([llama.counts()[0], mine, common.peak_memory(CPU) / 2**30, time.perf_counter() - start]))
+    for preset, (world, replicas) in itertools.product(("llama-3.1-70b", "llama-4-scout"),
+                                                       ((64, 1), (512, 1), (512, 8))):
+        start, parts = time.perf_counter(), []
+        for rank in 0, world - 1:
+            shard.WORLD = world
+            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+            with torch.device("meta"):
+                llama = Llama(PRESETS[preset])
+            Place(train.TrainConfig(shard=True, replicas=replicas), CPU, torch.bfloat16).split(llama)
+            optim.make_optimizers(llama, train.TrainConfig(), CPU, torch.bfloat16)
+            parts.append(sum(p.to_local().numel() for p in llama.parameters()))
+            dist.destroy_process_group()
+        print(json.dumps([preset, world, replicas, llama.counts()[0], *parts, (time.perf_counter() - start) / 2]))
+    print(common.peak_memory(CPU) / 2**30)
 
 
-@pytest.mark.parametrize("world, replicas", [(64, 1), (512, 1), (512, 8)])
-@pytest.mark.parametrize("preset", ["llama-3.1-70b", "llama-4-scout"])
-def test_real_sizes_are_placed_within_a_gibibyte(preset, world, replicas):
-    """Each process has its share and little more, the last one too; the model takes no memory."""
-    for rank in 0, world - 1:
-        code = f"import test_distributed as t; t.placements({preset!r}, {rank}, {world}, {replicas})"
-        env = {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "RANK": str(rank), "WORLD_SIZE": str(world)}
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
-                              env=os.environ | env)
-        assert done.returncode == 0, done.stderr[-2000:]
-        total, mine, memory, seconds = json.loads(done.stdout)
-        print(f"{preset} on {world}, {replicas} replicas: {mine:,} of {total:,}, {memory:.2f} GiB, {seconds:.1f} s")
-        assert mine < 1.02 * total * replicas / world and memory < 1
+def test_real_sizes_are_placed_within_a_gibibyte():
+    """The first process and the last have their share and little more; the models take no memory."""
+    done = subprocess.run([sys.executable, "-c", "import test_distributed; test_distributed.placements()"], cwd=ROOT,
+                          text=True, capture_output=True, env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, memory = done.stdout.splitlines()
+    for preset, world, replicas, total, first, last, seconds in map(json.loads, lines):
+        print(f"{preset} on {world}, {replicas} replicas: {first:,} to {last:,} of {total:,} in {seconds:.1f} s")
+        assert 0.9 * total * replicas / world < last <= first < 1.02 * total * replicas / world
+    print(f"{float(memory):.2f} GiB of memory with Python and torch")
+    assert len(lines) == 6 and float(memory) < 1
 
 
 # -- torchrun starts all again -----------------------------------------------------------------------------------------
