@@ -59,21 +59,26 @@ def save(llama, directory, state=None, max_shard_size="5GB"):
     parts of at most max_shard_size and an index. Each file appears whole or not at all. All processes that share a
     model call it together: each gathers and writes some of the files, one at a time and none larger than its share.
     """
+    state = dict(llama.state_dict() if state is None else state)
+    if llama.config.tie_embeddings:
+        state.pop("lm_head.weight", None)
+    dtype = next(iter(state.values())).dtype
+    write(directory, config_to_hf(llama.config, str(dtype).removeprefix("torch.")), state, max_shard_size)
+
+
+def write(directory, hf, state, max_shard_size="5GB"):
+    """Write hf, the dict of a config.json, and the tensors of state. See `save`."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = dict(llama.state_dict() if state is None else state)
-    if llama.config.tie_embeddings:
-        state.pop("lm_head.weight", None)
     rank, world = (RANK, WORLD) if any(hasattr(t, "placements") for t in state.values()) else (0, 1)
     if world > 1:
         max_shard_size = min(5 * 10**9, sum(t.numel() * t.itemsize for t in state.values()) // world)
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     files = list(split.filename_to_tensors.items())
-    texts = {"config.json": config_to_hf(llama.config, dtype)}
+    texts = {"config.json": hf}
     if split.is_sharded:
         texts["model.safetensors.index.json"] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     written = together if world > 1 else contextlib.nullcontext
@@ -122,8 +127,9 @@ def find_checkpoint(name):
         return Path(name)
     from huggingface_hub import errors, snapshot_download
     name = str(name)
-    if name.count("/") != 1:  # a name on the hub is owner/model
-        raise FileNotFoundError(f"no directory {name}")
+    if name.count("/") != 1 or name.startswith("out/"):  # a name on the hub is owner/model
+        near = sorted(str(path.parent) for path in Path(name).parent.glob("*/config.json"))
+        raise FileNotFoundError(f"no directory {name}" + (f"; there are {', '.join(near)}" if near else ""))
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
                                       ignore_patterns="*/*"))  # folders hold other formats
@@ -161,6 +167,7 @@ SUPPORTED = {  # config keys that change what a model computes, and their values
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
     "partial_rotary_factor": (1, None), "sliding_window": (None,), "per_layer_config": (None,),
     "quantization_config": (None,), "compression_config": (None,)}
+VISION = "vision_model.", "multi_modal_projector."  # in Llama4ForConditionalGeneration, beside "language_model."
 ARCHITECTURES = {"LlamaForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
 
 
@@ -336,13 +343,28 @@ def _weight_files(directory):
     return [directory / file for file in sorted({Path(str(file)).name for file in table.values()})]
 
 
+def read_tensors(path, prefixes=("",)):
+    """{name: tensor} of a safetensors file, of the names that begin with one of prefixes."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
+
+
+def vision_tensors(directory):
+    """{name: tensor} of what a Llama4ForConditionalGeneration sees with, {} where it has no such part."""
+    files = _weight_files(Path(directory))
+    return {name: t for path in files for name, t in read_tensors(path, VISION).items()}
+
+
 def _our_name(name, cfg, shapes):
     """The name here of a tensor that a file calls `name`; None for one that the language model does not use."""
     if name.endswith("rotary_emb.inv_freq"):  # transformers before 4.32 stored RoPE's frequencies
         return None
     if cfg.arch == "llama4":  # Llama4ForConditionalGeneration wraps the language model
-        vision = name.startswith(("vision_model.", "multi_modal_projector."))
-        return None if vision else name.removeprefix("language_model.")
+        return None if name.startswith(VISION) else name.removeprefix("language_model.")
     names = name, f"model.{name}", name.removeprefix("model.")  # LlamaModel's have no prefix
     return next((n for n in names if n in shapes), name)
 

@@ -30,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class LlamaConfig:
     """The shape of a Llama. Raises ValueError, naming the field, for a shape that cannot be built."""
-    arch: str = "llama"  # "llama" (1 to 3) or "llama4": decides the layout of RoPE and the names of parameters
+    # -- the model's shape: what is not given is as in its preset
+    arch: str = "llama"  # {llama, llama4} llama is 1 to 3: decides the layout of RoPE and the names of parameters
     vocab_size: int = 32000  # the SentencePiece vocabulary of Llama 1 and 2
     n_layer: int = 32  # this and the next sizes: Llama 7B
     n_head: int = 32  # query heads
@@ -45,6 +46,7 @@ class LlamaConfig:
     tie_embeddings: bool = False  # small models save vocab_size*dim parameters by sharing embedding and head
     bos_id: int | None = None  # token that begins a document; recorded for other tools
     eos_ids: tuple[int, ...] = ()  # tokens that end a generation; recorded for other tools
+    # -- Llama 4
     nope_every: int = 0  # iRoPE: every n-th layer uses full attention without RoPE (Llama 4: 4); 0: RoPE everywhere
     chunk: int = 0  # RoPE layers attend within chunks of this many positions (Llama 4: 8192); 0: full attention
     qk_norm: bool = False  # weightless RMSNorm of q and k after RoPE, on RoPE layers (Scout: yes, Maverick: no)
@@ -54,6 +56,7 @@ class LlamaConfig:
     top_k: int = 1  # routed experts a token visits; one is enough beside the shared expert
     moe_every: int = 1  # every n-th layer is a mixture of experts (Scout 1, Maverick 2)
     expert_dim: int = 0  # width of each routed expert and of the shared one; 0: ffn_dim
+    # -- the model in training
     dropout: float = 0.0  # training only: several epochs on little data want 0.1 to 0.2, one epoch wants none
     router_noise: float = 0.0  # training only: std of noise on the logits that select experts, so that all get tokens
     router_aux: float = 0.0  # training only: weight of Switch's balancing loss (Switch: 0.01)
@@ -634,7 +637,7 @@ class Llama(nn.Module):
             raise ValueError(f"a prompt of {T} tokens: it takes 1 to {room - 1} in this context")
         steps = min(max_new_tokens, room - T)
         if cache is None:
-            cache = KVCache(self.config, B, T + steps, device, product_dtype(self.lm_head.weight))
+            cache = KVCache(self.config, B, T + steps, device, product_dtype(x))
         lengths = None
         if mask is not None:
             lengths = mask.sum(1)

@@ -9,8 +9,7 @@
 import os
 import sys
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import config
@@ -19,25 +18,30 @@ import config
 @dataclass
 class SampleConfig:
     """How to sample."""
+    # -- what is said
     init_from: str | None = None  # a run directory or hub name; None: the newest run under out/
     start: tuple[str, ...] = ()  # the prompt, or several, or FILE:path; none: the beginning of a document
     num_samples: int = 1  # [1, inf) texts for each prompt
     max_new_tokens: int = 256  # [1, inf) longest continuation; a text that ends by itself is shorter
+    # -- how words are chosen
     temperature: float = 0.8  # [0, 1e4] below 1 prefers likely words, which small models need; 0 is greedy
     top_k: int = 0  # [0, inf) keep this many most likely tokens; 0: no limit
     top_p: float = 0.95  # [0, 1] keep the fewest tokens that hold this probability; cuts the tail of nonsense
     min_p: float = 0.0  # [0, 1] keep tokens at least this likely relative to the best; 0: no limit
     seed: int = 1337  # [0, inf) same seed, same text
+    # -- other uses
     chat: bool = False  # talk with the model in its own chat template
-    trace: bool = False  # list the steps of one forward pass over the prompt, to learn what happens in a Llama
     system: str | None = None  # system message of the chat; None: the template's own
+    trace: bool = False  # list the steps of one forward pass over the prompt, to learn what happens in a Llama
+    # -- the machine
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
     compile: bool = False  # a token's step as one graph, on a GPU one CUDA graph: pays after thousands of tokens
-    dtype: str = "auto"  # "float32", "bfloat16", "float16"; "auto" takes what is fast here
+    dtype: str = "auto"  # {auto, float32, bfloat16, float16} auto takes what is fast here
+    quantize: str = "none"  # {none, int8, int4} bits of the matrices, on an x86 processor: faster, less exact
 
     def __post_init__(self):
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.quantize != "none" and (self.compile or self.dtype not in ("auto", "float32")):
+            raise ValueError("--quantize goes with neither --compile nor --dtype: what is not rounded stays in float32")
         if self.chat and (self.start or self.trace):
             raise ValueError("--chat asks for what you say: leave --start and --trace out")
         if self.system and not self.chat:
@@ -48,272 +52,13 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
     settings = config.run(config.load, SampleConfig)
 
 import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
 
 import adapter  # noqa: E402
 import lora  # noqa: E402
 from checkpoint import find_checkpoint  # noqa: E402
-from common import pick_device, pick_dtype  # noqa: E402
-from model import Attention, Experts, KVCache, Linear, Llama, RMSNorm, pick, product_dtype  # noqa: E402
-
-
-# -- fast decoding: done to a plain model from outside -----------------------------------------------------------
-
-class PackedLinear(nn.Module):
-    """x W^T with W (out, in) cut into panels of 16 outputs, each stored as (in, 16): for a few rows on a CPU.
-
-    The product of one row with a whole matrix runs on one core, at a fifth of the memory's bandwidth; a batch of
-    products with panels runs on all of them, and a panel's 16 running sums stay in registers.
-    """
-    WIDTH = 16
-
-    def __init__(self, weight):
-        super().__init__()
-        panels = weight.detach().unflatten(0, (-1, self.WIDTH)).mT.contiguous()  # (n, in, 16)
-        self.weight = nn.Parameter(panels)  # with a gradient, or autocast would cast it anew at each call
-
-    def forward(self, x):
-        """x (..., in) -> (..., out)."""
-        rows = x.flatten(0, -2)  # (rows, in)
-        if len(rows) > 64:  # a prompt: one large product is faster, even after putting W together again
-            return x @ self.weight.transpose(0, 1).flatten(1)
-        y = torch.bmm(rows.expand(len(self.weight), -1, -1), self.weight)  # (n, rows, 16)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-
-
-class PackedEmbedding(nn.Module):
-    """Rows of the W that a PackedLinear holds, of which there is no other copy."""
-
-    def __init__(self, head):
-        super().__init__()
-        self.weight = head.weight  # (n, in, 16)
-
-    def forward(self, idx):
-        """idx (...) -> (..., in)."""
-        return self.weight[idx // PackedLinear.WIDTH, :, idx % PackedLinear.WIDTH]
-
-
-class QuickNorm(nn.Module):
-    """RMSNorm for a few rows on a CPU, where calls are what it costs: four of them, `F.rms_norm` makes nine."""
-
-    def __init__(self, norm):
-        super().__init__()
-        dim = len(norm.weight)  # x / rms(x) is x * dim^0.5 over the length of x, with eps * dim added to its square
-        self.scale = nn.Parameter(norm.weight.detach() * dim ** 0.5, requires_grad=False)
-        self.register_buffer("least", torch.tensor((norm.eps * dim) ** 0.5))
-
-    def forward(self, x):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / torch.hypot(length, self.least) * self.scale
-
-
-def pack(model):
-    """Replace norms and matrices of a float32 model on a CPU; it is then no longer fit for training or saving."""
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, RMSNorm):
-                setattr(module, name, QuickNorm(child))
-            elif isinstance(child, Linear) and child.out_features % PackedLinear.WIDTH == 0:
-                setattr(module, name, PackedLinear(child.weight))
-    if tied and isinstance(model.lm_head, PackedLinear):
-        model.model.embed_tokens = PackedEmbedding(model.lm_head)
-
-
-def pinned(cache):
-    """cache, whose tensors stay where they are, as a CUDA graph wants."""
-    for tensor in (cache.lengths, *cache.keys, *cache.values):
-        torch._dynamo.mark_static_address(tensor)
-    return cache
-
-
-class CachePool:
-    """The caches of a compiled step: of few sizes, and kept, as a CUDA graph knows where they are."""
-
-    def __init__(self, model):
-        self.model, self.free = model, {}
-
-    def stream(self, idx=None, max_new_tokens=1, *args, embeds=None, cache=None, **more):
-        """`Llama.stream` with a cache of the pool where none is given."""
-        def stream(cache):
-            return Llama.stream(self.model, idx, max_new_tokens, *args, embeds=embeds, cache=cache, **more)
-        if cache is not None:
-            yield from stream(pinned(cache))
-            return
-        prompt, weight = idx if embeds is None else embeds, self.model.lm_head.weight
-        size = max(256, min(prompt.shape[1] + max_new_tokens, self.model.config.context))
-        key = len(prompt), power_of_two(size), weight.device, product_dtype(weight)
-        cache = self.free.pop(key, None) or pinned(KVCache(self.model.config, *key))
-        try:
-            yield from stream(cache)
-        finally:  # also when the stream is abandoned
-            cache.lengths.zero_()
-            self.free[key] = cache
-
-
-def power_of_two(n):
-    """The least that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
-def compile_step(model):
-    """Have a token's step run as one compiled graph, on a GPU as one CUDA graph; the first takes half a minute."""
-    def decode_one_token(token, cache):
-        """`Llama.decode_one_token` in which no shape changes: all slots are looked at, and no length is asked for."""
-        cache.in_use = cache.size
-        positions = cache.lengths[:, None]  # (B, 1)
-        masks = cache.mask(positions, 0), cache.mask(positions, model.config.chunk)
-        x, _ = model.model.blocks(model.model.embed_tokens(token[:, None]), positions, masks, cache)
-        cache.lengths += 1
-        return model.lm_head(x[:, 0])
-    model.decode_one_token = torch.compile(decode_one_token, mode="reduce-overhead", dynamic=False)
-    model.cache_pool = CachePool(model)
-    model.stream = model.cache_pool.stream
-
-
-def to_decode(model, compile=False):
-    """Make a Llama's generation fast; returns the model.
-
-    On a CPU float32 matrices are packed: 1.5 to 1.8 times the speed of plain float32, and on processors with
-    bfloat16 units 0.8 to 1.4 times that of plain bfloat16, which packing would halve. compile: see `compile_step`.
-    """
-    weight = model.lm_head.weight
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and not isinstance(model.lm_head, PackedLinear):
-        pack(model)
-    if compile:
-        compile_step(model)
-    return model
-
-
-def dtype_to_decode(name, device):
-    """(torch.dtype of products, why), as `pick_dtype`, for a model that only generates."""
-    if name == "auto" and device.type == "cpu":
-        return torch.float32, "packed: as fast as bfloat16 where there are units for that, far faster elsewhere"
-    return pick_dtype(name, device)
-
-
-# -- many requests at once ---------------------------------------------------------------------------------------
-
-@dataclass(eq=False)
-class Request:
-    """A prompt to continue, how, and its continuation so far."""
-    prompt: object  # ids, or a tensor (T, D) of embeddings, as a text with pictures has
-    max_new_tokens: int
-    stop_ids: frozenset = frozenset()  # a token of these is the last
-    temperature: float = 1.0  # this and the next three: see `model.pick`
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0  # same seed, same tokens, whatever runs beside it (but for rounding)
-    new: list = field(default_factory=list)  # ids so far, with the one of stop_ids
-    done: bool = False
-
-
-class Batch:
-    """Requests of any lengths, decoded together: `rows` at a time, and a row that is free takes the next in line.
-
-        batch = Batch(model, rows=16, size=600)
-        request = batch.add(ids, max_new_tokens=100, temperature=0)
-        while batch.busy:
-            for request, token in batch.step():
-                ...
-    """
-
-    def __init__(self, model, rows=16, size=None):
-        """size: tokens of the longest request, prompt included; None: the model's context."""
-        weight, context = model.lm_head.weight, model.config.context
-        self.model, self.size = model, min(size or context, context)
-        self.cache = KVCache(model.config, rows, self.size, weight.device, product_dtype(weight))
-        self.waiting, self.running = deque(), [None] * rows  # a request for each row of the cache
-
-    def add(self, *args, **kwargs):
-        """Queue a `Request` of these fields; returns it. Raises ValueError for a prompt that leaves it no room."""
-        request = Request(*args, **kwargs)
-        if not 0 < len(request.prompt) < self.size:
-            raise ValueError(f"a prompt of {len(request.prompt)} tokens: it takes 1 to {self.size - 1} here")
-        request.max_new_tokens = min(request.max_new_tokens, self.size - len(request.prompt))
-        request.generator = torch.Generator(self.cache.lengths.device).manual_seed(request.seed)
-        request.done = request.max_new_tokens < 1
-        if not request.done:
-            self.waiting.append(request)
-        return request
-
-    def drop(self, request):
-        """Forget a request: its row is free, for whoever is next."""
-        request.done = True
-        if request in self.waiting:
-            self.waiting.remove(request)
-
-    @property
-    def busy(self):
-        """Whether a request waits or runs."""
-        return bool(self.waiting) or any(request and not request.done for request in self.running)
-
-    @torch.inference_mode()
-    def step(self):
-        """[(request, its next token), ...]: the first of each that a row is free for, or else one of each that runs."""
-        self.running = [request if request and not request.done else None for request in self.running]
-        free = [row for row, request in enumerate(self.running) if request is None]
-        first = []
-        for row in free[:len(self.waiting)]:
-            request = self.running[row] = self.waiting.popleft()
-            first += self.draw([request], self.read(request.prompt, row))
-        if first:
-            return first
-        self.close_up()
-        running = [request for request in self.running if request]
-        if not running:
-            return []
-        last = torch.tensor([request.new[-1] for request in running], device=self.cache.lengths.device)
-        return self.draw(running, self.model.decode_one_token(last, self.cache.part(slice(len(running)))))
-
-    def read(self, prompt, row):
-        """Put a prompt into a row of the cache, which begins anew; returns the logits (1, V) of what follows it."""
-        cache = self.cache.part(slice(row, row + 1))
-        cache.lengths.zero_()
-        if not torch.is_tensor(prompt) or not prompt.is_floating_point():
-            ids = torch.as_tensor(prompt, device=cache.lengths.device)
-            prompt = self.model.model.embed_tokens(ids)
-        return self.model.lm_head(self.model.model(embeds=prompt[None], cache=cache)[0][:, -1])
-
-    def close_up(self):
-        """Move the last requests into free rows, so that those that run are the first: a step takes no others."""
-        count = sum(request is not None for request in self.running)
-        free = [row for row in range(count) if self.running[row] is None]
-        late = [row for row in range(count, len(self.running)) if self.running[row]]
-        for to, row in zip(free, late):
-            length = self.cache.lengths[to] = self.cache.lengths[row]
-            for tensor in (*self.cache.keys, *self.cache.values):
-                tensor[to, :length] = tensor[row, :length]
-            self.running[to], self.running[row] = self.running[row], None
-
-    @staticmethod
-    def draw(requests, logits):
-        """[(request, its next token), ...] from logits (n, V). Requests with the same settings are drawn together."""
-        alike, picked = {}, []
-        for row, r in enumerate(requests):
-            alike.setdefault((r.temperature, r.top_k, r.top_p, r.min_p), []).append(row)
-        for how, rows in alike.items():
-            wanted = logits if len(rows) == len(logits) else logits[rows]
-            tokens = pick(wanted.float(), *how, [requests[row].generator for row in rows])
-            picked += zip((requests[row] for row in rows), tokens.tolist())
-        for request, token in picked:
-            request.new.append(token)
-            request.done = token in request.stop_ids or len(request.new) == request.max_new_tokens
-        return picked
-
-
-def decode_all(model, prompts, max_new_tokens, rows=16, seed=0, **how):
-    """The continuation of each prompt (ids, or embeddings (T, D)), as a list of ids with the end token, if it came.
-
-    rows: how many run at a time. The i-th prompt has seed + i. how: stop_ids, temperature and so on, as in `Request`.
-    """
-    size = max(map(len, prompts), default=1) + max_new_tokens
-    batch = Batch(model, min(rows, len(prompts)), size)
-    requests = [batch.add(prompt, max_new_tokens, seed=seed + i, **how) for i, prompt in enumerate(prompts)]
-    while batch.busy:
-        batch.step()
-    return [request.new for request in requests]
+from common import pick_device  # noqa: E402
+from decode import check_quantize, dtype_to_decode, new_cache, PackedLinear, power_of_two, to_decode  # noqa: E402
+from model import Attention, Experts, Linear, Llama  # noqa: E402
 
 
 # -- what to sample from -----------------------------------------------------------------------------------------
@@ -338,14 +83,16 @@ def read_prompt(text):
 def load(cfg):
     """(model, tokenizer, directory) ready to sample on the device and in the dtype asked for."""
     directory = Path(cfg.init_from) if cfg.init_from else newest_run()
-    device = pick_device(cfg.device)
+    device, bits = pick_device(cfg.device), {"none": 32, "int8": 8, "int4": 4}[cfg.quantize]
+    if bits < 32:
+        check_quantize(device)
     dtype, _ = dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(directory)
         model = adapter.load(directory, dtype, device)
         if dtype == torch.float32:  # a narrower one would round away much of what an adapter changes
             lora.merge(model)
-        model = to_decode(model, cfg.compile)
+        model = to_decode(model, cfg.compile, bits)
     tok = adapter.load_tokenizer(directory)
     if tok.vocab_size > model.config.vocab_size:
         raise config.Mistake(f"{directory}: the tokenizer has {tok.vocab_size} tokens, the model "
@@ -405,9 +152,8 @@ class Conversation:
     """A cache and the ids in it: of a conversation that grows, each turn reads only what is new."""
 
     def __init__(self, model):
-        weight = model.lm_head.weight
         self.model, self.ids = model, []
-        self.cache = KVCache(model.config, 1, 256, weight.device, product_dtype(weight))
+        self.cache = new_cache(model, 1, 256)
 
     def reply(self, tok, ids, cfg, seed):
         """`write` after the conversation ids, as they are now; returns the new ids."""
@@ -513,7 +259,8 @@ def main(cfg):
     advice = "try --dtype=bfloat16, fewer --max_new_tokens or --device=cpu: "
     with config.mistakes(torch.OutOfMemoryError, prefix=advice):
         model, tok, directory = load(cfg)
-        parameters = model.counts()[0]
+        with torch.device("meta"):
+            parameters = Llama(model.config).counts()[0]  # two of 4 bits share a number
         if parameters < 10e6:  # they stay in the caches of one core; two would mostly wait for each other
             torch.set_num_threads(1)
         talk = chat if cfg.chat else trace if cfg.trace else complete

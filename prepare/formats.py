@@ -133,10 +133,11 @@ def up_to_damage(pieces, damage):
         damage.append(e)
 
 
-def json_values(pieces):
+def json_values(pieces, bad=None):
     """(place, value) of the elements of a JSON array, or of JSON values one after another, as in jsonl.
 
     place: "line 7 (record 5)". Commas may be missing between values, and one may follow the last value.
+    bad: a function that gets what is wrong with a value outside of an array; reading then goes on at the next line.
     """
     decode, gap, damage = json.JSONDecoder().raw_decode, re.compile(r"\s*,?\s*"), []
     pieces = up_to_damage(pieces, damage)
@@ -167,11 +168,17 @@ def json_values(pieces):
             continue
         if start == len(text) or error and may_go_on and damage:
             break
-        line += text.count(NEWLINE, at, end)
         if error:
-            raise ValueError(f"line {line} (record {record}): {error.removesuffix(' at')} at "
-                             f"{text[end:end + 20]!r}")
-        yield place, value
+            what = f"{error.removesuffix(' at')} at {text[end:end + 20]!r}"
+            if bad is None or is_array:
+                raise ValueError(f"line {line + text.count(NEWLINE, at, end)} (record {record}): {what}")
+            bad(f"{place}: {what}")
+            while (end := text.find(NEWLINE, start)) < 0 and (piece := next(pieces, "")):
+                text += piece
+            end = end if end >= 0 else len(text)
+        else:
+            yield place, value
+        line += text.count(NEWLINE, at, end)
         at, record = end, record + 1
     follows = is_array and (text[start + 1:].strip() or any(map(str.strip, pieces)))
     if damage:
@@ -180,6 +187,13 @@ def json_values(pieces):
         raise ValueError(f"{place}: the file ends before its list does")
     if follows:
         raise ValueError(f"{place}: something follows after the list")
+
+
+def present(value):
+    """A value of a parquet file without the keys that a struct has for the sake of others, whose values are None."""
+    if isinstance(value, dict):
+        return {key: present(part) for key, part in value.items() if part is not None}
+    return list(map(present, value)) if isinstance(value, list) else value
 
 
 def parquet_rows(file, field):
@@ -191,17 +205,18 @@ def parquet_rows(file, field):
             for i in range(len(batch)):
                 n += 1
                 with config.mistakes(UnicodeDecodeError, prefix=f"{file.name}: row {n}: "):
-                    row = [column[i].as_py() for column in batch.columns]
+                    row = [present(column[i].as_py()) for column in batch.columns]
                 yield f"row {n}", dict(zip(batch.schema.names, row))
             file.seek(os.path.getsize(file.name) * n // table.metadata.num_rows)  # pyarrow has opened it for itself
 
 
 # -- records and their texts -------------------------------------------------------------------------------------
 
-def records(file, separators=(), field=None):
+def records(file, separators=(), field=None, bad=None):
     """(place, record) of what a file opened in binary holds: a text (txt), a value (json), {column: value} (parquet).
 
     field: the one column of parquet to read, None for all. The file's position shows how much of it has been read.
+    bad: see `json_values`.
     Raises ValueError, OSError or NotImplementedError where the file is not what its name says: see `opened`.
     """
     format, compression = format_of(Path(file.name))
@@ -213,7 +228,7 @@ def records(file, separators=(), field=None):
         for n, text in enumerate(txt_documents(text_of_file(file, compression), separator), 1):
             yield f"document {n}", text
     else:
-        yield from json_values(text_of_file(file, compression))
+        yield from json_values(text_of_file(file, compression), bad)
 
 
 def text_of(record, field, place, before=0):

@@ -261,7 +261,7 @@ class Sieve:
     def __init__(self, folder):
         """folder: that of the data set, from which relative paths begin."""
         self.folder, self.refused = Path(folder), {}  # {reason: [where, ...]}
-        self.pictures, self.bad = {}, []  # {path: hash of the file, or None}, why not
+        self.pictures, self.bad, self.blind = {}, [], 0  # {path: hash or None}, why not, records left out for that
 
     @contextlib.contextmanager
     def refusing(self, where):
@@ -291,6 +291,8 @@ class Sieve:
                 talks_of(record)
                 if all([self.picture(p) for p in images_of(record) if isinstance(p, str)]):
                     kept.append(record)
+                else:
+                    self.blind += 1
         return kept
 
     def reasons(self):
@@ -298,7 +300,8 @@ class Sieve:
         for reason, where in sorted(self.refused.items(), key=lambda item: -len(item[1])):
             yield f"{len(where):,} of no use: {reason} ({', '.join(where[:NAMED])}{', ...' * (len(where) > NAMED)})"
         if self.bad:
-            yield f"{len(self.bad):,} pictures cannot be read and were left out: {self.bad[0]}"
+            yield (f"{len(self.bad):,} pictures cannot be read and were left out: {self.bad[0]} "
+                   f"(with {self.blind:,} records)")
 
 
 def save(records, folder, splits=SPLITS, progress=True, sieve=None):

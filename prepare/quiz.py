@@ -9,8 +9,9 @@ training of the others only. So a model that answers about validation has read t
 is right who has not read it, exact from the grammar; kinds of questions where that is more than half are not asked.
 
 train.jsonl, val.jsonl: the conversations as {"messages": [...], "wrong": [...]}, for any model and its chat template.
-tokenizer.json: that of the tales, which has no chat template and so gets the plainest one (TEMPLATE): tales, line end,
-question, space, answer, EOS. With the space the words of an answer are the tokens that they are in the tale.
+meta.json, shards: the same in the ids of the tales' tokenizer, with marks of what is learned (see prepare/chat.py). It
+has no chat template, so it gets the plainest one (TEMPLATE): tales, line end, question, space, answer, EOS. With the
+space the words of an answer are the tokens that they are in the tale.
 
     grade("the owl", "the owl")       # the reward of an answer: right or not
     pairs(records)                    # preferences: the answer, and a wrong one of the same kind
@@ -28,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import shards, tokenizer  # noqa: E402
+from prepare import chat, shards, tokenizer  # noqa: E402
 from prepare.tales import GRAMMAR, Slot, finish, parse_choice  # noqa: E402
 
 # The plots in which it is asked, a colon, the question, the answer; slots as in the grammar ("story" is any plot).
@@ -186,6 +187,7 @@ def pairs(records):
 
 # -- the script --------------------------------------------------------------------------------------------------
 
+LONGEST = 1024  # tokens in a conversation: the longest has a third of them in the tokens of the tales
 FILES = rf"{shards.DATA_FILES}|(train|val)\.jsonl(\.\d+\.tmp)?"  # those of this data set
 
 
@@ -223,8 +225,11 @@ def main():
         raise config.Mistake("no data in data/tales: run `python prepare/tales.py` first, or give --tokenizer FOLDER")
     tok, asked = with_template(tokenizer.load(cfg.tokenizer or tales)), kinds()
     with config.mistakes(OSError):
-        tok.save(out)
+        out.mkdir(parents=True, exist_ok=True)
         write(out, cfg, asked)
+        lessons = chat.Lessons(tok, chat.Settings(), LONGEST)
+        chat.write(out, tok, lessons, [out / "train.jsonl"], [out / "val.jsonl"])
+    print(*lessons.report(), sep="\n")
     print(f"{out}: {cfg.conversations:,} conversations to learn from, {cfg.val_conversations:,} with what is held out")
     print("right unread, at best: " + ", ".join(f"{kind.question} {best_guess(kind):.1%}" for kind in asked))
 

@@ -2,6 +2,7 @@
 damage shows.
 
     data/<name>/train_000.bin, val_000.bin, ...   ids, little-endian uint16 (uint32 for vocabularies over 65,535)
+    data/<name>/train_marks_000.bin, ...          of conversations only: a byte for each id, LEARN, START, both or 0
     data/<name>/meta.json                         tokenizer, vocabulary, counts, sha256 of each shard; written last
     data/<name>/.unfinished/                      only while unfinished: all of this, and progress.json, which says how
                                                   much is safely on disk and where to go on
@@ -28,9 +29,10 @@ import config
 
 SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+LEARN, START = 1, 2  # marks of an id, which add up: it is to be learned; a conversation begins with it
 UNFINISHED = ".unfinished"  # the folder, within that of the data set, where a new one is made
 VERIFIED = ".verified.json"  # {"file size mtime sha256": largest id} of the shards read before: each is hashed once
-SHARDS = r"(train|val)_\d{3,}\.bin"
+SHARDS = r"(train|val)(_marks)?_\d{3,}\.bin"
 TOKENIZER_FILES = r"tokenizer\.(json|model)|tokenizer_config\.json"
 DATA_FILES = rf"{SHARDS}|{TOKENIZER_FILES}|(meta|\.verified)\.json(\.\d+\.tmp)?"  # those of a data set here
 RUN_FILES = {"config.json", "run.json", "model.safetensors", "checkpoints"}  # what tells a run directory
@@ -42,6 +44,11 @@ META_OF_SPLIT = {"tokens": int, "documents": int, "bytes": int,
 def dtype_of(vocab_size):
     """The name of the smallest type of DTYPES that holds the ids."""
     return "uint16" if vocab_size <= 65535 else "uint32"
+
+
+def dtype_in(split, name):
+    """The type of a split's shards: that of this name in DTYPES, or bytes for marks."""
+    return np.dtype("u1") if split.endswith("_marks") else DTYPES.get(name)
 
 
 def write_text(path, text):
@@ -159,10 +166,12 @@ class Writer:
     tok: the tokenizer, saved beside the shards. shard_tokens: ids in each shard but the last. recipe: text that stands
     for everything the result depends on. If an earlier run with the same recipe was interrupted, the Writer goes on
     from its last `commit`, whose argument is then in `.position` (None otherwise). work: the folder it writes to.
+    marked: whether `add` gets marks.
     """
 
-    def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None):
+    def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None, marked=False):
         self.directory, self.tok, self.recipe = Path(directory), tok, recipe
+        self.splits = [*SPLITS, *(f"{split}_marks" for split in SPLITS if marked)]
         self.work = self.directory / UNFINISHED
         self.dtype, self.shard_tokens = dtype_of(tok.vocab_size), shard_tokens
         progress = unfinished(directory, recipe)
@@ -176,11 +185,11 @@ class Writer:
                     self._clear(self.directory, DATA_FILES)
                 tok.save(self.work)
             nothing = {"tokens": 0, "documents": 0, "bytes": 0}
-            self.tails, self.position = self._open(dict.fromkeys(SPLITS, nothing)), None
+            self.tails, self.position = self._open(dict.fromkeys(self.splits, nothing)), None
 
     def _open(self, counts):
-        dtype = DTYPES[self.dtype]
-        return {s: _SplitWriter(self.work, s, dtype, self.shard_tokens, counts[s]) for s in SPLITS}
+        return {s: _SplitWriter(self.work, s, dtype_in(s, self.dtype), self.shard_tokens, counts[s])
+                for s in self.splits}
 
     def _clear(self, directory, pattern, keep=()):
         """Remove the files whose names match, but for those to keep, and nothing else."""
@@ -188,8 +197,10 @@ class Writer:
             if path.name not in keep:
                 path.unlink()
 
-    def add(self, split, ids, n_bytes, documents=1):
-        """Append ids (a sequence of int, or an array) that encode n_bytes of UTF-8 text in so many documents."""
+    def add(self, split, ids, n_bytes, documents=1, marks=None):
+        """Append ids (a sequence of int, or an array) that encode n_bytes of UTF-8 text in so many documents.
+
+        marks: an array of uint8 of the same length."""
         ids = np.asarray(ids)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.tok.vocab_size:
             raise ValueError(f"ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {self.tok.vocab_size}")
@@ -197,6 +208,8 @@ class Writer:
         tail.add(np.ascontiguousarray(ids, tail.dtype))
         tail.counts["documents"] += documents
         tail.counts["bytes"] += n_bytes
+        if marks is not None:
+            self.tails[f"{split}_marks"].add(marks)
 
     def commit(self, position):
         """Make all that was added survive a crash; position: JSON that tells the caller where to go on."""
@@ -257,6 +270,7 @@ class Split:
     A slice is an ndarray (uint16 or uint32): a view of the memory-mapped shard, or a copy when it spans several.
     `tokens`, `documents`, `bytes` count what is there; `floor_bpb` is the exact entropy in bits per byte of
     generated text, else None; `vocab_size`, `tokenizer` ({"kind", "file", "fingerprint"}) and `meta` say what ids mean.
+    `marks`: those of conversations, as another Split, else None.
     Raises `Mistake` for a missing data set, and by name for a shard that is truncated, altered or has ids
     beyond the vocabulary. Sizes are checked each time; contents once for each file name, size and time.
     """
@@ -265,7 +279,7 @@ class Split:
         self.directory, self.meta, where = Path(directory), read_meta(directory), f"{directory}/meta.json"
         _require(self.meta, META | {"splits": {split: META_OF_SPLIT}}, where)
         self.vocab_size, self.tokenizer = self.meta["vocab_size"], self.meta["tokenizer"]
-        entry, dtype = self.meta["splits"][split], DTYPES.get(self.meta["dtype"])
+        entry, dtype = self.meta["splits"][split], dtype_in(split, self.meta["dtype"])
         self.tokens, self.documents, self.bytes = entry["tokens"], entry["documents"], entry["bytes"]
         self.floor_bpb = entry.get("floor_bpb")
         if self.floor_bpb is not None:
@@ -284,6 +298,9 @@ class Split:
             with config.mistakes(OSError, ValueError):
                 self._check(path, shard, dtype, verified)
             self.maps.append(np.memmap(path, dtype, "r").view(np.ndarray))
+        self.marks = Split(directory, f"{split}_marks") if f"{split}_marks" in self.meta["splits"] else None
+        if self.marks and len(self.marks) != len(self):
+            raise config.Mistake(f"{where}: {len(self)} {split} tokens have {len(self.marks)} marks: prepare again")
 
     def _check(self, path, shard, dtype, verified):
         """Raise `Mistake` unless the file is the shard that meta.json describes."""

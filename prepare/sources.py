@@ -1,5 +1,6 @@
 """Where documents come from: files, and data sets on the Hugging Face hub; read as streams that can go on anywhere."""
 import copy
+import functools
 import glob
 import itertools
 import os
@@ -100,14 +101,16 @@ class Source:
 
 
 class Files(Source):
-    """The documents of files. Its position begins with the number of the file and of the records read of it."""
+    """The documents of files. Its position begins with the number of the file and of the records read of it.
 
-    def __init__(self, paths, separators, field):
+    bad: a function that gets the place and what is wrong with a line of jsonl; reading then goes on behind it."""
+
+    def __init__(self, paths, separators, field, bad=None):
         self.paths, self.separators, self.field, self.position = paths, separators, field, [0, 0, 0]
         if len(paths) == 1:  # one book alone would have nothing to validate on
             self.separators += ("\n\n",)
         self.sizes = [path.stat().st_size for path in paths]
-        self.file = None
+        self.file, self.bad = None, bad
 
     def identity(self):
         """What tells these files from others, or from the same ones after a change."""
@@ -131,7 +134,8 @@ class Files(Source):
         """(position, place, record), from record `done` of file `first` on."""
         for i, path in list(enumerate(self.paths))[first:]:
             with opened(path) as self.file:
-                numbered = enumerate(records(self.file, self.separators, self.field), 1)
+                bad = self.bad and functools.partial(lambda path, what: self.bad(f"{path}: {what}"), path)
+                numbered = enumerate(records(self.file, self.separators, self.field, bad), 1)
                 for n, (place, record) in itertools.islice(numbered, done, None):
                     yield [i, n], f"{path}: {place}", record
             done = 0

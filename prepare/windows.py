@@ -3,7 +3,12 @@
 There is no loader state to save or to lose: resuming is exact, and the order does not depend on the number of
 processes, each of which takes its own rows of a step's batch.
 """
+import bisect
+
 import numpy as np
+
+import config
+from prepare.shards import LEARN, START
 
 
 def rng_for(seed, *counters):
@@ -19,7 +24,7 @@ class Windows:
     """
 
     def __init__(self, split, cfg, bos_id=None):
-        self.split, self.cfg, self.epochs = split, cfg, {}
+        self.split, self.cfg, self.bos_id, self.epochs = split, cfg, bos_id, {}
         self.packed_spans, self.packing_efficiency = None, 1.0  # the share of block_size that targets fill
         self.per_epoch = len(split) // cfg.block_size - 1
         if cfg.whole_docs:
@@ -68,14 +73,87 @@ class Windows:
         epochs, places = index // self.per_epoch, index % self.per_epoch
         return np.stack([self.epoch(int(e))[i] for e, i in zip(epochs, places)])
 
+    def targets(self):
+        """Targets of all windows in order."""
+        return len(self.split) - 1
+
+    def empty(self, count):
+        """Inputs and targets of `count` windows without any token, (count, block_size) int64 each."""
+        shape = count, self.cfg.block_size
+        return np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
+
     def read(self, spans):
-        """Inputs and targets of these windows, (len(spans), block_size) int64 each; targets past the end are -100."""
-        x = np.zeros((len(spans), self.cfg.block_size), np.int64)
-        y = np.full_like(x, -100)
+        """Inputs, targets and positions of these windows, (len(spans), block_size) int64 each. Targets that do not
+        count are -100; positions are None where they run through."""
+        x, y = self.empty(len(spans))
         for row, (start, end) in enumerate(spans):
-            ids = self.split[start:end]
-            x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
-        return x, y
+            if end > start:
+                ids = self.split[start:end]
+                x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
+        return x, y, document_positions(x, self.bos_id) if self.cfg.doc_mask else None
+
+
+class Conversations(Windows):
+    """Windows of whole conversations, as many as fit, of which only what is marked is learned. Positions begin again
+    at 0 with each, so that none sees another. A span [first, end) counts conversations in the order of `order`.
+
+    Raises `Mistake` for a conversation that is longer than block_size + 1: the last token is only a target."""
+
+    def __init__(self, split, cfg):
+        self.split, self.cfg, self.epochs = split, cfg, {}
+        starts = np.concatenate([i + np.flatnonzero(split.marks[i:i + 2**24] & START)
+                                 for i in range(0, len(split), 2**24)])
+        self.edges = np.append(starts, len(split))  # of the conversations in the split
+        sizes = np.diff(self.edges) - 1
+        if sizes.max() > cfg.block_size:
+            raise config.Mistake(f"the longest conversation has {sizes.max() + 1} tokens: give --block_size="
+                                 f"{-(-sizes.max() // 64) * 64}, or prepare them with --longest={cfg.block_size}")
+        rows = best_fit(sizes.tolist(), cfg.block_size)
+        self.order = np.concatenate(rows)
+        ends = np.cumsum([len(row) for row in rows])
+        self.packed_spans = np.stack((np.append(0, ends[:-1]), ends), 1)
+        self.packing_efficiency = float(sizes.sum() / (len(rows) * cfg.block_size))
+        self.per_epoch = len(rows)
+
+    def targets(self):
+        return sum(int((self.split.marks[i:i + 2**24] & LEARN).sum()) for i in range(0, len(self.split), 2**24))
+
+    def example(self, number):
+        """(ids, whether each is learned) of a conversation, int64 and bool (n,)."""
+        start, end = self.edges[number:number + 2]
+        return self.split[start:end].astype(np.int64), (self.split.marks[start:end] & LEARN).astype(bool)
+
+    def read(self, spans):
+        x, y = self.empty(len(spans))
+        positions = np.zeros_like(x)  # padding is alone with itself
+        for row, (first, end) in enumerate(spans):
+            at = 0
+            for number in self.order[first:end]:
+                ids, learned = self.example(number)
+                place = row, slice(at, at + len(ids) - 1)
+                x[place], y[place] = ids[:-1], np.where(learned, ids, -100)[1:]
+                positions[place] = np.arange(len(ids) - 1)
+                at += len(ids) - 1
+        return x, y, positions
+
+
+def windows_of(split, cfg, bos_id=None):
+    """The windows of a split: of text, or of conversations where it has marks."""
+    return Windows(split, cfg, bos_id) if split.marks is None else Conversations(split, cfg)
+
+
+def best_fit(sizes, room):
+    """Put things of these sizes into rows of this room: the largest first, each into the fullest row that has room for
+    it (best fit decreasing). Returns the numbers of the things in each row, a list of lists."""
+    rows, free = [], []  # free: sorted (room left, row)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = bisect.bisect_left(free, (sizes[i], 0))
+        left, row = free.pop(at) if at < len(free) else (room, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(free, (left - sizes[i], row))
+    return rows
 
 
 def document_positions(x, bos_id):

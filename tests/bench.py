@@ -568,7 +568,7 @@ def decode(cfg):
     CUDA graphs."""
     import torch
 
-    import sample
+    import decode
     from model import PRESETS, Llama
     device, dtype, _ = precision(cfg.device)
     gpu = device.type == "cuda"
@@ -579,7 +579,7 @@ def decode(cfg):
         new = 240 if name == "stories15m" else 256  # with the prompt, what stories15m's context holds
         model = Llama(PRESETS[name]).to(device, dtype).eval()
         theirs, weights = twin(model).to(dtype).eval(), sum(p.numel() for p in model.parameters())
-        sample.to_decode(model, compile=gpu)
+        decode.to_decode(model, compile=gpu)
         if gpu:
             check_graphs(model)
         prompt = torch.randint(model.config.vocab_size, (1, min(2048, model.config.context - 1)), device=device)
@@ -607,6 +607,13 @@ def decode(cfg):
         yield Pair(f"{name}: a prompt of {length} tokens against nothing but products of its FLOPs",
                    lambda: ours(prompt, new=1),
                    products((model.flops_per_token(length) / 3 - head) * length, cfg), 0.5, runs=3)
+        small = name == "stories15m"
+        for bits, goal in () if gpu else ((8, 2.5 if small else 3.0), (4, 2.5 if small else 3.5)):
+            rounded = Llama(model.config)
+            rounded.load_state_dict(theirs.state_dict())
+            decode.to_decode(rounded.eval(), bits=bits)
+            yield Pair(f"{name}, {new} tokens one by one, --quantize=int{bits}: against transformers.generate",
+                       partial(ours, model=rounded), generate, goal, runs=3)
         if not gpu:
             yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
 
@@ -620,19 +627,19 @@ def requests(cfg):
 
     import torch
 
-    import sample
+    import decode
     from model import PRESETS, Llama
     device, dtype, _ = precision(cfg.device)
     dtype = dtype if device.type == "cuda" else torch.float32  # as sample.py takes it
     model = Llama(replace(PRESETS["stories15m"], context=600)).to(device, dtype).eval()
-    sample.to_decode(model)
+    decode.to_decode(model)
     rng = random.Random(0)
     asked = [([rng.randrange(model.config.vocab_size) for _ in range(rng.randint(30, 300))], rng.randint(30, 300))
              for _ in range(64)]
     tokens = sum(new for _, new in asked)
 
     def refilled():
-        batch = sample.Batch(model, rows=16)
+        batch = decode.Batch(model, rows=16)
         for ids, new in asked:
             batch.add(ids, new, temperature=0)
         while batch.busy:
@@ -655,7 +662,7 @@ def check_graphs(model):
     import torch
 
     from model import KVCache, Llama
-    from sample import pinned
+    from decode import pinned
     weight, idx, found = model.lm_head.weight, torch.arange(12), []
     idx = idx.to(weight.device)
     with torch.inference_mode():
@@ -780,6 +787,7 @@ def overhead(cfg):
     import runs
     import train
     from prepare import shards, tokenizer
+    from prepare.windows import Windows
     device, dtype, autocast = precision(cfg.device)
     folder = ROOT / "data/tales"
     if not folder.is_dir():
@@ -787,7 +795,7 @@ def overhead(cfg):
     words = [str(ROOT / "config/tales.py"), f"--device={cfg.device}"]
     settings, shape = config.load(train.TrainConfig, words, "model.py:LlamaConfig")
     tok, steps = tokenizer.load(folder), 40
-    windows = {name: train.Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
+    windows = {name: Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
     place = train.Place(settings, device, dtype)
     model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None, place).train())
     optimizers = optim.make_optimizers(model, settings, device, dtype)
@@ -795,7 +803,7 @@ def overhead(cfg):
     batches = [common.to_device(device, *windows["train"].read(spans)) for spans in draws]
 
     def bare():
-        for x, y in batches:
+        for x, y, _ in batches:
             with autocast():
                 loss = model(x, y)[1]
             loss.backward()

@@ -45,10 +45,8 @@ class Rung:
     shape: dict  # fields of LlamaConfig that differ from the shape that was asked for
     changes: tuple = ()  # functions of before_llama that put back what a Llama replaced
 
-    @property
-    def links(self):
-        """Markdown that leads to the lines of `code`, wherever they are by now."""
-        return ", ".join(map(link, self.code))
+    def __post_init__(self):
+        self.links = ", ".join(map(link, self.code))  # now, before anybody edits these files
 
 
 def link(code):
@@ -129,7 +127,7 @@ def climb(rung, cfg, shape, out):
     total, active = task.llama.counts()
     facts = {"parameters": total, "active": active, "bits": log[-1].get("val_bpb", math.nan),
              "floor": task.val.floor_bpb, "seconds": log[-1]["seconds"],
-             "cache": cache_bytes(task.llama, cfg.block_size), "text": task.sample(),
+             "cache": cache_bytes(task.llama, cfg.block_size), "text": task.samples()[0],
              "curve": [(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry]}
     write_text(out / "rung.json", json.dumps(facts, indent=1) + "\n")
     return facts
@@ -150,7 +148,7 @@ def draw(found, path):
         floor = next(iter(found.values()))["floor"]
         if key == "bits" and floor:
             axes.axvline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.4f}")
-            axes.legend()
+            axes.legend(loc="lower right")
     axes.invert_yaxis()
     runs.write_figure(figure, path)
 

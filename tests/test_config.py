@@ -10,7 +10,7 @@ import pytest
 import config
 import runs
 from conftest import ROOT, real_data
-from model import Llama
+from model import PRESETS, Llama
 
 
 @dataclass
@@ -19,9 +19,13 @@ class Settings:
     dataset: str = "tales"  # a name
     batch_size: int = 4  # a size
     learning_rate: float = 1e-3  # (0, 1] a rate
+    optimizer: str = "muon"  # {muon, adamw} the first is faster
     compile: bool = False  # a flag
     out_dir: str | None = None  # maybe
-    input: tuple[str, ...] = ()  # files
+    # -- files
+    input: tuple[str, ...] = ()  # what to read
+    max_iters: int = 7  # [1, inf) steps
+    lora_rank: int = 0  # [0, inf) a rank
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -48,11 +52,17 @@ class Settings:
     (["--compile=perhaps"], None, "compile takes bool"),
     (["--bach_size=2"], None, "did you mean 'batch_size'"),
     (["--lr=1"], None, "did you mean 'learning_rate'"),
+    (["--lora=1"], None, "did you mean 'lora_rank'"),
+    (["--epochs=1"], None, "did you mean 'max_iters'"),
+    (["--optimizer=adamw"], "optimizer", "adamw"),
+    (["--optimizer=sgd"], None, "optimizer must be one of muon, adamw, not 'sgd'"),
     (["--learning_rate=nan"], None, "learning_rate must lie in (0, 1], not nan"),
     (["--learning_rate=0"], None, "learning_rate must lie in (0, 1], not 0.0"),
     (["--learning_rate=1"], "learning_rate", 1.0),
-    (["tales"], None, "did you mean config"),
-    (["config/tales"], None, "did you mean config"),
+    (["tales"], None, "did you mean config/tales.py"),
+    (["config/tales"], None, "did you mean config/tales.py"),
+    (["tale"], None, "did you mean config/tales.py"),
+    (["xyz"], None, "-h shows what is"),
     (["--batch_size=2", "c.py"], None, "c.py comes too late: config files stand before --keys"),
     (["--zzzzzz=2"], None, "-h lists them all"),
     (["batch_size=2"], None, "neither a config file"),
@@ -93,6 +103,22 @@ def test_file(tmp_path, text, expect):
         assert {k: getattr(cfg, k) for k in expect} == expect
 
 
+def test_help_has_groups_limits_and_presets(capsys):
+    with pytest.raises(SystemExit):
+        config.load(Settings, ["-h"], also="model.py:LlamaConfig")
+    said = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert lines[0] == "Settings: what is accepted, what is refused and how, and that every default says its reason."
+    own, files = lines.index("settings:"), lines.index("files:")
+    assert own < lines.index("--optimizer='muon' {muon, adamw} the first is faster") < files
+    assert files < lines.index("--max_iters=7 [1, inf) steps") < lines.index("Llama 4:")
+    assert lines.index("Llama 4:") < lines.index([line for line in lines if line.startswith("--top_k=1 ")][0])
+    with pytest.raises(SystemExit):
+        config.load("train.py:TrainConfig", ["-h"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f" {name}" in said for name in PRESETS)
+
+
 def test_command_line_beats_file_beats_default(tmp_path):
     (tmp_path / "c.py").write_text("batch_size = 8\ndataset = 'b'\n")
     cfg = config.load(Settings, [str(tmp_path / "c.py"), "--batch_size=16"])
@@ -125,8 +151,8 @@ def test_every_number_knows_its_range(name):
     """-1, nan, inf, 2**64 and their like are refused in one line that names the key, or lie within what it declares."""
     numbers = {k: key for k, key in config.keys_of(name).items() if key.type.split(" ")[0] in ("int", "float")}
     for key, declared in numbers.items():
-        assert declared.interval, f"{name} {key} declares no interval"
-        _, low, high, *_ = declared.interval
+        assert declared.limits, f"{name} {key} declares no interval"
+        low, high = map(float, declared.limits[1:-1].split(", "))
         for value in ("-1", "0", "nan", "inf", "-inf", "18446744073709551616", "1e400", "-1e-300", "1e19"):
             try:
                 taken = config._from_args([f"--{key}={value}"], numbers)[key]

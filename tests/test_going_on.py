@@ -21,6 +21,7 @@ import train
 from conftest import PATIENCE, ROOT
 from model import Llama
 from prepare import shards, tokenizer
+from prepare.windows import Windows
 
 FLAGS = dict(batch_size=4, block_size=40, max_iters=6, eval_interval=3, log_interval=1, sample_tokens=0, warmup_iters=2,
              learning_rate=2e-3, whole_docs=True, device="cpu", dtype="float32", dropout=0.1, **DENSE)
@@ -89,12 +90,12 @@ def test_a_run_that_is_complete_says_so(run, monkeypatch):
 
 def test_another_batch_size_goes_on_where_the_data_was(run, stories, monkeypatch):
     """No window twice, none left out, and every token counted."""
-    drawn, draw = [], train.Windows.draw
-    monkeypatch.setattr(train.Windows, "draw", lambda self, *args: drawn.append(args) or draw(self, *args))
+    drawn, draw = [], Windows.draw
+    monkeypatch.setattr(Windows, "draw", lambda self, *args: drawn.append(args) or draw(self, *args))
     train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", batch_size=2, max_iters=9)))
     assert drawn == [(24, 2), (26, 2), (28, 2)]
     cfg, _ = read_settings(monkeypatch, *flags(out_dir=run, init_from="resume"))
-    windows = train.Windows(shards.Split(stories, "train"), cfg, 256)
+    windows = Windows(shards.Split(stories, "train"), cfg, 256)
     counts = np.diff(windows.epoch(0)[:30]).flatten() - 1  # 4 in each of six steps, 2 in each of three
     ends = np.cumsum(counts)[[3, 7, 11, 15, 19, 23, 25, 27, 29]]
     assert [entry["tokens"] for entry in log_of(run) if "train_loss" in entry] == ends.tolist()

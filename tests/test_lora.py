@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_train import DENSE, MANY, SPARSE, log_of, same, settings, torchrun
+from test_train import optimizer_state, DENSE, MANY, SPARSE, log_of, same, settings, torchrun
 
 import adapter
 import config
 import lora
 import optim
 import runs
+import decode
 import sample
 import train
 from model import Llama, LlamaConfig
@@ -323,7 +324,7 @@ def test_a_run_learns_an_adapter_and_resumes_to_the_bit(words, run, tmp_path, ca
     shutil.copy(whole / "log.jsonl", halves)
     train.main(settings(words, halves, init_from="resume", **LORA), {})
     states = [load_file(d / "adapter_model.safetensors") for d in (whole, halves)]
-    optimizers = [runs.read_state(d / "checkpoints/step_00000020")["optimizers"] for d in (whole, halves)]
+    optimizers = [optimizer_state(d / "checkpoints/step_00000020") for d in (whole, halves)]
     assert same(*states) and same(*optimizers) and log_of(whole) == log_of(halves)
     assert all("lora_" in name for name in states[0]) and any(t.abs().max() > 0 for t in states[0].values())
     assert not (whole / "model.safetensors").exists() and not (whole / "config.json").exists()
@@ -459,4 +460,4 @@ def test_decoding_is_the_same_with_a_cache(base, tmp_path):
     idx = tokens()[:, :5]
     plain = llama.generate(idx, 10, temperature=0)
     lora.merge(llama)
-    assert torch.equal(sample.to_decode(llama).generate(idx, 10, temperature=0), plain)
+    assert torch.equal(decode.to_decode(llama).generate(idx, 10, temperature=0), plain)

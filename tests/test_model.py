@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import PRESETS, Decoder, Head, KVCache, Llama, LlamaConfig, MoE, pick, rope_angles, rope_frequencies
-from sample import PackedLinear, to_decode
+from decode import PackedLinear, to_decode
 
 VOCAB = 29
 

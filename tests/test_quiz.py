@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
-from prepare import quiz, tales, tokenizer  # noqa: E402
+from prepare import quiz, shards, tales, tokenizer  # noqa: E402
 from prepare.tales import GRAMMAR, Slot  # noqa: E402
 
 KINDS = quiz.kinds()
@@ -282,7 +282,20 @@ def test_script(tok, tmp_path, monkeypatch, capsys):
         assert {len(read(record)[0]) for record in records} == {1, 2}
     assert run(monkeypatch, tmp_path / "b", f"--tokenizer={tmp_path / 'tok'}") == first
     assert run(monkeypatch, tmp_path / "a", f"--tokenizer={tmp_path / 'tok'}", "--seed=2") != first
-    assert tokenizer.load(tmp_path / "a").chat_template == {"default": quiz.TEMPLATE}
+
+
+def test_shards_learn_the_answers_and_nothing_else(tok, tmp_path, monkeypatch):
+    tok.save(tmp_path / "tok")
+    for split, records in run(monkeypatch, tmp_path / "a", f"--tokenizer={tmp_path / 'tok'}").items():
+        data, mine = shards.Split(tmp_path / "a", split), tokenizer.load(tmp_path / "a")
+        ids, marks = data[:], data.marks[:]
+        assert mine.chat_template == {"default": quiz.TEMPLATE} and mine.fingerprint == tok.fingerprint
+        starts = [*(i for i, mark in enumerate(marks) if mark & shards.START), len(ids)]
+        assert len(starts) == len(records) + 1 and starts[0] == 0
+        for first, end, record in zip(starts, starts[1:], records):
+            assert ids[first:end].tolist() == tok.chat(record["messages"], add_generation_prompt=False)
+            learned = [i for i, mark in zip(ids[first:end], marks[first:end]) if mark & shards.LEARN]
+            assert tok.decode(learned, special=True) == "".join(f" {answer}</s>" for _, answer, _ in read(record)[1])
 
 
 def test_without_tales_there_is_a_line(tmp_path, monkeypatch):

@@ -1,16 +1,22 @@
 """sample.py: a chat reads only what is new and says what it would have said anew; fast decoding changes no text."""
 import contextlib
+import copy
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+import config
+import decode
 import sample
-from model import PRESETS, KVCache, Llama, LlamaConfig, MoE
+from model import PRESETS, KVCache, Linear, Llama, LlamaConfig, MoE
 from prepare import tokenizer
-from sample import Batch, Conversation, SampleConfig, decode_all, to_decode
+from decode import Batch, Int4Linear, Int8Linear, decode_all, to_decode
+from sample import Conversation, SampleConfig
 from test_model import VOCAB, build, distinct, tiny
 
 USER, ASSISTANT, END = 1, 2, 3
@@ -181,9 +187,9 @@ def test_only_plain_layers_are_packed_and_half_precision_stays_as_it_is():
     attention.q_proj = Adapter(attention.q_proj)
     want = model(idx)[0]
     torch.testing.assert_close(to_decode(model)(idx)[0], want, rtol=1e-5, atol=1e-5)
-    assert isinstance(attention.q_proj, Adapter) and isinstance(attention.q_proj.base, sample.PackedLinear)
+    assert isinstance(attention.q_proj, Adapter) and isinstance(attention.q_proj.base, decode.PackedLinear)
     half = to_decode(talker().bfloat16())
-    assert not any(isinstance(m, (sample.PackedLinear, sample.QuickNorm)) for m in half.modules())
+    assert not any(isinstance(m, (decode.PackedLinear, decode.QuickNorm)) for m in half.modules())
     assert to_decode(model) is model  # a second time changes nothing
 
 
@@ -357,3 +363,118 @@ def test_a_trace_adds_up(changes, packed):
     assert names[at - 1:at + 2:2] == ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.o_proj"]
     assert steps[at][4] == ("no RoPE" if "chunk" in changes else "RoPE") and steps[at][1] == (1, 11, 32)
     assert len(sample.steps_of(llama, [1, 2])) == len(steps)
+
+
+# -- 8 and 4 bits ------------------------------------------------------------------------------------------------
+
+try:
+    decode.check_quantize(torch.device("cpu"))
+    UNITS = True
+except config.Mistake:
+    UNITS = False
+quantized = pytest.mark.skipif(not UNITS, reason="a processor without AVX2")
+
+
+def exact(layer):
+    """W (out, in) in float64 by the definition of each format, element by element from what is stored."""
+    if isinstance(layer, Int4Linear):
+        q = torch.stack((layer.weight % 16, layer.weight // 16), 2).flatten(1).double()
+        scale, zero = (t.T.repeat_interleave(32, 1) for t in layer.scale_and_zero.double().unbind(2))
+        return (q - 8) * scale + zero
+    return layer.weight.double() * layer.scale.double()[:, None]
+
+
+@quantized
+@torch.no_grad()
+@pytest.mark.parametrize("kind, error", [(Int8Linear, 0.01), (Int4Linear, 0.09)])
+@pytest.mark.parametrize("rows", (1, 2, 5, 16, 17, 40))
+def test_rounded_matrices_multiply_as_in_float64(kind, error, rows):
+    torch.manual_seed(rows)
+    weight, x = torch.randn(48, 96), torch.randn(rows, 96)
+    weight[5] = 0  # its scale would be 0
+    weight[7] = 3.25
+    layer = kind(weight)
+    want, W = x.bfloat16().double() @ exact(layer).T, exact(layer)
+    rounding = 0.003 if rows <= kind.FEW else 1e-6  # the kernel's answer is bfloat16
+    if rows > kind.FEW:
+        want = x.double() @ W.T
+    got = layer(x)
+    assert got.dtype == torch.float32 and got.shape == (rows, 48)
+    assert (got.double() - want).norm() < rounding * want.norm()
+    assert (W - weight.double()).norm() < error * weight.norm()  # a Gaussian's: 0.008 and 0.078
+    assert not W[5].any() and (W[7] - 3.25).abs().max() < 0.02
+    torch.testing.assert_close(layer.whole().double(), W)
+    assert layer(x[:, None]).shape == (rows, 1, 48)
+
+
+FUZZ = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from model import Linear
+from decode import packed
+with torch.no_grad():
+    for outputs in 1, 3, 15, 16, 17, 32, 80:
+        for inputs in 1, 8, 16, 17, 24, 32, 48, 96, 100:
+            linear = Linear(inputs, outputs)
+            torch.nn.init.normal_(linear.weight)
+            for bits in 4, 8:
+                layer = packed(linear, bits)
+                if inputs % 16:
+                    continue  # not rounded
+                for rows in 0, 1, 2, 3, 5, 17:
+                    for start in 0, 1, 3:  # slices, whose memory begins anywhere, and strides
+                        for step in 1, 2:
+                            x = torch.randn(rows + start, inputs * step + start)[start:, start::step][:, :inputs]
+                            x = x if x.shape[1] == inputs else x.new_ones(rows, inputs)
+                            y, want = layer(x), x @ linear.weight.T
+                            assert y.shape == want.shape
+                            assert (y - want).norm() <= (0.2 if bits == 4 else 0.03) * want.norm() + 0.2, (inputs, bits)
+print("alive")
+"""
+
+
+@quantized
+def test_no_shape_ends_the_process():
+    """In a process of its own: with a width that is no multiple of 16, the kernel of 8 bits would kill this one."""
+    code = FUZZ.format(root=str(config.ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.stdout == "alive\n", done.stderr[-2000:]
+
+
+@quantized
+@torch.no_grad()
+@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("name", distinct())
+def test_a_quantised_model_computes_what_its_rounded_weights_say(name, bits):
+    """Every structure, against a plain model in whose matrices the rounded weights stand."""
+    model = build(tiny(name, vocab_size=48, dim=32, n_head=4, head_dim=8, ffn_dim=64, expert_dim=32))
+    plain, idx = copy.deepcopy(model), torch.randint(48, (1, 30), generator=torch.Generator().manual_seed(0))
+    to_decode(model, bits=bits)
+    layers = dict(model.named_modules())
+    for path, linear in plain.named_modules():
+        if isinstance(linear, Linear) and isinstance(layers[path], Int8Linear):
+            linear.weight.copy_(exact(layers[path]))
+    kinds = {type(layer) for layer in layers.values()}
+    assert (Int4Linear in kinds) == (bits == 4) and type(model.lm_head) is Int8Linear
+    want = plain(idx)[0]
+    torch.testing.assert_close(model(idx)[0], want, atol=1e-4, rtol=1e-4)  # many rows: products in float32
+    cache = KVCache(plain.config, 1, 30)
+    got = torch.cat([model(part, cache=cache)[0] for part in idx.split(1, 1)], 1)
+    routed = bool(plain.config.n_experts)  # rounding to bfloat16 may choose another expert
+    assert ((got - want).norm(dim=-1) < 0.1 * want.norm(dim=-1))[0, :5 if routed else 30].float().mean() > 0.7
+    batch = Batch(model, 3, size=20)
+    requests = [batch.add([1, 2, 3], 6, temperature=0) for _ in range(4)]
+    run_all(batch)
+    assert batch.cache.keys[0].dtype == torch.float32 and all(len(r.new) == 6 for r in requests)
+    assert len(model.generate(idx[:, :4], 5)[0]) == 9
+
+
+def test_quantising_is_refused_in_one_line_where_it_cannot_be(monkeypatch):
+    with pytest.raises(config.Mistake, match="--device=cpu"):
+        decode.check_quantize(torch.device("meta"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(config.Mistake, match="AVX2; this one is DEFAULT"):
+        decode.check_quantize(torch.device("cpu"))
+    for wrong in dict(quantize="int8", compile=True), dict(quantize="int4", dtype="bfloat16"):
+        with pytest.raises(ValueError, match="quantize"):
+            SampleConfig(**wrong)

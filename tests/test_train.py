@@ -23,6 +23,7 @@ import train
 from conftest import PATIENCE, ROOT
 from model import PRESETS, Llama
 from prepare import shards, tokenizer
+from prepare.windows import Windows, document_positions
 
 CPU = torch.device("cpu")
 TIMES = ("seconds", "tokens_per_s", "mfu")  # what may differ between two runs of the same settings
@@ -270,24 +271,24 @@ common.cleanup()
 def test_batches_depend_on_seed_and_step_alone(words):
     data = shards.Split(words, "train")
     cfg = settings(words, "unused", batch_size=4, gradient_accumulation_steps=2)
-    windows = train.Windows(data, cfg, None)
+    windows = Windows(data, cfg, None)
     n, per_epoch = 2 * windows.per_epoch // 8 + 1, windows.per_epoch
     drawn = np.stack([windows.draw(8 * s, 8) for s in range(n)])  # (steps, 8, 2)
-    assert all((drawn[s] == train.Windows(data, cfg, None).draw(8 * s, 8)).all() for s in (n - 1, 0, n // 2, 1))
+    assert all((drawn[s] == Windows(data, cfg, None).draw(8 * s, 8)).all() for s in (n - 1, 0, n // 2, 1))
     assert (np.diff(drawn) == 33).all()
     starts = drawn[..., 0].flatten()
     for e in range(2):  # an epoch has no window twice, and windows do not overlap
         epoch = np.sort(starts[e * per_epoch:(e + 1) * per_epoch])
         assert (np.diff(epoch) % 32 == 0).all() and (np.diff(epoch) > 0).all()
     assert (starts[:per_epoch] != starts[per_epoch:2 * per_epoch]).any()
-    assert (train.Windows(data, replace(cfg, seed=1), None).draw(0, 8) != drawn[0]).any()
-    x, y = windows.read(drawn[0])
+    assert (Windows(data, replace(cfg, seed=1), None).draw(0, 8) != drawn[0]).any()
+    x, y, _ = windows.read(drawn[0])
     assert (x[:, 1:] == y[:, :-1]).all() and (y >= 0).all()
     assert data[int(drawn[0, 3, 0]):int(drawn[0, 3, 1])].tolist() == [*x[3].tolist(), int(y[3, -1])]
 
 
 def test_an_evaluation_of_the_training_split_keeps_the_epochs_order(words):
-    windows = train.Windows(shards.Split(words, "train"), settings(words, "unused"))
+    windows = Windows(shards.Split(words, "train"), settings(words, "unused"))
     order = windows.epoch(3)
     assert len(windows.in_order()) >= len(order) and windows.epoch(3) is order
     assert (windows.epoch(4) != order).any() and (windows.epoch(3) == order).all()
@@ -298,7 +299,7 @@ def test_windows_of_whole_documents(words):
     rng = np.random.default_rng(0)
     lengths = [1, 5, 3, 40, 2, 9, 8, 25, 33, 34, 100, 7] + rng.integers(1, 30, 200).tolist()
     ids = np.concatenate([[1, *range(2, n + 1)] for n in lengths])
-    windows = train.Windows(ids, settings(words, "unused", block_size=32, whole_docs=True), bos_id=1)
+    windows = Windows(ids, settings(words, "unused", block_size=32, whole_docs=True), bos_id=1)
     spans, edges = windows.in_order(), np.flatnonzero(ids == 1)
     targets = [t for start, end in spans for t in range(start + 1, end)]
     inside = [t for t in range(1, len(ids)) if ids[t] != 1]  # BOS is a target only between documents of one window
@@ -328,7 +329,7 @@ def test_evaluation_counts_each_token_once(words):
         p = model(ids[:, :-1])[0].double().log_softmax(-1)
         nats -= p.gather(2, ids[:, 1:, None]).sum().item()
     for batch_size in (1, 7):
-        windows = train.Windows(val, settings(words, "unused", batch_size=batch_size), None)
+        windows = Windows(val, settings(words, "unused", batch_size=batch_size), None)
         loss = train.evaluate(model, train.eval_batches(windows, train.eval_spans(windows, CPU)), CPU, nullcontext())
         assert loss == pytest.approx(nats / (len(val) - 1), rel=1e-6)
     assert model.training
@@ -336,7 +337,7 @@ def test_evaluation_counts_each_token_once(words):
 
 def test_positions_restart_at_documents():
     x = torch.tensor([[5, 1, 7, 8, 1, 1, 9]])
-    assert train.document_positions(x.numpy(), bos_id=1).tolist() == [[0, 0, 1, 2, 0, 0, 1]]
+    assert document_positions(x.numpy(), bos_id=1).tolist() == [[0, 0, 1, 2, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (5, 24, 64)])
@@ -434,7 +435,7 @@ def test_eval_only_prints_the_whole_split(words, tmp_path, capsys):
     line = capsys.readouterr().out.strip().splitlines()[-1]
     val = shards.Split(words, "val")
     model = Llama.from_pretrained(tmp_path / "a")
-    windows = train.Windows(val, settings(words, "unused"))
+    windows = Windows(val, settings(words, "unused"))
     batches = train.eval_batches(windows, train.eval_spans(windows, CPU))
     loss = train.evaluate(model, batches, CPU, nullcontext())
     assert f"val loss {loss:.4f}" in line and f"perplexity {math.exp(loss):.3f}" in line

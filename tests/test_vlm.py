@@ -498,9 +498,8 @@ def test_a_frozen_encoder_sees_each_picture_once(start, squares, tmp_path, monke
     vlm.fit(settings(squares, tmp_path / "b", **more), {})
     assert sum(seen) == 8
     see, names = vlm.Vlm.from_pretrained(start), list(range(8))
-    see.freeze({"projector"})
-    kept = vlm.Pictures(squares, names, see, torch.device("cpu"), nullcontext(), 1.0)([5, 2])
-    fresh = vlm.Pictures(squares, names, see, torch.device("cpu"), nullcontext(), 0.0)([5, 2])
+    kept = vision.Pictures(squares, names, see.encoder, torch.device("cpu"), nullcontext(), 1.0)([5, 2])
+    fresh = vision.Pictures(squares, names, see.encoder, torch.device("cpu"), nullcontext(), 0.0)([5, 2])
     assert torch.allclose(kept, fresh, atol=2e-3) and kept.std() > 0.1
 
 

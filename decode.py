@@ -1,0 +1,376 @@
+"""Fast decoding: what is done to a plain Llama, from outside, so that it writes text quickly.
+
+    model = to_decode(Llama.from_pretrained(directory))             weights packed, or quantised to 8 or 4 bits
+    answers = decode_all(model, prompts, max_new_tokens=100)        many requests at once, a free row takes the next
+"""
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+
+import config
+from common import pick_dtype
+from model import KVCache, Linear, Llama, RMSNorm, pick, product_dtype
+
+# -- weights -----------------------------------------------------------------------------------------------------
+
+class PackedLinear(nn.Module):
+    """x W^T with W (out, in) cut into panels of 16 outputs, each stored as (in, 16): for a few rows on a CPU.
+
+    The product of one row with a whole matrix runs on one core, at a fifth of the memory's bandwidth; a batch of
+    products with panels runs on all of them, and a panel's 16 running sums stay in registers.
+    """
+    WIDTH = 16
+
+    def __init__(self, weight):
+        super().__init__()
+        panels = weight.detach().unflatten(0, (-1, self.WIDTH)).mT.contiguous()  # (n, in, 16)
+        self.weight = nn.Parameter(panels)  # with a gradient, or autocast would cast it anew at each call
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        rows = x.flatten(0, -2)  # (rows, in)
+        if len(rows) > 64:  # a prompt: one large product is faster, even after putting W together again
+            return x @ self.weight.transpose(0, 1).flatten(1)
+        y = torch.bmm(rows.expand(len(self.weight), -1, -1), self.weight)  # (n, rows, 16)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+class Int8Linear(nn.Module):
+    """x W^T with W (out, in) in 8 bits, one scale for each output: W[n] = weight[n] * scale[n]."""
+
+    FEW = 16  # rows; more are one product with the matrix in float32, which is then faster even with making it
+
+    def __init__(self, weight):
+        super().__init__()
+        scale = (weight.abs().amax(1) / 127).bfloat16()  # the kernel's; rounded first, so that weight makes up for it
+        scale[scale == 0] = 1
+        q = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.weight = nn.Parameter(q, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def whole(self):
+        """W (out, in) in float32."""
+        return self.weight.float() * self.scale.float()[:, None]
+
+    def product(self, x):
+        """x (rows, in) bfloat16, aligned -> (rows, out)."""
+        return torch._weight_int8pack_mm(x, self.weight, self.scale)
+
+    def forward(self, x):
+        """x (..., in) -> (..., out). The kernel wants bfloat16 (15 to 30 times as fast as others) at a multiple of 32
+        bytes, where a new tensor is, and would crash elsewhere."""
+        rows = x.flatten(0, -2)  # (rows, in)
+        if not 0 < len(rows) <= self.FEW:
+            return nn.functional.linear(x, self.whole().to(x.dtype))
+        rows = rows.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
+        return self.product(rows).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Int4Linear(Int8Linear):
+    """x W^T with W (out, in) in 4 bits: (q - 8) * scale + zero, with one scale and zero for 32 inputs of an output."""
+
+    GROUP = 32  # the smallest the kernel knows, and divides Llama's widths
+
+    def __init__(self, weight):
+        nn.Module.__init__(self)
+        groups = weight.detach().float().unflatten(1, (-1, self.GROUP))  # (out, n, 32)
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        scale = ((high - low) / 15).bfloat16().float()  # rounded first, as the kernel has both in bfloat16
+        scale[scale == 0] = 1
+        zero = (low + 8 * scale).bfloat16().float()
+        q = ((groups - zero) / scale).round().add(8).clamp(0, 15).flatten(1).to(torch.uint8)  # (out, in)
+        self.weight = nn.Parameter(q[:, ::2] | q[:, 1::2] << 4, requires_grad=False)  # (out, in / 2)
+        sz = torch.cat((scale, zero), 2).transpose(0, 1).bfloat16().contiguous()  # (n, out, 2)
+        self.register_buffer("scale_and_zero", sz)
+        # laid out for this processor, so it is never saved
+        self.register_buffer("laid_out", torch._convert_weight_to_int4pack_for_cpu(q.int(), 1), persistent=False)
+
+    def whole(self):
+        q = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)  # (out, in)
+        scale, zero = self.scale_and_zero.float().transpose(0, 1)[..., None].unbind(2)  # (out, n, 1) each
+        return ((q.float().unflatten(1, (-1, self.GROUP)) - 8) * scale + zero).flatten(1)
+
+    def product(self, x):
+        return torch._weight_int4pack_mm_for_cpu(x, self.laid_out, self.GROUP, self.scale_and_zero)
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of the W that an Int8Linear holds, of which there is no other copy."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.weight, self.scale = head.weight, head.scale
+
+    def forward(self, idx):
+        """idx (...) -> (..., in)."""
+        return self.weight[idx].float() * self.scale[idx].float()[..., None]
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of the W that a PackedLinear holds, of which there is no other copy."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.weight = head.weight  # (n, in, 16)
+
+    def forward(self, idx):
+        """idx (...) -> (..., in)."""
+        return self.weight[idx // PackedLinear.WIDTH, :, idx % PackedLinear.WIDTH]
+
+
+class QuickNorm(nn.Module):
+    """RMSNorm for a few rows on a CPU, where calls are what it costs: four of them, `F.rms_norm` makes nine."""
+
+    def __init__(self, norm):
+        super().__init__()
+        dim = len(norm.weight)  # x / rms(x) is x * dim^0.5 over the length of x, with eps * dim added to its square
+        self.scale = nn.Parameter(norm.weight.detach() * dim ** 0.5, requires_grad=False)
+        self.register_buffer("least", torch.tensor((norm.eps * dim) ** 0.5))
+
+    def forward(self, x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(length, self.least) * self.scale
+
+
+def packed(linear, bits):
+    """What takes a Linear's place in decoding: of so many bits, or of more where its shape allows no fewer."""
+    weight = linear.weight.detach()
+    outputs, inputs = weight.shape
+    if bits == 4 and inputs % Int4Linear.GROUP == 0 and outputs % 16 == 0:
+        return Int4Linear(weight)
+    if bits <= 8 and inputs % 16 == 0:  # the kernel crashes with others
+        return Int8Linear(weight)
+    return PackedLinear(weight) if outputs % PackedLinear.WIDTH == 0 else linear
+
+
+def pack(model, bits=32):
+    """Replace norms and matrices of a float32 model on a CPU; it is then no longer fit for training or saving.
+
+    bits 8 or 4: the matrices are rounded, but for embedding and head to no fewer than 8 bits, which cost most of the
+    loss, and for routers and routed experts not at all.
+    """
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, RMSNorm):
+                setattr(module, name, QuickNorm(child))
+            elif isinstance(child, Linear):
+                least = {"router": 32, "lm_head": 8}.get(name, 4)
+                setattr(module, name, packed(child, max(bits, least)))
+    if tied and isinstance(model.lm_head, (PackedLinear, Int8Linear)):
+        kind = PackedEmbedding if isinstance(model.lm_head, PackedLinear) else QuantizedEmbedding
+        model.model.embed_tokens = kind(model.lm_head)
+
+
+def check_quantize(device):
+    """Raise `config.Mistake` where products of 8 and 4 bits are not to be had, or are slower than plain ones."""
+    here = torch.backends.cpu.get_cpu_capability()
+    if device.type != "cpu" or here not in ("AVX2", "AVX512"):
+        what = f"this one is {here}" if device.type == "cpu" else f"not on {device.type}: add --device=cpu"
+        raise config.Mistake(f"--quantize wants an x86 processor with AVX2; {what}")
+
+
+def pinned(cache):
+    """cache, whose tensors stay where they are, as a CUDA graph wants."""
+    for tensor in (cache.lengths, *cache.keys, *cache.values):
+        torch._dynamo.mark_static_address(tensor)
+    return cache
+
+
+class CachePool:
+    """The caches of a compiled step: of few sizes, and kept, as a CUDA graph knows where they are."""
+
+    def __init__(self, model):
+        self.model, self.free = model, {}
+
+    def stream(self, idx=None, max_new_tokens=1, *args, embeds=None, cache=None, **more):
+        """`Llama.stream` with a cache of the pool where none is given."""
+        def stream(cache):
+            return Llama.stream(self.model, idx, max_new_tokens, *args, embeds=embeds, cache=cache, **more)
+        if cache is not None:
+            yield from stream(pinned(cache))
+            return
+        prompt, weight = idx if embeds is None else embeds, self.model.lm_head.weight
+        size = max(256, min(prompt.shape[1] + max_new_tokens, self.model.config.context))
+        key = len(prompt), power_of_two(size), weight.device, product_dtype(weight)
+        cache = self.free.pop(key, None) or pinned(KVCache(self.model.config, *key))
+        try:
+            yield from stream(cache)
+        finally:  # also when the stream is abandoned
+            cache.lengths.zero_()
+            self.free[key] = cache
+
+
+def power_of_two(n):
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def compile_step(model):
+    """Have a token's step run as one compiled graph, on a GPU as one CUDA graph; the first takes half a minute."""
+    def decode_one_token(token, cache):
+        """`Llama.decode_one_token` in which no shape changes: all slots are looked at, and no length is asked for."""
+        cache.in_use = cache.size
+        positions = cache.lengths[:, None]  # (B, 1)
+        masks = cache.mask(positions, 0), cache.mask(positions, model.config.chunk)
+        x, _ = model.model.blocks(model.model.embed_tokens(token[:, None]), positions, masks, cache)
+        cache.lengths += 1
+        return model.lm_head(x[:, 0])
+    model.decode_one_token = torch.compile(decode_one_token, mode="reduce-overhead", dynamic=False)
+    model.cache_pool = CachePool(model)
+    model.stream = model.cache_pool.stream
+
+
+def to_decode(model, compile=False, bits=32):
+    """Make a Llama's generation fast; returns the model.
+
+    On a CPU float32 matrices are packed: 1.5 to 1.8 times the speed of plain float32, and on processors with
+    bfloat16 units 0.8 to 1.4 times that of plain bfloat16, which packing would halve. compile: see `compile_step`.
+    bits: see `pack`.
+    """
+    weight, ready = model.lm_head.weight, isinstance(model.lm_head, (PackedLinear, Int8Linear))
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and not ready:
+        pack(model, bits)
+    if compile:
+        compile_step(model)
+    return model
+
+
+def dtype_to_decode(name, device):
+    """(torch.dtype of products, why), as `pick_dtype`, for a model that only generates."""
+    if name == "auto" and device.type == "cpu":
+        return torch.float32, "packed: as fast as bfloat16 where there are units for that, far faster elsewhere"
+    return pick_dtype(name, device)
+
+
+def new_cache(model, rows, size):
+    """An empty KVCache in the dtype of a model's products, which rounded weights do not tell."""
+    device = model.lm_head.weight.device
+    x = model.model.embed_tokens(torch.zeros(1, dtype=torch.long, device=device))
+    return KVCache(model.config, rows, size, device, product_dtype(x))
+
+
+# -- many requests at once ---------------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to continue, how, and its continuation so far."""
+    prompt: object  # ids, or a tensor (T, D) of embeddings, as a text with pictures has
+    max_new_tokens: int
+    stop_ids: frozenset = frozenset()  # a token of these is the last
+    temperature: float = 1.0  # this and the next three: see `model.pick`
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # same seed, same tokens, whatever runs beside it (but for rounding)
+    new: list = field(default_factory=list)  # ids so far, with the one of stop_ids
+    done: bool = False
+
+
+class Batch:
+    """Requests of any lengths, decoded together: `rows` at a time, and a row that is free takes the next in line.
+
+        batch = Batch(model, rows=16, size=600)
+        request = batch.add(ids, max_new_tokens=100, temperature=0)
+        while batch.busy:
+            for request, token in batch.step():
+                ...
+    """
+
+    def __init__(self, model, rows=16, size=None):
+        """size: tokens of the longest request, prompt included; None: the model's context."""
+        context = model.config.context
+        self.model, self.size = model, min(size or context, context)
+        self.cache = new_cache(model, rows, self.size)
+        self.waiting, self.running = deque(), [None] * rows  # a request for each row of the cache
+
+    def add(self, *args, **kwargs):
+        """Queue a `Request` of these fields; returns it. Raises ValueError for a prompt that leaves it no room."""
+        request = Request(*args, **kwargs)
+        if not 0 < len(request.prompt) < self.size:
+            raise ValueError(f"a prompt of {len(request.prompt)} tokens: it takes 1 to {self.size - 1} here")
+        request.max_new_tokens = min(request.max_new_tokens, self.size - len(request.prompt))
+        request.generator = torch.Generator(self.cache.lengths.device).manual_seed(request.seed)
+        request.done = request.max_new_tokens < 1
+        if not request.done:
+            self.waiting.append(request)
+        return request
+
+    def drop(self, request):
+        """Forget a request: its row is free, for whoever is next."""
+        request.done = True
+        if request in self.waiting:
+            self.waiting.remove(request)
+
+    @property
+    def busy(self):
+        """Whether a request waits or runs."""
+        return bool(self.waiting) or any(request and not request.done for request in self.running)
+
+    @torch.inference_mode()
+    def step(self):
+        """[(request, its next token), ...]: the first of each that a row is free for, or else one of each that runs."""
+        self.running = [request if request and not request.done else None for request in self.running]
+        free = [row for row, request in enumerate(self.running) if request is None]
+        first = []
+        for row in free[:len(self.waiting)]:
+            request = self.running[row] = self.waiting.popleft()
+            first += self.draw([request], self.read(request.prompt, row))
+        if first:
+            return first
+        self.close_up()
+        running = [request for request in self.running if request]
+        if not running:
+            return []
+        last = torch.tensor([request.new[-1] for request in running], device=self.cache.lengths.device)
+        return self.draw(running, self.model.decode_one_token(last, self.cache.part(slice(len(running)))))
+
+    def read(self, prompt, row):
+        """Put a prompt into a row of the cache, which begins anew; returns the logits (1, V) of what follows it."""
+        cache = self.cache.part(slice(row, row + 1))
+        cache.lengths.zero_()
+        if not torch.is_tensor(prompt) or not prompt.is_floating_point():
+            ids = torch.as_tensor(prompt, device=cache.lengths.device)
+            prompt = self.model.model.embed_tokens(ids)
+        return self.model.lm_head(self.model.model(embeds=prompt[None], cache=cache)[0][:, -1])
+
+    def close_up(self):
+        """Move the last requests into free rows, so that those that run are the first: a step takes no others."""
+        count = sum(request is not None for request in self.running)
+        free = [row for row in range(count) if self.running[row] is None]
+        late = [row for row in range(count, len(self.running)) if self.running[row]]
+        for to, row in zip(free, late):
+            length = self.cache.lengths[to] = self.cache.lengths[row]
+            for tensor in (*self.cache.keys, *self.cache.values):
+                tensor[to, :length] = tensor[row, :length]
+            self.running[to], self.running[row] = self.running[row], None
+
+    @staticmethod
+    def draw(requests, logits):
+        """[(request, its next token), ...] from logits (n, V). Requests with the same settings are drawn together."""
+        alike, picked = {}, []
+        for row, r in enumerate(requests):
+            alike.setdefault((r.temperature, r.top_k, r.top_p, r.min_p), []).append(row)
+        for how, rows in alike.items():
+            wanted = logits if len(rows) == len(logits) else logits[rows]
+            tokens = pick(wanted.float(), *how, [requests[row].generator for row in rows])
+            picked += zip((requests[row] for row in rows), tokens.tolist())
+        for request, token in picked:
+            request.new.append(token)
+            request.done = token in request.stop_ids or len(request.new) == request.max_new_tokens
+        return picked
+
+
+def decode_all(model, prompts, max_new_tokens, rows=16, seed=0, **how):
+    """The continuation of each prompt (ids, or embeddings (T, D)), as a list of ids with the end token, if it came.
+
+    rows: how many run at a time. The i-th prompt has seed + i. how: stop_ids, temperature and so on, as in `Request`.
+    """
+    size = max(map(len, prompts), default=1) + max_new_tokens
+    batch = Batch(model, min(rows, len(prompts)), size)
+    requests = [batch.add(prompt, max_new_tokens, seed=seed + i, **how) for i, prompt in enumerate(prompts)]
+    while batch.busy:
+        batch.step()
+    return [request.new for request in requests]

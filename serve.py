@@ -1,0 +1,280 @@
+"""Serve a run to OpenAI's clients, under /v1, and to people, as a page for chat at /. All requests share one batch.
+
+    pip install -e ".[serve]"
+    python serve.py                                  the newest run under out/, at http://127.0.0.1:8000
+    python serve.py out/smollm2 --rows=4 --port=9000
+
+Answers /v1/chat/completions and /v1/completions, whole or streaming, and /v1/models, with OpenAI's errors. There are no
+passwords: only this machine can reach it, unless --host says otherwise.
+"""
+import sys
+from dataclasses import dataclass
+
+import config
+
+
+@dataclass
+class ServeConfig:
+    """What to serve, and how much of it."""
+    init_from: str | None = None  # a run directory or hub name; None: the newest run under out/
+    host: str = "127.0.0.1"  # address to listen at: of this machine alone; 0.0.0.0 lets the whole network in
+    port: int = 8000  # [0, 65535] the usual one; 0: one that is free
+    page: bool = True  # a page for chat at /; False: the API alone, which starts sooner
+    # -- limits
+    rows: int = 16  # [1, inf) requests that are decoded together; each has its part of the cache
+    context: int = 2048  # [2, inf) tokens of a request with its prompt, for which the cache has room
+    waiting: int = 64  # [0, inf) requests that may wait for a row; others are told to come again
+    body: int = 1_000_000  # [1, inf) bytes of a request, far more than its context holds
+    # -- the machine
+    device: str = "auto"  # "auto" takes cuda, then mps, then cpu
+    dtype: str = "auto"  # {auto, float32, bfloat16, float16} auto takes what is fast here
+    quantize: str = "none"  # {none, int8, int4} bits of the matrices, on an x86 processor: faster, less exact
+
+
+def read_settings(argv):
+    """ServeConfig of the command line, whose first word may be what to serve."""
+    return config.load(ServeConfig, [f"--init_from={argv[0]}", *argv[1:]] if argv and argv[0][0] != "-" else argv)
+
+
+if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
+    settings = config.run(read_settings, sys.argv[1:])
+
+import json  # noqa: E402
+import secrets  # noqa: E402
+import socket  # noqa: E402
+import time  # noqa: E402
+from contextlib import aclosing  # noqa: E402
+from typing import Annotated, Literal  # noqa: E402
+
+import sample  # noqa: E402
+from engine import Engine  # noqa: E402
+
+with config.mistakes(ImportError, prefix='a server needs `pip install -e ".[serve]"`: '):
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, StreamingResponse
+    from pydantic import BaseModel, Field, ValidationError
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+
+class Refused(config.Mistake):
+    """A client's mistake."""
+
+    def __init__(self, message, status=400, code=None):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+def error_object(e):
+    """OpenAI's error object for an exception."""
+    kind = "invalid_request_error" if isinstance(e, config.Mistake) else "server_error"
+    return {"error": {"message": str(e), "type": kind, "param": None, "code": getattr(e, "code", None)}}
+
+
+# -- requests ----------------------------------------------------------------------------------------------------
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Part(BaseModel):
+    type: Literal["text"]  # no pictures yet
+    text: str
+
+
+class Message(BaseModel):
+    role: str
+    content: str | list[Part]
+
+
+class Asked(BaseModel):
+    """What is read of a request. What would change the answer and is not known here is refused, not ignored."""
+    model: str
+    messages: list[Message] = []  # of a chat
+    prompt: str = ""  # of a completion
+    stream: bool = False
+    stream_options: dict = {}
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # its newer name
+    temperature: Annotated[float, Field(ge=0, le=2)] = sample.SampleConfig.temperature
+    top_p: Annotated[float, Field(ge=0, le=1)] = sample.SampleConfig.top_p
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    n: Literal[1] | None = None
+    logprobs: Literal[False, 0] | None = None
+    tools: Annotated[list, Field(max_length=0)] | None = None
+
+    def ids(self, tok):
+        """Ids of the prompt."""
+        if not self.messages:
+            return tok.encode(self.prompt, bos=tok.adds_bos or not self.prompt) or tok.encode("\n")
+        return tok.chat([{"role": m.role, "content": m.content if isinstance(m.content, str) else
+                          "".join(part.text for part in m.content)} for m in self.messages])
+
+    @property
+    def stops(self):
+        """Texts at which the answer ends."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def limit(self):
+        """The most tokens of the answer, or None."""
+        return self.max_tokens or self.max_completion_tokens
+
+
+async def read(request, limit):
+    """The body of a request as `Asked`. Raises `Refused`."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise Refused(f"the body has more than {limit} bytes", 413)
+    try:
+        return Asked.model_validate_json(bytes(body))
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise Refused(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+# -- answers -----------------------------------------------------------------------------------------------------
+
+class Service:
+    """A model with its tokenizer, and what it says to requests."""
+
+    def __init__(self, cfg, model, tok, name):
+        self.cfg, self.tok, self.name = cfg, tok, name
+        self.engine = Engine(model, cfg.rows, cfg.context)
+        self.stop_ids = frozenset(tok.stop_ids | set(model.config.eos_ids))
+
+    def begin(self, asked):
+        """The engine's request for what is asked. Raises `Mistake`."""
+        if asked.model != self.name:
+            raise Refused(f"there is no model {asked.model!r}, only {self.name!r}", 404, "model_not_found")
+        if len(self.engine.requests()) >= self.cfg.rows + self.cfg.waiting:
+            raise Refused("too many requests are waiting: come again", 429, "queue_full")
+        seed = secrets.randbits(62) if asked.seed is None else asked.seed
+        with config.mistakes(ValueError):  # a prompt that is too long
+            return self.engine.add(asked.ids(self.tok), asked.limit or self.cfg.context, self.stop_ids,
+                                   asked.temperature, top_p=asked.top_p, seed=seed)
+
+    async def pieces(self, asked, request):
+        """Yield (text, None) of an answer, and at its end (text, "stop" or "length")."""
+        text, held, stops = self.tok.stream(after=request.prompt), "", asked.stops
+        async with aclosing(self.engine.tokens(request)) as tokens:
+            async for token, last in tokens:
+                ended = token in self.stop_ids
+                held += ("" if ended else text.feed(token)) + (text.end() if last else "")
+                found = [held.index(stop) for stop in stops if stop in held]
+                if found or last:
+                    yield held[:min(found, default=None)], "stop" if found or ended else "length"
+                    return
+                begun = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+                yield held[:len(held) - begun], None  # the rest may become a stop
+                held = held[len(held) - begun:]
+
+
+async def answer(service, request, chat):
+    """The response to a request for a chat's next message, or for a completion."""
+    asked = await read(request, service.cfg.body)
+    if chat != bool(asked.messages):
+        raise Refused("a chat takes messages, a completion a prompt")
+    running = service.begin(asked)
+    kind = "chat.completion" + ".chunk" * asked.stream if chat else "text_completion"
+    head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": service.name}
+
+    def body(text, finish):
+        part = {"delta" if asked.stream else "message": {"role": "assistant", "content": text}}
+        part = part if chat else {"text": text}
+        return head | {"choices": [{"index": 0, "logprobs": None, "finish_reason": finish} | part]}
+
+    def usage():
+        read, new = len(running.prompt), len(running.new)
+        return {"usage": {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}}
+
+    async def events():
+        try:
+            async with aclosing(service.pieces(asked, running)) as pieces:
+                async for text, finish in pieces:
+                    yield event(body(text, finish))
+            if asked.stream_options.get("include_usage"):
+                yield event(head | {"choices": []} | usage())
+        except Exception as e:
+            yield event(error_object(e))
+        yield "data: [DONE]\n\n"
+    if asked.stream:
+        return StreamingResponse(events(), media_type="text/event-stream")
+    whole = ""
+    async with aclosing(service.pieces(asked, running)) as pieces:
+        async for text, finish in pieces:
+            whole += text
+            if await request.is_disconnected():
+                break
+    return body(whole, finish) | usage()
+
+
+def event(content):
+    """A server-sent event."""
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def make_app(service):
+    """The application: OpenAI's API, and the page if it is wanted."""
+    app = FastAPI(title="everyllama", openapi_url=None)
+    if service.cfg.host == "127.0.0.1":  # or pages of the web could read answers, by a name that leads here
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request):
+        return await answer(service, request, True)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request):
+        return await answer(service, request, False)
+
+    @app.get("/v1/models")
+    async def models():
+        model = {"id": service.name, "object": "model", "created": 0, "owned_by": "everyllama"}
+        return {"object": "list", "data": [model]}
+
+    @app.exception_handler(config.Mistake)
+    async def refused(_, e):
+        return JSONResponse(error_object(e), getattr(e, "status", 400))
+
+    @app.exception_handler(Exception)
+    async def failed(_, e):
+        return JSONResponse(error_object(e), 500)
+    return with_page(app, service) if service.cfg.page else app
+
+
+def with_page(app, service):
+    """app with a page at /, by gradio: a chat, or texts to continue, by a model without a chat template."""
+    import gradio
+    chats = bool(service.tok.chat_template)
+
+    async def say(text, history):
+        messages = [*({k: m[k] for k in ("role", "content")} for m in history), {"role": "user", "content": text}]
+        asked = Asked(model=service.name, **{"messages": messages} if chats else {"prompt": text})
+        said = "" if chats else text
+        with config.mistakes(config.Mistake):
+            async with aclosing(service.pieces(asked, service.begin(asked))) as pieces:
+                async for piece, _ in pieces:
+                    said += piece
+                    yield said
+    page = gradio.ChatInterface(
+        say, title=service.name, description=None if chats else "Begin a text, and the model goes on with it.",
+        chatbot=gradio.Chatbot(render_markdown=False, height="70vh"),  # what a model says is text, no HTML
+        flagging_mode="never", concurrency_limit=service.cfg.rows, analytics_enabled=False)
+    return gradio.mount_gradio_app(app, page, "/", max_file_size="1mb")
+
+
+def main(cfg):
+    import uvicorn
+    machine = {key: getattr(cfg, key) for key in ("init_from", "device", "dtype", "quantize")}
+    model, tok, directory = sample.load(config.make(sample.SampleConfig, machine))
+    with config.mistakes(OSError, prefix=f"cannot listen at {cfg.host}:{cfg.port}: "):
+        listener = socket.create_server((cfg.host, cfg.port))
+    app = make_app(Service(cfg, model, tok, directory.resolve().name))
+    print(f"{directory.resolve().name} at http://{cfg.host}:{listener.getsockname()[1]}, the API under /v1", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listener])
+
+
+if __name__ == "__main__":
+    config.run(main, settings)

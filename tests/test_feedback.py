@@ -1,0 +1,138 @@
+"""feedback.py: the gradients of GRPO and DPO against their formulas, random rewards, runs that go on."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import config
+import feedback
+import runs
+from model import Llama, LlamaConfig
+from prepare import quiz, tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a quiz of few words and a model that knows nothing of it."""
+    folder = tmp_path_factory.mktemp("feedback")
+    words = ["left", "right", "where?"]
+    tok = quiz.with_template(tokenizer.char("".join(words) + " \n", ("<s>", "</s>")))
+    data = folder / "data"
+    data.mkdir()
+    for split, count in ("train", 24), ("val", 8):
+        lines = [{"messages": [{"role": "user", "content": f"{word} where?"}, {"role": "assistant", "content": word}],
+                  "wrong": [other]} for word, other in [words[:2], words[1::-1]] * (count // 2)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tok.save(data)
+    llama = Llama(LlamaConfig(vocab_size=tok.vocab_size, n_layer=1, n_head=2, dim=16, ffn_dim=32, context=64,
+                              eos_ids=tuple(tok.stop_ids)))
+    llama.save_pretrained(folder / "start")
+    tok.save(folder / "start")
+    return folder
+
+
+def settings(place, out, **more):
+    given = dict(dataset=str(place / "data"), init_from=str(place / "start"), out_dir=str(out), batch_size=4, group=4,
+                 max_iters=4, eval_interval=2, answer_tokens=8, eval_questions=8, optimizer="adamw",
+                 learning_rate=1e-3, warmup_iters=1, dtype="float32", device="cpu", log_interval=1)
+    return feedback.FeedbackConfig(**given | more)
+
+
+def test_policy_gradient_is_that_of_the_formula():
+    """The sum over answers of weight times log-probability, with all logits in float64."""
+    torch.manual_seed(1)
+    llama = Llama(LlamaConfig(vocab_size=19, n_layer=2, n_head=2, dim=16, ffn_dim=32, context=16)).double()
+    idx, targets = torch.randint(19, (3, 9)), torch.randint(19, (3, 9))
+    targets[0, :5] = targets[1, :2] = targets[2, 7:] = -100
+    weights = torch.tensor([0.5, -0.25, 0.0], dtype=torch.float64)
+    feedback.Rewarded(llama)(idx, targets, weights)[1].backward()
+    found = {name: p.grad.clone() for name, p in llama.named_parameters()}
+    llama.zero_grad()
+    log_p = llama(idx)[0].log_softmax(-1)
+    picked = log_p.gather(2, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == -100, 0).sum(1)
+    (-picked * weights).sum().backward()
+    for name, p in llama.named_parameters():
+        assert torch.allclose(found[name], p.grad, rtol=1e-4, atol=1e-7), name
+
+
+def test_preference_is_dpo():
+    """Rafailov et al., equation 7, for numbers by hand: log-ratios 0.3 and -0.1, beta 0.5."""
+    margins, loss = feedback.preference(torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-1.3], [-1.9]]), 0.5)
+    assert margins.item() == pytest.approx(0.5 * 0.4) and loss.item() == pytest.approx(-F.logsigmoid(
+        torch.tensor(0.2)).item())
+
+
+def test_advantages(place, tmp_path, monkeypatch):
+    """A reward counts beside the mean of its group; where all earn the same, nothing is learned, but tokens count."""
+    task = feedback.Rewards(settings(place, tmp_path / "run"), {}, tmp_path / "run", CPU)
+    left, right = task.questions[:2]
+    ids = {word: task.ids_of(left, word) for word in ("left", "right")}
+    monkeypatch.setattr(task, "answer", lambda prompts, **how: [ids["left"]] * 3 + [ids["right"]] + [ids["left"]] * 4)
+    count, (idx, targets, weights) = task.micro_batch([left, right], 0)
+    assert count == 7 * len(ids["left"]) + len(ids["right"]) and len(idx) == 4  # the second group is all wrong
+    assert (weights * count).tolist() == pytest.approx([0.25, 0.25, 0.25, -0.75])
+    assert [[i for i in row if i != -100] for row in targets.tolist()] == [ids["left"]] * 3 + [ids["right"]]
+    prompt = task.prompt(left)
+    assert idx[0, :len(prompt)].tolist() == prompt and targets[0, len(prompt) - 1] == ids["left"][0]
+    zero = feedback.Rewards(settings(place, tmp_path / "zero", baseline="zero"), {}, tmp_path / "zero", CPU)
+    monkeypatch.setattr(zero, "answer", task.answer)
+    assert len(zero.micro_batch([left, right], 0)[1][0]) == 3  # right answers alone
+
+
+def test_answers_come_from_the_model_as_it_is(place, tmp_path):
+    """On policy: a step's answers are drawn after the step before it, and depend on seed and step alone."""
+    task = feedback.Rewards(settings(place, tmp_path / "run"), {}, tmp_path / "run", CPU)
+    prompts = [task.prompt(q) for q in task.questions[:3]]
+    first, again = (task.answer(prompts, 1.0, seed=5) for _ in range(2))
+    assert first == again != task.answer(prompts, 1.0, seed=6)
+    with torch.no_grad():
+        task.llama.lm_head.weight.add_(torch.randn_like(task.llama.lm_head.weight))
+    assert task.answer(prompts, 1.0, seed=5) != first
+
+
+@pytest.mark.parametrize("more", [{}, {"objective": "dpo"}, {"lora_rank": 2}])
+def test_a_run_that_goes_on_ends_the_same(place, tmp_path, more):
+    def run(out, **how):
+        feedback.main({f: v for f, v in vars(settings(place, out, **more | how)).items() if f != "reference"}, {})
+        return {p.name: p.read_bytes() for p in out.glob("*.safetensors")}
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "halves", max_iters=2, schedule="wsd", decay_frac=0.0)
+    assert run(tmp_path / "straight", schedule="wsd", decay_frac=0.0) == run(
+        tmp_path / "halves", init_from="resume", schedule="wsd", decay_frac=0.0)
+    log = runs.read_log(tmp_path / "whole/log.jsonl")
+    assert whole and "val_accuracy" in log[-1]
+
+
+@pytest.mark.slow
+def test_right_rewards_teach_and_random_ones_do_not(place, tmp_path):
+    """The word to answer with stands in the question, one of two: with rewards it is found, at random it is not."""
+    tok, data = tokenizer.load(place / "start"), json.loads((place / "data/train.jsonl").read_text().splitlines()[0])
+    llama = Llama.from_pretrained(place / "start")
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=3e-3)
+    for _ in range(200):  # it learns to say one of the two, whatever was asked
+        for answer in "left", "right":
+            ids, learned = tok.lesson([data["messages"][0], {"role": "assistant", "content": answer}], [False, True])
+            x, y = torch.tensor([ids]), torch.tensor([[i if learn else -100 for i, learn in zip(ids, learned)]])
+            llama(x[:, :-1], y[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    llama.save_pretrained(place / "half")
+    tok.save(place / "half")
+    accuracy = {}
+    for reward in "right", "random":
+        feedback.main(vars(settings(place, tmp_path / reward, reward=reward, max_iters=150, eval_interval=150,
+                                    learning_rate=1e-2, init_from=str(place / "half"))), {})
+        accuracy[reward] = runs.read_log(tmp_path / reward / "log.jsonl")[-1]["val_accuracy"]
+    assert accuracy["right"] == 1 and accuracy["random"] <= 0.5
+
+
+def test_mistakes(place, tmp_path):
+    with pytest.raises(config.Mistake, match="feedback needs a model"):
+        feedback.main({"dataset": str(place / "data")}, {})
+    with pytest.raises(config.Mistake, match="leaves no room"):
+        feedback.main(vars(settings(place, tmp_path / "run", answer_tokens=100)), {})
+    with pytest.raises(ValueError, match="objective must be one of grpo, dpo"):
+        settings(place, tmp_path, objective="ppo")

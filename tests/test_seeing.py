@@ -1,0 +1,310 @@
+"""vlm.py used as people use it: odd data sets, other eyes, conversations that go on, folders, JSON."""
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+import runs
+import vlm
+from prepare import images
+
+SHAPE = dict(n_layer=1, n_head=2, n_kv_head=1, dim=32, head_dim=16, ffn_dim=48, vocab_size=300)
+TALK = [{"from": "human", "value": "hi?"}, {"from": "gpt", "value": "ho"}]
+USE = dict(device="cpu", dtype="float32", sample_tokens=4)
+
+
+def settings(folder, out, **more):
+    return vlm.VlmConfig(**dict(stage="together", encoder="vit_tiny", dataset=str(folder), out_dir=str(out),
+                                batch_size=2, block_size=64, max_iters=2, warmup_iters=1, eval_interval=2,
+                                log_interval=1, sample_tokens=4, sample_images=2, device="cpu", dtype="float32") | more)
+
+
+def data_set(folder, records, val=None):
+    folder.mkdir(exist_ok=True)
+    if not (folder / "images.npy").exists():
+        np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 255, (6, 48, 48, 3), np.uint8))
+    images.save({"train": records, "val": val or records}, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A run of two steps that learned captions of six pictures, its encoder too."""
+    folder = tmp_path_factory.mktemp("start")
+    records = [{"image": i, "captions": [f"{word} thing"]} for i, word in enumerate("a b c d e f".split())]
+    vlm.fit(settings(data_set(folder / "data", records), folder / "run"), SHAPE)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three photos in all, one of them below, and of what is none."""
+    for i, name in enumerate(("B.JPG", "a.png", "sub/\u72d7.webp", ".hidden.png")):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {"b.jpg": "jpeg", "a.png": "png"}.get(name.lower(), "webp")
+        Image.new("RGB", (20, 30), (80 * i, 0, 0)).save(tmp_path / "photos" / name, kind)
+    (tmp_path / "photos/notes.txt").write_text("no picture")
+    return tmp_path / "photos"
+
+
+# -- data sets -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", ["align", "together", "prefer"])
+@pytest.mark.parametrize("pictures_in_training", [True, False])
+def test_validation_without_pictures(stage, pictures_in_training, start, tmp_path):
+    """G2: no picture to draw is no error, in training nor in scoring."""
+    text = {"conversations": TALK}
+    seen = {"image": 0, "conversations": TALK}
+    if stage == "prefer":
+        text, seen = ({k: v for k, v in r.items() if k == "image"} | {"question": "q", "chosen": "a", "rejected": "b"}
+                      for r in (text, seen))
+    data = data_set(tmp_path / "data", [seen if pictures_in_training else text, text], [text])
+    vlm.fit(settings(data, tmp_path / "run", stage=stage, init_from=str(start / "run"), encoder=None), {})
+    log = runs.read_log(tmp_path / "run/log.jsonl")
+    assert np.isfinite([r["val_loss"] for r in log if "val_loss" in r]).all()
+    if stage != "prefer":
+        assert np.isfinite(vlm.score(settings(data, tmp_path / "run", encoder=None, eval=True))["loss"])
+
+
+@pytest.mark.parametrize("record", [
+    {"image": 0, "captions": "A red square."}, {"image": 0, "conversations": "hello"}, {"image": 0, "captions": [5]},
+    {"image": {"a": 1}, "captions": ["a"]}, {"image": 0, "conversations": [{"from": "human", "value": "<image>"}]},
+    {"conversations": [{"from": "human", "value": "<image>"}, TALK[1]]}])
+def test_records_by_hand_are_one_line_before_training(record, start, tmp_path):
+    """G3, G6: with a new tokenizer, and with the one of a checkpoint."""
+    data = data_set(tmp_path / "data", [{"image": 0, "captions": ["a"]}])
+    with open(data / "train.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    for source, shape in ("scratch", SHAPE), (str(start / "run"), {}):
+        with pytest.raises(config.Mistake, match="train.jsonl, record 2: "):
+            vlm.fit(settings(data, tmp_path / "run", encoder=None, init_from=source), shape)
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+
+def test_preferences_need_a_model(tmp_path):
+    """G10."""
+    data = data_set(tmp_path / "data", [{"image": 0, "question": "q", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(config.Mistake, match="goes on from a model that answers"):
+        vlm.fit(settings(data, tmp_path / "run", stage="prefer"), SHAPE)
+
+
+@pytest.mark.parametrize("stage", ["align", "together"])
+def test_pictures_that_went_are_one_line_before_training(stage, start, tmp_path):
+    """G7, G16: with a frozen encoder and with one that learns."""
+    data = data_set(tmp_path / "data", [{"image": i, "captions": ["x"]} for i in range(3)])
+    cfg = settings(data, tmp_path / "run", stage=stage, init_from=str(start / "run"), encoder=None)
+    np.save(data / "images.npy", np.zeros((2, 48, 48, 3), np.uint8))
+    with pytest.raises(config.Mistake, match="1 of the 3 pictures .* 2 rows, no 2"):
+        vlm.fit(cfg, {})
+    Image.new("RGB", (48, 48)).save(data / "a.png")
+    data_set(data, [{"image": "a.png", "captions": ["x"]}])
+    (data / "a.png").unlink()
+    with pytest.raises(config.Mistake, match="a.png"):
+        vlm.fit(cfg, {})
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+
+def test_damaged_features_are_made_anew(start, tmp_path):
+    """G7: what was kept of a frozen encoder is cut short, or half of it is gone."""
+    data = data_set(tmp_path / "data", [{"image": i, "captions": ["x"]} for i in range(3)])
+    losses = []
+    for damage in (None, "cut", "empty", "gone"):
+        for path in (data / "features").glob("*.npy") if damage else ():
+            if damage == "gone" and not path.name.endswith(".ready.npy"):
+                path.unlink()
+            elif damage != "gone":
+                path.write_bytes(path.read_bytes()[:150 if damage == "cut" else 0])
+        cfg = settings(data, tmp_path / str(damage), stage="align", init_from=str(start / "run"), encoder=None)
+        vlm.fit(cfg, {})
+        losses.append([r.get("val_loss") for r in runs.read_log(tmp_path / str(damage) / "log.jsonl")])
+    assert losses[0] == losses[1] == losses[2] == losses[3]
+
+
+def test_references_belong_to_their_pairs(start, tmp_path):
+    """G5: records in another order, with other words or pictures, another block_size that changes what is read: refused
+    on resuming; the same go on."""
+    pairs = [{"image": i, "question": "q?", "chosen": f"a{i}" * (1 + 6 * (i == 5)), "rejected": "b"} for i in range(6)]
+    data = data_set(tmp_path / "data", pairs)
+    cfg = settings(data, tmp_path / "run", stage="prefer", init_from=str(start / "run"), encoder=None)
+    vlm.fit(cfg, {})
+    more = vlm.replace(cfg, init_from="resume", max_iters=3)
+    for changed, block_size in ((pairs[::-1], 64), (pairs[:5], 64), (pairs, 20),
+                                ([pairs[0] | {"chosen": "c"}, *pairs[1:]], 64),
+                                ([pairs[0] | {"image": 1}, *pairs[1:]], 64)):
+        data_set(data, changed, pairs)
+        with pytest.raises(config.Mistake, match="other pairs of answers"):
+            vlm.fit(vlm.replace(more, block_size=block_size), {})
+    data_set(data, pairs)
+    vlm.fit(more, {})
+    assert runs.read_log(tmp_path / "run/log.jsonl")[-1]["step"] == 3
+
+
+# -- eyes ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_an_encoder_that_knows_nothing_does_not_stay_so(stage, start, tmp_path):
+    """G11: vit_tiny has no pretrained weights: frozen, each load would see with other eyes."""
+    with pytest.raises(config.Mistake, match="no pretrained weights of vit_tiny"):
+        vlm.fit(settings(start / "data", tmp_path / "run", stage=stage), SHAPE)
+
+
+@pytest.mark.parametrize("stage", ["align", "together"])
+def test_a_file_of_weights_is_read_or_refused(stage, start, tmp_path):
+    """G11."""
+    (tmp_path / "text.pth").write_text("no weights")
+    for name in ("nonexistent.pth", "text.pth"):
+        with pytest.raises(config.Mistake, match=f"{name} cannot be read"):
+            vlm.fit(settings(start / "data", tmp_path / "run", stage=stage, vit_weights=str(tmp_path / name)), SHAPE)
+    with pytest.raises(config.Mistake, match="encoder of its own"):
+        vlm.fit(settings(start / "data", tmp_path / "run", stage=stage, encoder=None, init_from=str(start / "run"),
+                         vit_weights=str(tmp_path / "nonexistent.pth")), {})
+
+
+def test_a_frozen_encoder_is_known_again(start, tmp_path):
+    """G11: a run whose frozen encoder came from a file opens with that file, and with no other."""
+    from safetensors.torch import load_file, save_file
+    state = load_file(start / "run/encoder.safetensors")
+    state = {name.removeprefix("vit."): t for name, t in state.items()}
+    save_file(state, tmp_path / "a.safetensors")
+    save_file({n: t + 1 for n, t in state.items()}, tmp_path / "b.safetensors")
+    cfg = settings(start / "data", tmp_path / "run", stage="align", vit_weights=str(tmp_path / "a.safetensors"))
+    vlm.fit(cfg, SHAPE)
+    vlm.fit(vlm.replace(cfg, init_from="resume", max_iters=3), {})
+    see = vlm.Vlm.from_pretrained(tmp_path / "run", tmp_path / "a.safetensors")
+    assert not see.encoder_learned
+    with pytest.raises(ValueError, match="learned with other weights of vit_tiny"):
+        vlm.Vlm.from_pretrained(tmp_path / "run", tmp_path / "b.safetensors")
+    with pytest.raises(config.Mistake, match="no pretrained weights of vit_tiny"):
+        vlm.Vlm.from_pretrained(tmp_path / "run")
+    cfg = settings(start / "data", tmp_path / "both", stage="together", vit_weights=str(tmp_path / "a.safetensors"))
+    vlm.fit(cfg, SHAPE)
+    vlm.fit(vlm.replace(cfg, init_from="resume", max_iters=3), {})  # begins with its own, not with the file's
+    vlm.main(dict(eval=True, out_dir=str(tmp_path / "both")), {})
+
+
+@pytest.mark.parametrize("size", [(900, 200), (200, 900), (3000, 1), (1, 1), (48, 48), (47, 49)])
+def test_pictures_are_seen_whole(size):
+    """G17: the first and the last column and row of a picture are on the square."""
+    picture = np.zeros((size[1], size[0], 3), np.uint8)
+    picture[..., 0] = np.linspace(0, 255, size[0])[None, :].astype(np.uint8)  # red grows to the right, green downwards
+    picture[..., 1] = np.linspace(0, 255, size[1])[:, None].astype(np.uint8)
+    square = np.asarray(images.on_square(Image.fromarray(picture), 48, (0, 0, 255)))
+    assert square.shape == (48, 48, 3)
+    inside = square[..., 2] < 128
+    height, width = inside.any(1).sum(), inside.any(0).sum()
+    scale = 48 / max(size)
+    assert (width, height) == tuple(max(1, round(side * scale)) for side in size) and inside.sum() == width * height
+    for axis, side in ((0, width), (1, height)):
+        if min(side, size[axis]) > 10:
+            assert square[..., axis][inside].min() < 26 and square[..., axis][inside].max() > 229
+
+
+def test_letters_without_a_font_are_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vlm.draw(tmp_path / "a.png", [np.zeros((8, 8, 3), np.uint8)], ["\u4e00\u53ea\u72d7 $5 \U0001f436"])
+    assert (tmp_path / "a.png").stat().st_size > 100
+
+
+# -- use -----------------------------------------------------------------------------------------------------------
+
+def test_a_folder_is_captioned(start, photos, capsys):
+    """All pictures in it and below, in order, whatever the ending's case; what is skipped is counted; batches change
+    nothing."""
+    use = USE | dict(init_from=str(start / "run"))
+    names = ["B.JPG", "a.png", "sub/\u72d7.webp"]
+    found = []
+    for size in (1, 2, 64):
+        vlm.main(use | dict(caption=(str(photos),), batch_size=size), {})
+        out, err = capsys.readouterr()
+        assert [line.split(": ")[0] for line in out.splitlines()] == [str(photos / n) for n in names]
+        assert "2 files are hidden or no pictures" in err and ("captions: " in err) == (size < 3)  # a bar
+        found.append(out)
+    assert found[0] == found[1] == found[2]
+    (photos / "empty").mkdir()
+    with pytest.raises(SystemExit) as e:
+        vlm.main(use | dict(caption=(str(photos / "empty"), str(photos / "a.png"))), {})
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and len(out.splitlines()) == 1 and "empty: it is a folder" in err
+
+
+def test_json_is_one_object_a_line(start, photos, capsys):
+    use = USE | dict(init_from=str(start / "run"), json=True)
+    (photos / "c.png").write_text("no picture")
+    with pytest.raises(SystemExit):
+        vlm.main(use | dict(caption=(str(photos),)), {})
+    out, err = capsys.readouterr()
+    made = [json.loads(line) for line in out.splitlines()]
+    assert [m["image"] for m in made] == [str(photos / n) for n in ("B.JPG", "a.png", "sub/\u72d7.webp")]
+    assert all(isinstance(m["caption"], str) for m in made) and "c.png: it is not a picture" in err
+    vlm.main(use | dict(ask=("what?", str(photos / "a.png"))), {})
+    made, = map(json.loads, capsys.readouterr().out.splitlines())
+    assert made["images"] == [str(photos / "a.png")] and made["question"] == "what?" and "answer" in made
+    vlm.main(USE | dict(eval=True, json=True, out_dir=str(start / "run")), {})
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["dataset"] == "data" and made["prompts"] == 6 and made["loss"] > 0
+
+
+def test_what_a_run_did_not_learn_is_said(start, photos, tmp_path, capsys):
+    """--ask to a run that learned captions only, --caption to one that learned answers only; both at last."""
+    picture, answers = str(photos / "a.png"), tmp_path / "answers"
+    vlm.main(USE | dict(init_from=str(start / "run"), ask=("what?", picture)), {})
+    assert "note: this run learned no questions (caption only)" in capsys.readouterr().err
+    vlm.main(USE | dict(init_from=str(start / "run"), caption=(picture,)), {})
+    assert "note" not in capsys.readouterr().err
+    data = data_set(tmp_path / "data", [{"image": 0, "conversations": TALK}])
+    vlm.fit(settings(data, answers), SHAPE)
+    vlm.main(USE | dict(init_from=str(answers), caption=(picture,)), {})
+    assert "learned no captions (answer only)" in capsys.readouterr().err
+    vlm.fit(settings(data, tmp_path / "both", stage="instruct", encoder=None, init_from=str(start / "run")), {})
+    for words in (dict(caption=(picture,)), dict(ask=("what?", picture))):
+        vlm.main(USE | words | dict(init_from=str(tmp_path / "both")), {})
+        assert "note" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("question", ["", "  ", "\n"])
+def test_an_empty_question_is_one_line(question, start, photos):
+    """G14."""
+    with pytest.raises(config.Mistake, match="the question is empty"):
+        vlm.main(USE | dict(init_from=str(start / "run"), ask=(question, str(photos / "a.png"))), {})
+
+
+def test_a_conversation_goes_on(start, photos, monkeypatch, capsys):
+    """G14: past the end of the context, past marks in later turns and in the model's own words, past what is too long;
+    what is dropped is said, and the picture stays."""
+    marks = []
+    real = vlm.Vlm.embed
+    monkeypatch.setattr(vlm.Vlm, "embed", lambda self, idx, seen: marks.append(
+        int((idx == self.image_id).sum()) // self.image_tokens) or real(self, idx, seen))
+    monkeypatch.setattr(vlm, "reply", lambda run, ids, seen, real=vlm.reply: real(run, ids, seen) + "<image>")
+    lines = iter(["first?", "<image> again?", *[f"what is it number {i}?" for i in range(12)], "very " * 200, "last?",
+                  ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    vlm.main(USE | dict(init_from=str(start / "run"), chat=(str(photos / "a.png"),)), {})
+    out, err = capsys.readouterr()
+    assert out.count("llama> ") == 14 == len(marks) and set(marks) == {1}
+    assert "places 2 pictures with <image>, but there are 1" in err and "too many for the model's context" in err
+    assert "is full: the first " in err and "were dropped" in err
+
+
+def test_nothing_usable_in_a_split_says_so(start, tmp_path):
+    """G10: a split that is not there, and one that is empty."""
+    with pytest.raises(config.Mistake, match="only train and val"):
+        vlm.score(settings(start / "data", start / "run", encoder=None, eval=True, split="test"))
+    data = data_set(tmp_path / "data", [{"image": 0, "captions": ["x"]}])
+    (data / "val.jsonl").write_text("")
+    with pytest.raises(config.Mistake, match="val.jsonl has no records"):
+        vlm.fit(settings(data, tmp_path / "run"), SHAPE)
+
+
+def test_scores_of_a_split_with_one_picture_are_said(start, tmp_path, capsys):
+    """G9: there is no other picture to compare with, nor are there words to weigh."""
+    data = data_set(tmp_path / "data", [{"image": 0, "captions": ["..."]}])
+    found = vlm.score(settings(data, start / "run", encoder=None, eval=True))
+    assert "loss with wrong pictures" not in found and "CIDEr-D" not in found
+    assert "no loss with wrong pictures: the split has 1" in capsys.readouterr().out
+    assert torch.isfinite(torch.tensor(found["loss"]))

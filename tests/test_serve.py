@@ -1,0 +1,294 @@
+"""serve.py: OpenAI's own client, and clients that break the rules, against a real server with a tiny random model."""
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="needs the packages of [serve]")
+openai = pytest.importorskip("openai", reason="needs openai")
+httpx = pytest.importorskip("httpx", reason="needs httpx")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the packages of [serve]")
+
+import config  # noqa: E402
+import serve  # noqa: E402
+from conftest import PATIENCE, ROOT  # noqa: E402
+from prepare import tokenizer  # noqa: E402
+from test_model import build, tiny  # noqa: E402
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
+VOCABULARY = 97
+
+
+def characters():
+    """A tokenizer of 94 characters, BOS and EOS, with a chat template."""
+    tok = tokenizer.char("".join(map(chr, range(32, 126))) + "é", ("<s>", "</s>"))
+    return tokenizer.Tokenizer(tok.spec, tok.settings | {"chat_template": TEMPLATE})
+
+
+@contextlib.contextmanager
+def serving(endless=False, **settings):
+    """(service, address) of a server in a thread, its model tiny and random. endless: no text ends by itself."""
+    cfg = serve.ServeConfig(**{"page": False, "context": 3000} | settings)
+    model = build(tiny("llama4-tiny", vocab_size=VOCABULARY, context=4096, chunk=64))
+    service = serve.Service(cfg, model, characters(), "tiny")
+    service.stop_ids = frozenset() if endless else service.stop_ids
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(serve.make_app(service), log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield service, f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+
+
+def until(condition):
+    """Wait for what is about to be true."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving(rows=4) as (service, address):
+        yield service, address, openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
+
+
+def greedy(service, ids, count):
+    """What the model says after ids by itself, (text, finish)."""
+    model = service.engine.batch.model
+    new = model.generate(torch.tensor([ids]), count, 0, eos_id=service.stop_ids)[0, len(ids):].tolist()
+    return service.tok.decode(new), "stop" if new[-1] in service.stop_ids else "length"
+
+
+def test_a_completion_is_what_the_model_says(served):
+    service, _, client = served
+    for prompt in "Once upon", "é", "":
+        done = client.completions.create(model="tiny", prompt=prompt, max_tokens=20, temperature=0)
+        ids = service.tok.encode(prompt, bos=True)
+        assert (done.choices[0].text, done.choices[0].finish_reason) == greedy(service, ids, 20)
+        assert done.usage.prompt_tokens == len(ids) and done.usage.total_tokens == len(ids) + 20
+        parts = list(client.completions.create(model="tiny", prompt=prompt, max_tokens=20, temperature=0, stream=True))
+        assert "".join(part.choices[0].text for part in parts) == done.choices[0].text
+        assert [part.choices[0].finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
+
+
+def test_a_chat_goes_by_its_template(served):
+    service, address, client = served
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    expect, finish = greedy(service, service.tok.encode("[system: be kind][user: hi]", bos=False), 12)
+    done = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=12, temperature=0)
+    assert (done.choices[0].message.content, done.choices[0].finish_reason) == (expect, finish)
+    assert done.choices[0].message.role == "assistant" and done.object == "chat.completion"
+    parts = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0,
+                                                stream=True, stream_options={"include_usage": True}))
+    assert parts[0].choices[0].delta.role == "assistant" and parts[0].object == "chat.completion.chunk"
+    assert "".join(part.choices[0].delta.content for part in parts[:-1]) == expect
+    assert not parts[-1].choices and parts[-1].usage == done.usage
+    raw = httpx.post(address + "/v1/chat/completions", json=dict(
+        model="tiny", messages=messages, max_tokens=2, stream=True))
+    assert raw.headers["content-type"].startswith("text/event-stream") and raw.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_stop_ends_the_text_before_it(served):
+    service, _, client = served
+    text, _ = greedy(service, service.tok.encode("abc", bos=True), 60)
+    for stop in (text[20:23], [text[30], "never to be seen"], text[-2:]):
+        at = min(text.index(s) for s in ([stop] if isinstance(stop, str) else stop[:1]))
+        ask = dict(model="tiny", prompt="abc", max_tokens=60, temperature=0, stop=stop)
+        done = client.completions.create(**ask).choices[0]
+        assert (done.text, done.finish_reason) == (text[:at], "stop")
+        assert "".join(part.choices[0].text for part in client.completions.create(**ask, stream=True)) == text[:at]
+
+
+def test_the_end_token_is_a_stop_and_no_text(served):
+    service, _, client = served
+    service.stop_ids, before = frozenset(range(256)), service.stop_ids
+    try:
+        done = client.completions.create(model="tiny", prompt="abc", temperature=0).choices[0]
+    finally:
+        service.stop_ids = before
+    assert (done.text, done.finish_reason) == ("", "stop")
+
+
+def test_a_seed_fixes_a_text_whatever_runs_beside_it(served):
+    _, _, client = served
+
+    def say(seed):
+        return client.completions.create(model="tiny", prompt="abc", max_tokens=20, temperature=1, seed=seed
+                                         ).choices[0].text
+    alone = say(3)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(say, [1, 2, 3, 3, 4, 5]))
+    assert together[2:4] == [alone, alone] and len({*together}) == 5
+    unseeded = {client.completions.create(model="tiny", prompt="abc", max_tokens=20).choices[0].text for _ in "ab"}
+    assert len(unseeded) == 2
+
+
+def test_models(served):
+    assert [model.id for model in served[2].models.list()] == ["tiny"]
+
+
+GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2}
+
+
+@pytest.mark.parametrize("changes, status, words", [
+    ({"model": "gpt-9"}, 404, "no model 'gpt-9', only 'tiny'"), ({"model": None}, 400, "model"),
+    ({"prompt": 3}, 400, "prompt"), ({"prompt": "x" * 2999}, 400, "a prompt of 3000 tokens"),
+    ({"max_tokens": 0}, 400, "max_tokens"), ({"max_tokens": "many"}, 400, "max_tokens"),
+    ({"temperature": -1}, 400, "temperature"), ({"temperature": 1e9}, 400, "temperature"),
+    ({"top_p": 1.5}, 400, "top_p"), ({"seed": -1}, 400, "seed"), ({"seed": 2**64}, 400, "seed"),
+    ({"n": 2}, 400, "n: "), ({"logprobs": 5}, 400, "logprobs"), ({"tools": [{}]}, 400, "tools"),
+    ({"stop": 3}, 400, "stop"),
+    ({"stop": ["a"] * 5}, 400, "stop"), ({"stop": ""}, 400, "stop"), ({"stop": "a" * 1000}, 400, "stop"),
+    ({"stream": "perhaps"}, 400, "stream"),
+    ({"stream_options": 3}, 400, "stream_options"), ({"prompt": "x" * 2**20}, 413, "more than 1000000 bytes"),
+    ({"messages": [{"role": "user", "content": "x"}]}, 400, "a prompt"),
+])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_wrong_is_said_in_openais_way(served, changes, status, words, stream):
+    answer = httpx.post(served[1] + "/v1/completions", json=GOOD | {"stream": stream} | changes)
+    error = answer.json()["error"]
+    assert answer.status_code == status and words in error["message"] and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("messages", [
+    [], "hi", [3], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": [{"type": "image_url"}]}]])
+def test_messages_that_are_none(served, messages):
+    with pytest.raises(openai.BadRequestError, match="messages"):
+        served[2].chat.completions.create(model="tiny", messages=messages)
+
+
+def test_bodies_that_are_no_json_do_no_harm(served):
+    """200 requests, each a good one with a few bytes of it changed, cut or doubled."""
+    _, address, client = served
+    draw = random.Random(0)
+    with httpx.Client() as http:
+        for _ in range(200):
+            body = bytearray(json.dumps(GOOD | {"stream": draw.random() < 0.5}).encode())
+            for _ in range(draw.randint(1, 4)):
+                at = draw.randrange(len(body))
+                body[at:at + draw.randint(0, 3)] = bytes(draw.randrange(256) for _ in range(draw.randint(0, 3)))
+            answer = http.post(address + draw.choice(("/v1/completions", "/v1/chat/completions")), content=bytes(body))
+            assert answer.status_code == 200 or answer.status_code in (400, 404) and answer.json()["error"]["message"]
+        for body in (b"", b"[" * 100000, b'{"a":' * 100000, b"\xff\xfe", b"null", b"NaN"):
+            assert http.post(address + "/v1/completions", content=body).json()["error"]["message"]
+        assert http.post(address + "/v1/completions", content=iter([b"x" * 2**19] * 3)).status_code == 413
+    assert client.completions.create(**GOOD).usage.completion_tokens == 2
+
+
+def test_a_name_that_leads_here_from_elsewhere_is_no_way_in(served):
+    assert httpx.get(served[1] + "/v1/models", headers={"Host": "example.com"}).status_code == 400
+
+
+def test_a_client_that_leaves_frees_its_row():
+    with serving(True, rows=1, waiting=1) as (service, address), httpx.Client(timeout=PATIENCE) as http:
+        long = GOOD | {"max_tokens": 2900}
+        with http.stream("POST", address + "/v1/completions", json=long | {"stream": True}) as answer:
+            next(answer.iter_lines())
+            running = service.engine.batch.running[0]
+        until(lambda: running.done)
+        assert len(running.new) < 2900
+        with pytest.raises(httpx.ReadTimeout):  # nothing comes before the whole is there
+            http.post(address + "/v1/completions", json=long, timeout=0.3)
+        until(lambda: not service.engine.batch.busy)
+        assert http.post(address + "/v1/completions", json=GOOD).status_code == 200
+
+
+def test_a_full_queue_asks_to_come_again():
+    with serving(True, rows=1, waiting=1) as (service, address), httpx.Client(timeout=PATIENCE) as http:
+        ask = dict(url=address + "/v1/completions", method="POST", json=GOOD | {"max_tokens": 2900, "stream": True})
+        with http.stream(**ask) as first, http.stream(**ask) as second:
+            lines = first.iter_lines()  # kept: httpx closes a stream whose reader is gone
+            next(lines)
+            client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
+            with pytest.raises(openai.RateLimitError) as e:
+                client.completions.create(**GOOD)
+            assert e.value.code == "queue_full" and second.status_code == 200
+        until(lambda: not service.engine.batch.busy)
+        assert client.completions.create(**GOOD).usage.completion_tokens == 2
+
+
+def test_a_step_that_fails_ends_no_later_request():
+    with serving() as (service, address):
+        def fail():
+            raise RuntimeError("out of memory")
+        service.engine.batch.step = fail
+        assert httpx.post(address + "/v1/completions", json=GOOD).json()["error"]["message"].endswith("out of memory")
+        service.engine.batch.step = fail
+        lines = httpx.post(address + "/v1/completions", json=GOOD | {"stream": True}).text.splitlines()
+        assert json.loads(lines[0].removeprefix("data: "))["error"]["type"] == "server_error"
+        assert httpx.post(address + "/v1/completions", json=GOOD).status_code == 200
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path):
+    build(tiny("stories15m", vocab_size=VOCABULARY)).save_pretrained(tmp_path)
+    characters().save(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(config.Mistake, match="cannot listen at 127.0.0.1"):
+            serve.main(serve.read_settings([str(tmp_path), f"--port={taken.getsockname()[1]}"]))
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_lose_nothing_and_leave_memory_flat():
+    resident = psutil_of_this_process()
+    with serving(rows=8) as (service, address), httpx.Client(timeout=PATIENCE) as http:
+        expect = {f"prompt {i}": greedy(service, service.tok.encode(f"prompt {i}", bos=True), 5 + i)[0]
+                  for i in range(20)}
+
+        def ask(i):
+            prompt = f"prompt {i % 20}"
+            body = GOOD | {"prompt": prompt, "max_tokens": 5 + i % 20, "temperature": 0, "stream": i % 3 == 0}
+            answer = http.post(address + "/v1/completions", json=body)
+            if i % 3:
+                return answer.json()["choices"][0]["text"] == expect[prompt]
+            parts = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+            return "".join(part["choices"][0]["text"] for part in parts) == expect[prompt]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            assert all(pool.map(ask, range(300)))
+            before = resident()
+            assert all(pool.map(ask, range(1000)))
+        assert resident() - before < 16 * 2**20 and not service.engine.batch.busy and not service.engine.batch.waiting
+
+
+def psutil_of_this_process():
+    """A function that tells the bytes of memory that this process holds."""
+    psutil = pytest.importorskip("psutil", reason="needs psutil")
+    return lambda: psutil.Process().memory_info().rss
+
+
+@pytest.mark.slow
+def test_the_page_talks(tmp_path):
+    """As it is started, and used through gradio's own client."""
+    gradio_client = pytest.importorskip("gradio_client", reason="needs the packages of [serve]")
+    build(tiny("stories15m", vocab_size=VOCABULARY, context=512)).save_pretrained(tmp_path / "run")
+    characters().save(tmp_path / "run")
+    with subprocess.Popen([sys.executable, "serve.py", tmp_path / "run", "--port=0"], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}) as process:
+        try:
+            address = process.stdout.readline().split("at ")[1].split(",")[0]
+            until(lambda: answers(address))
+            assert "gradio" in httpx.get(address).text
+            client = gradio_client.Client(address, verbose=False)
+            assert len(client.predict("hello", api_name="/chat")) > 3
+            assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "run"
+        finally:
+            process.terminate()
+
+
+def answers(address):
+    with contextlib.suppress(httpx.ConnectError):
+        return httpx.get(address + "/v1/models").status_code == 200
