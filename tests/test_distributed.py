@@ -281,8 +281,7 @@ def placements():
     """Print, for real models on many processes of which none is real: name, processes, replicas, parameters, the most
     and the fewest that a process has, seconds; and in the end GiB of memory."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    for preset, (world, replicas) in itertools.product(("llama-3.1-70b", "llama-4-scout"),
-                                                       ((64, 1), (512, 1), (512, 8))):
+    for preset, (world, replicas) in itertools.product(("llama-3.1-70b", "llama-4-scout"), ((64, 1), (512, 8))):
         start, parts = time.perf_counter(), []
         for rank in 0, world - 1:
             shard.WORLD = world
@@ -307,7 +306,7 @@ def test_real_sizes_are_placed_within_a_gibibyte():
         print(f"{preset} on {world}, {replicas} replicas: {first:,} to {last:,} of {total:,} in {seconds:.1f} s")
         assert 0.9 * total * replicas / world < last <= first < 1.02 * total * replicas / world
     print(f"{float(memory):.2f} GiB of memory with Python and torch")
-    assert len(lines) == 6 and float(memory) < 1
+    assert len(lines) == 4 and float(memory) < 1
 
 
 # -- torchrun starts all again -----------------------------------------------------------------------------------------

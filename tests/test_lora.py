@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_train import optimizer_state, DENSE, MANY, SPARSE, log_of, same, settings, torchrun
+from test_train import DENSE, MANY, SPARSE, log_of, optimizer_state, same, settings, torchrun
 
 import adapter
 import config
