@@ -27,7 +27,7 @@ import runs
 import shard
 import train
 from conftest import PATIENCE, ROOT
-from model import PRESETS, Llama, LlamaConfig
+from model import PRESETS, Llama, LlamaConfig, draw_normal, put
 from shard import Place
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -96,7 +96,9 @@ def one_step(out, replicas=1):
         rows = torch.randint(50, (12, 17), generator=torch.Generator().manual_seed(1))
         rows = rows.view(common.WORLD, -1, 17)[common.RANK]
         llama(rows[:, :-1], rows[:, 1:])[1].backward()
-        gradients = {n: checkpoint.whole(p.grad) for n, p in llama.named_parameters()}
+        gradients = {n: checkpoint.whole(p.grad).clone() for n, p in llama.named_parameters()}
+        for n, p in llama.named_parameters():  # the same for all: a first step divides gradients by their own size
+            put(p.grad, draw_normal(p.shape, 1.0, 5, n, CPU))
         for optimizer in optim.make_optimizers(llama, cfg, CPU, F32):
             optimizer.step()
         after = {n: checkpoint.whole(p) for n, p in llama.named_parameters()}
