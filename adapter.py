@@ -38,7 +38,7 @@ import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
 import lora  # noqa: E402
-from common import atomic_write  # noqa: E402
+from common import RANK, atomic_write  # noqa: E402
 from prepare import tokenizer  # noqa: E402
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # not the router: peft cannot
@@ -141,13 +141,14 @@ def from_peft(A, B, module, version):
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
-def load(name, dtype=None, device="cpu", **overrides):
+def load(name, dtype=None, device="cpu", split=None, **overrides):
     """The Llama of a checkpoint, or of an adapter and its base model: a directory or a hub name.
 
-    dtype is that of the base model; A and B are float32. The rest, and the errors, are as for `checkpoint.load`."""
+    dtype is that of the base model; A and B are float32. The rest, and the errors, are as for `checkpoint.load`; an
+    adapted model is not split here."""
     directory = checkpoint.find_checkpoint(name)
     if not is_adapter(directory):
-        return checkpoint.load(directory, dtype, device, **overrides)
+        return checkpoint.load(directory, dtype, device, split, **overrides)
     settings = read_settings(directory)
     llama = checkpoint.load(base_of(directory), dtype, device, **overrides)
     try:
@@ -247,8 +248,10 @@ def save(llama, directory, state=None):
     directory, tensors = Path(directory), {}
     state = llama.state_dict() if state is None else state
     for place, name, _ in places(llama):
-        pair = to_peft(*(state[f"{name}.lora_{part}"].detach().cpu() for part in "AB"))
+        pair = to_peft(*(checkpoint.whole(state[f"{name}.lora_{part}"]).cpu() for part in "AB"))
         tensors |= {f"{place}.lora_{part}.weight": t.contiguous() for part, t in zip("AB", pair)}
+    if RANK > 0:  # of processes that share the model
+        return
     directory.mkdir(parents=True, exist_ok=True)
     with atomic_write(directory / "adapter_model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})

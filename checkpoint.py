@@ -5,24 +5,28 @@
 
 Parameters have Hugging Face's names already, so only config.json is translated: `config_to_hf`, `config_from_hf`.
 """
+import contextlib
 import functools
 import json
 import os
-import shutil
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from common import RANK, WORLD, first_line, together
 from model import Llama, LlamaConfig
 
 
-def load(name, dtype=None, device="cpu", **overrides):
+def load(name, dtype=None, device="cpu", split=None, **overrides):
     """A Llama from a directory or a Hugging Face hub name: config.json and *.safetensors, whole or in parts.
 
-    dtype None keeps the file's; overrides replace fields of the config (dropout=0.1). Raises FileNotFoundError where
-    there is nothing to read, and ValueError, naming it, for what is not supported and for missing, unexpected or
+    dtype None keeps the file's; overrides replace fields of the config (dropout=0.1). split(llama) splits the empty
+    model over all processes (`shard.Place.split`): each then reads its own part, as dtype. Raises FileNotFoundError
+    where there is nothing to read, and ValueError, naming it, for what is not supported and for missing, unexpected or
     mis-shaped tensors.
     """
     directory = find_checkpoint(name)
@@ -34,15 +38,26 @@ def load(name, dtype=None, device="cpu", **overrides):
     with torch.device("meta"):
         llama = Llama(cfg)
     shapes = {name: t.shape for name, t in llama.state_dict().items()}
-    llama.load_state_dict(_read_tensors(directory, cfg, shapes, dtype, device), assign=True)
-    if cfg.tie_embeddings:
-        llama.lm_head.weight = llama.model.embed_tokens.weight
+    files = _find_tensors(directory, cfg, shapes)
+    if split:
+        split(llama.to(dtype))
+        llama.to_empty(device=device)
+        llama.model.expert_load.zero_()
+        _fill_parts(llama, files)
+    else:
+        state = _read_tensors(files, dtype, device)
+        if cfg.tie_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        llama.load_state_dict(state, assign=True)
+        if cfg.tie_embeddings:
+            llama.lm_head.weight = llama.model.embed_tokens.weight
     return llama.to(device).requires_grad_(True).eval()
 
 
 def save(llama, directory, state=None, max_shard_size="5GB"):
     """Write config.json and the weights (state; None: the model's own) as transformers does: model.safetensors, or
-    parts of at most max_shard_size and an index. Each file appears whole or not at all.
+    parts of at most max_shard_size and an index. Each file appears whole or not at all. All processes that share a
+    model call it together: each gathers and writes some of the files, one at a time and none larger than its share.
     """
     state = dict(llama.state_dict() if state is None else state)
     if llama.config.tie_embeddings:
@@ -57,26 +72,51 @@ def write(directory, hf, state, max_shard_size="5GB"):
     from safetensors.torch import save_file
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {n: t.detach().cpu().contiguous() for n, t in state.items()}
-    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    rank, world = (RANK, WORLD) if any(hasattr(t, "placements") for t in state.values()) else (0, 1)
+    if world > 1:
+        max_shard_size = min(5 * 10**9, sum(t.numel() * t.itemsize for t in state.values()) // world)
+    shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    files = list(split.filename_to_tensors.items())
     texts = {"config.json": hf}
     if split.is_sharded:
         texts["model.safetensors.index.json"] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    written = together if world > 1 else contextlib.nullcontext
     with tempfile.TemporaryDirectory(".tmp", dir=directory) as folder:
-        for file, content in texts.items():
-            Path(folder, file).write_text(json.dumps(content, indent=2) + "\n")
-        for file, names in split.filename_to_tensors.items():
-            save_file({name: state[name] for name in names}, Path(folder, file), metadata={"format": "pt"})
-            shutil.copymode(Path(folder, "config.json"), Path(folder, file))  # safetensors lets only the owner read
-        written = {directory / file.name for file in Path(folder).iterdir()}
-        for file in Path(folder).iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-            file.replace(directory / file.name)
-    earlier = {directory / "model.safetensors", directory / "model.safetensors.index.json",
-               *directory.glob("model-?????-of-?????.safetensors")}
-    for file in earlier - written:  # weights of before, cut in another way
-        file.unlink(missing_ok=True)
+        for start in range(0, len(files), world):  # as many files as processes
+            mine, tensors = None, {}
+            for owner, (file, names) in enumerate(files[start:start + world]):
+                mine = file if owner == rank else mine
+                for name in names:
+                    t = whole(state[name])
+                    if owner == rank:
+                        tensors[name] = t.cpu().contiguous()
+            with written():
+                if mine:
+                    save_file(tensors, Path(folder, mine), metadata={"format": "pt"})
+        with written():
+            for file, content in texts.items() if rank == 0 else ():
+                Path(folder, file).write_text(json.dumps(content, indent=2) + "\n")
+            for file in Path(folder).iterdir():
+                file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+                file.replace(directory / file.name)
+    if rank == 0:
+        remove_weights(directory, except_for={*texts, *split.filename_to_tensors})
+
+
+def whole(t):
+    """A tensor, detached; of one that the processes share each process gets all of it, and all must ask for it."""
+    return t.detach().full_tensor() if hasattr(t, "placements") else t.detach()
+
+
+def remove_weights(directory, except_for):
+    """Remove the weights of a directory but for these names: of before, cut into files in another way."""
+    for pattern in "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors":
+        for file in directory.glob(pattern):
+            if file.name not in except_for:
+                file.unlink(missing_ok=True)
 
 
 def find_checkpoint(name):
@@ -329,41 +369,139 @@ def _our_name(name, cfg, shapes):
     return next((n for n in names if n in shapes), name)
 
 
-def _read_tensors(directory, cfg, shapes, dtype, device):
-    """{name: tensor} for exactly the names of `shapes` ({name: shape}), from the safetensors files of a directory.
-
-    dtype None: the files' own, or the narrowest that holds all of them."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    state, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
-    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64  # 8 bits would need scales
+def _find_tensors(directory, cfg, shapes):
+    """{path: [(name in the file, name here), ...]} of exactly the names of `shapes` ({name: shape}), by the headers of
+    the safetensors files of a directory: what is wrong with them is found before anything is read."""
+    found, files, head, embedding = {}, {}, "lm_head.weight", "model.embed_tokens.weight"
     for path in _weight_files(directory):
-        try:
-            tensors = load_file(path, device=str(device))
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
-        for name, tensor in tensors.items():
-            ours = _our_name(name, cfg, shapes)
-            if ours in state:
-                raise ValueError(f"{path}: {ours} is there twice, once as {name}")
-            if ours is not None:
-                state[ours] = tensor
-    if cfg.tie_embeddings:
-        tied = [state[name] for name in (embedding, head) if name in state]
-        if len(tied) == 2 and (tied[0].dtype != tied[1].dtype or not torch.equal(*tied)):
-            raise ValueError(f"{directory}: tie_word_embeddings is true in config.json, but {head} is not {embedding}; "
-                             "false keeps both")
-        state |= dict.fromkeys((embedding, head), tied[0]) if tied else {}
-    wrong = [f"{name} {t.dtype} {tuple(t.shape)} for {tuple(shapes[name])}" for name, t in state.items()
-             if name in shapes and (t.shape != shapes[name] or t.dtype not in floats)]
-    for what, names in (("missing", shapes.keys() - state.keys()), ("unexpected", state.keys() - shapes.keys()),
-                        ("of the wrong shape or type", wrong)):
+        with _opened(path) as file:
+            for name in file.keys():
+                ours, part = _our_name(name, cfg, shapes), file.get_slice(name)
+                if ours in found:
+                    raise ValueError(f"{path}: {ours} is there twice, once as {name}")
+                if ours is not None:
+                    found[ours] = path, name, part.get_dtype(), tuple(part.get_shape())
+    tied_head = found.pop(head, None) if cfg.tie_embeddings else None  # a file may have it, or have it alone
+    if tied_head:
+        _need_equal(directory, found.setdefault(embedding, tied_head), tied_head)
+    absent = {head} if cfg.tie_embeddings else set()
+    wrong = [f"{name} {dtype} {shape} for {tuple(shapes[name])}" for name, (*_, dtype, shape) in found.items()
+             if name in shapes and (shape != tuple(shapes[name]) or dtype not in ("F16", "BF16", "F32", "F64"))]
+    for what, names in (("missing", shapes.keys() - found.keys() - absent),
+                        ("unexpected", found.keys() - shapes.keys()), ("of the wrong shape or type", wrong)):
         if names:
             more = ", …" if len(names) > 5 else ""
             raise ValueError(f"{directory}: {len(names)} tensors are {what}: {', '.join(sorted(names)[:5])}{more}")
+    for ours, (path, name, *_) in found.items():
+        files.setdefault(path, []).append((name, ours))
+    return files
+
+
+@contextlib.contextmanager
+def _opened(path, device="cpu"):
+    """A safetensors file, open; what is wrong with it is a ValueError."""
+    from safetensors import safe_open
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
+
+
+def _need_equal(directory, embedding, head):
+    """Raise ValueError if the embedding and the head, (path, name in it, dtype, shape) each, are two matrices. They are
+    compared a few rows at a time."""
+    with _opened(embedding[0]) as one, _opened(head[0]) as two:
+        one, two = one.get_slice(embedding[1]), two.get_slice(head[1])
+        same = embedding[2:] == head[2:] and all(torch.equal(one[i:i + 1024], two[i:i + 1024])
+                                                 for i in range(0, embedding[3][0], 1024))
+    if not same:
+        raise ValueError(f"{directory}: tie_word_embeddings is true in config.json, but {head[1]} is not "
+                         f"{embedding[1]}; false keeps both")
+
+
+def _read_tensors(files, dtype, device):
+    """{name: tensor} of what `_find_tensors` found. dtype None: the files' own, or the narrowest that holds all."""
+    state = {}
+    for path, names in files.items():
+        with _opened(path, device) as file:
+            state |= {ours: file.get_tensor(name) for name, ours in names}
     dtype = dtype or functools.reduce(torch.promote_types, {t.dtype for t in state.values()})
     for name in state:
         state[name] = state[name].to(dtype)
         if state[name].dim() == 3 and state[name].data_ptr() % 16:
             state[name] = state[name].clone()  # torch 2.10's grouped_mm needs experts aligned; the file need not be
     return state
+
+
+@torch.no_grad()
+def _fill_parts(llama, files):
+    """Read into each parameter the part of it that this process has, and nothing else."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    parameters = dict(llama.named_parameters())
+    for path, names in files.items():
+        with _opened(path) as file:
+            for name, ours in names:
+                p = parameters[ours]
+                size, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+                if all(size):  # the last processes may have nothing of a small one
+                    p.to_local().copy_(file.get_slice(name)[tuple(slice(a, a + n) for a, n in zip(start, size))])
+
+
+# -- tensors by name, of a run that goes on -------------------------------------------------------------------------
+
+def save_tensors(tensors, directory):
+    """Write {name: tensor} into a new directory as safetensors. Of shared ones all processes call it, and each writes
+    its own part (torch.distributed.checkpoint). Raises OSError, on all of them, where one cannot write."""
+    directory.mkdir(exist_ok=True)
+    if not any(hasattr(t, "placements") for t in tensors.values()):
+        from safetensors.torch import save_file
+        save_file({name: t.contiguous() for name, t in tensors.items()}, directory / "model.safetensors")
+        with open(directory / "model.safetensors", "rb") as f:
+            os.fsync(f.fileno())
+        return
+    import torch.distributed.checkpoint as dcp
+    share = sum(t.numel() * t.itemsize for t in tensors.values()) // WORLD
+    count = 1 + share // 2**28  # files of each process: the writer holds one in memory beside what it writes
+    files = {name: 1 + i * count // len(tensors) for i, name in enumerate(sorted(tensors))}
+    writer = dcp.HuggingFaceStorageWriter(str(directory), files, save_distributed=True)
+    try:
+        with _quiet():
+            dcp.save(tensors, storage_writer=writer)
+    except dcp.CheckpointException as e:  # a BaseException; it reaches every process
+        raise OSError(first_line(next(iter(e.failures.values()))[0])) from None
+
+
+def tensor_names(directory):
+    """The names of all tensors in a directory of safetensors. Raises ValueError where there is nothing to read."""
+    names, paths = set(), list(directory.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"no tensors in {directory}")
+    for path in paths:
+        with _opened(path) as file:
+            names |= set(file.keys())
+    return names
+
+
+def load_tensors(tensors, directory):
+    """Fill {name: tensor} from what `save_tensors` wrote, by any number of processes; each reads its own parts."""
+    shared = any(hasattr(t, "placements") for t in tensors.values())
+    if not shared and [path.name for path in directory.iterdir()] == ["model.safetensors"]:
+        with _opened(directory / "model.safetensors") as file:
+            for name, t in tensors.items():
+                t.copy_(file.get_tensor(name))
+        return
+    import torch.distributed.checkpoint as dcp
+    try:
+        with _quiet():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(directory)), no_dist=True)
+    except dcp.CheckpointException as e:
+        raise ValueError(first_line(next(iter(e.failures.values()))[0])) from None
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without torch's warnings: that no processes are there, and that other releases may read other files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -2,11 +2,13 @@
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch.distributed as dist
 import config
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets both
+PATIENCE = timedelta(minutes=10)  # for a process that does not answer, as on a node without power; then all end
 
 
 # -- the processes of a run --------------------------------------------------------------------------------------
@@ -40,6 +43,36 @@ def all_reduce_sum(*numbers):
     return sums.tolist()
 
 
+@contextmanager
+def together():
+    """A block that all processes run, and that all leave alike: where an error ends it on some, these raise it and the
+    others OSError with its first line. Within the block no process may wait for another."""
+    error = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    lines = [error and first_line(error)]
+    if WORLD > 1:
+        lines = lines * WORLD
+        dist.all_gather_object(lines, lines[0])
+    if error or any(lines):
+        raise error or OSError(next(line for line in lines if line))
+
+
+@contextmanager
+def in_company():
+    """Within this block, the end or the silence of another process is a `Mistake`: one line, where a run goes on from.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if WORLD == 1 or not re.search("gloo|NCCL|[Cc]onnection|[Tt]imed? ?out", str(e)):
+            raise
+        raise config.Mistake(f"another process has ended, for a reason of its own, or has not answered for {PATIENCE}; "
+                             "the last checkpoint is whole") from e
+
+
 def init_distributed(device):
     """Join the other processes, if there are any.
 
@@ -49,7 +82,7 @@ def init_distributed(device):
         store, _, _ = next(dist.rendezvous("env://", RANK, WORLD))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=PATIENCE)
 
 
 def cleanup():

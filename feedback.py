@@ -130,7 +130,7 @@ class Feedback:
         self.dtype, self.why_dtype = common.pick_dtype(cfg.dtype, device)
         self.autocast = common.autocast_to(self.dtype, device)
         self.questions, self.val = (read_questions(self.folder, split) for split in ("train", "val"))
-        self.llama, self.tok = train.start_from(cfg, shape, out, self.dtype)
+        self.llama, self.tok = train.start_from(cfg, shape, out, train.Place(cfg, device, self.dtype))
         self.llama.to(device).train().model.checkpointing = cfg.checkpointing
         self.flops_per_token = self.llama.flops_per_token(len(self.prompt(self.questions[0])))
         self.val_fingerprint = [len(self.val), cfg.eval_questions, cfg.objective]
@@ -206,9 +206,9 @@ class Feedback:
         right, count = common.all_reduce_sum(right, len(mine))
         return right / count
 
-    def save(self, directory, state=None):
+    def save(self, directory):
         """Write the model and the tokenizer."""
-        adapter.save(self.llama, directory, state)
+        adapter.save(self.llama, directory)
         self.tok.save(directory)
 
 
@@ -252,7 +252,8 @@ class Preferences(Feedback):
             raise config.Mistake(f"{self.folder} has no wrong answers to compare with: DPO takes pairs")
         self.frozen = copy.deepcopy(self.llama)  # on a resume, what the run began with
         if self.cfg.init_from == "resume":
-            self.frozen, _ = train.load_llama(replace(self.cfg, lora_rank=0), {}, self.cfg.reference, self.dtype)
+            place = train.Place(self.cfg, self.device, self.dtype)
+            self.frozen, _ = train.load_llama(replace(self.cfg, lora_rank=0), {}, self.cfg.reference, place)
         self.frozen.to(self.device).eval().requires_grad_(False)
         return Preferred(self.llama, self.cfg.beta)
 

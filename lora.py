@@ -117,11 +117,6 @@ def draw(llama, seed):
             p.data = draw_normal(p.shape, (3 * p.shape[-1]) ** -0.5, seed, name, p.device)
 
 
-def learned(state):
-    """Those tensors of a state dict that a checkpoint keeps: A and B if there are some, else all."""
-    return {name: t for name, t in state.items() if ".lora_" in name} or state
-
-
 def float32_stream(llama):
     """Have a Llama with weights in bfloat16 add up its residual stream in float32, as one with float32 weights does
     under autocast."""

@@ -520,6 +520,7 @@ class Llama(nn.Module):
         self.config = cfg
         self.model = Decoder(cfg)
         self.lm_head = Head(cfg.dim, cfg.vocab_size)
+        self.few_targets = False  # make logits only where a target counts: pays where few do, as in conversations
         if cfg.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         if not self.lm_head.weight.is_meta:
@@ -552,7 +553,7 @@ class Llama(nn.Module):
                 inputs = p.shape[1]  # Linear is (out, in), Experts are (E, in, out): both have it second
                 depth = 2 * self.config.n_layer if role in ("o_proj", "down_proj") else 1
                 std = (inputs * depth) ** -0.5
-            p.copy_(draw_normal(p.shape, std, seed, name, p.device))
+            put(p, draw_normal(p.shape, std, seed, name, p.device))
         self.model.expert_load.zero_()
 
     def forward(self, idx=None, targets=None, positions=None, *, embeds=None, cache=None, lengths=None):
@@ -567,10 +568,12 @@ class Llama(nn.Module):
         balancing loss is added.
         """
         x, balance = self.model(idx, embeds, positions, cache, lengths)
-        logits = self.lm_head(x)
         if targets is None:
-            return logits, None
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+            return self.lm_head(x), None
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, D), (B·T,)
+        if self.few_targets:
+            x, targets = x[targets != -100], targets[targets != -100]  # (M, D), (M,)
+        nats = F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-100, reduction="sum")
         loss = nats / (targets != -100).sum().clamp(min=1)
         if self.training and self.config.router_aux:
             loss = loss + self.config.router_aux * balance
@@ -691,6 +694,14 @@ def draw_normal(shape, std, seed, name, device):
     key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(key, "big") >> 1)  # 63 bits
     return torch.empty(shape, dtype=torch.float32, device=device).normal_(std=std, generator=generator)
+
+
+def put(p, whole):
+    """Copy a whole tensor into p, which may be a DTensor: each process then takes its own part and asks no other."""
+    if hasattr(p, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+        whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    p.copy_(whole)
 
 
 # -- generation --------------------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@ import math
 
 import torch
 
-from common import WORLD
-
 NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "positional_embedding", "lora_")  # not meant for Muon
 
 
@@ -34,15 +32,24 @@ class Muon(torch.optim.Optimizer):
         return (x.mT if tall else x).to(g.dtype)
 
     def orthogonalize_stack(self, stack):
-        """stack (n, ..., a, b), each matrix orthogonalized. Of a sharded stack each process has some rows of every
-        matrix; for this they are exchanged, so that it has some matrices whole, and then back."""
+        """stack (n, ..., a, b), each matrix orthogonalized. Of a shared stack each process has some matrices whole
+        (experts), or some rows of every matrix; these are exchanged, so that it has some whole, and then back."""
         if not hasattr(stack, "placements"):
             return self.orthogonalize(stack.flatten(0, -3)).view_as(stack)
         from torch.distributed.tensor import DTensor, Shard
-        whole = stack.redistribute(placements=[Shard(0)])
-        done = DTensor.from_local(self.orthogonalize_stack(whole.to_local()), whole.device_mesh, [Shard(0)],
-                                  run_check=False, shape=whole.shape, stride=whole.stride())
-        return done.redistribute(placements=stack.placements)
+        mesh, part, (a, b) = stack.device_mesh, stack.to_local(), stack.shape[-2:]
+        matrices = part.flatten(0, -3)  # (m, rows, b)
+        if any(p.is_shard(stack.dim() - 2) for p in stack.placements):
+            whole = dict(run_check=False, shape=(len(matrices), a, b), stride=(a * b, b, 1))
+            by_rows = [Shard(1) if p.is_shard() else p for p in stack.placements]
+            by_matrix = [Shard(0)] * mesh.ndim
+            mine = DTensor.from_local(matrices, mesh, by_rows, **whole).redistribute(placements=by_matrix).to_local()
+            done = DTensor.from_local(self.orthogonalize(mine), mesh, by_matrix, **whole)
+            done = done.redistribute(placements=by_rows).to_local()
+        else:
+            done = self.orthogonalize(matrices)
+        return DTensor.from_local(done.view_as(part), mesh, stack.placements, run_check=False, shape=stack.shape,
+                                  stride=stack.stride())
 
     @torch.no_grad()
     def step(self):
@@ -52,8 +59,10 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for params in by_shape.values():
-                processes = WORLD if hasattr(params[0], "placements") else 1  # that share a stack
-                count = max(processes, self.BATCH * processes // params[0].numel())
+                processes = params[0].device_mesh.size() if hasattr(params[0], "placements") else 1
+                *experts, a, b = params[0].shape if params[0].dim() < 4 else params[0].flatten(1).shape
+                matrices = max(processes, self.BATCH * processes // (a * b))  # at once: one or more for each process
+                count = max(matrices // math.prod(experts), 1)
                 for i in range(0, len(params), count):
                     self.update(params[i:i + count], group)
 
@@ -97,6 +106,38 @@ def make_optimizers(model, cfg, device, dtype):
         return [adamw]
     iteration = torch.float32 if device.type == "cpu" and dtype != torch.bfloat16 else torch.bfloat16
     return [adamw, Muon(hidden, cfg.learning_rate, cfg.muon_momentum, cfg.weight_decay, iteration)]
+
+
+def states(model, optimizers):
+    """{"name of the parameter.key": tensor} of all that the optimizers remember from step to step."""
+    return {f"{name}.{key}": t for name, p in model.named_parameters() for optimizer in optimizers
+            for key, t in optimizer.state.get(p, {}).items()}
+
+
+def make_states(model, optimizers, saved):
+    """Make those of the `states` whose names a checkpoint has, to be filled from it. Raises ValueError for a name that
+    these optimizers do not use."""
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        keys = ("momentum",) if isinstance(owner.get(p), Muon) else ("step", "exp_avg", "exp_avg_sq")
+        if p in owner and all(f"{name}.{key}" in saved for key in keys):
+            owner[p].state[p] = {key: torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                                 for key in keys}
+    made = states(model, optimizers)
+    if other := saved - made.keys():
+        raise ValueError(f"it has {sorted(other)[0]}")
+    return made
+
+
+def states_by_number(model, optimizers, saved):
+    """Names for the states of an older run, [optimizer.state_dict(), ...]: {"name of the parameter.key": tensor}."""
+    names, found = {p: name for name, p in model.named_parameters()}, {}
+    for optimizer, old in zip(optimizers, saved, strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if [len(g["params"]) for g in optimizer.param_groups] != [len(g["params"]) for g in old["param_groups"]]:
+            raise ValueError("other parameters learn")
+        found |= {f"{names[params[i]]}.{key}": t for i, state in old["state"].items() for key, t in state.items()}
+    return found
 
 
 def learning_rate(step, cfg):

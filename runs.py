@@ -2,7 +2,7 @@
 
     out/<run>/            the newest checkpoint's files, as links; run.json, log.jsonl, loss.png
     out/<run>/best/       links to the weights with the lowest validation loss
-    out/<run>/checkpoints/step_00000250/ ...    the newest few: weights, tokenizer, train_state.pt
+    out/<run>/checkpoints/step_00000250/ ...    the newest few: weights, tokenizer, train_state.json, optimizer/
 """
 import gc
 import hashlib
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+import checkpoint
 import config
-from common import RANK, WORLD, all_reduce_sum, atomic_write, first_line, print0
+from common import RANK, WORLD, all_reduce_sum, atomic_write, first_line, print0, together
 from prepare import shards
 
 
@@ -54,7 +55,7 @@ def link_checkpoint(source, directory, skip=()):
     """Link (or copy) the files of a checkpoint into directory, each replacing the old one whole."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if path.name in skip:
+        if path.name in skip or path.is_dir():
             continue
         tmp = directory / (path.name + ".tmp")
         tmp.unlink(missing_ok=True)
@@ -66,68 +67,61 @@ def link_checkpoint(source, directory, skip=()):
             os.replace(tmp, directory / path.name)
         finally:
             tmp.unlink(missing_ok=True)
+    checkpoint.remove_weights(directory, except_for=os.listdir(source))
 
 
-def save_checkpoint(out, write, state, keep, best):
-    """Make a checkpoint of what write(directory) writes and of `state`; link it as the run's own files, and in best/ if
-    it is the best. Raises `Mistake`, with the earlier checkpoints as they were, when the disk is full."""
+def save_checkpoint(out, write, state, tensors, shared, keep):
+    """Make a checkpoint of what write(directory) writes, of `state` (for JSON) and of `tensors` ({name: tensor}, the
+    optimizers'); link it as the run's own files, and in best/ if it has improved.
+
+    All processes call it; of a shared model each writes its part, else the first one writes. Raises `Mistake`, with the
+    earlier checkpoints as they were, when the disk is full."""
     final, tmp = out / "checkpoints" / f"step_{state['step']:08d}", out / "checkpoints" / ".writing"
+    start = time.perf_counter()
     try:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        write(tmp)
-        with open(tmp / "train_state.pt", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, final)
-        link_checkpoint(final, out)
-        if best:
-            link_checkpoint(final, out / "best", skip=("train_state.pt",))
+        with together():
+            if RANK == 0:
+                shutil.rmtree(tmp, ignore_errors=True)
+                tmp.mkdir(parents=True)
+        with together():
+            if shared or RANK == 0:
+                write(tmp)
+                checkpoint.save_tensors(tensors, tmp / "optimizer")
+        with together():
+            if RANK == 0:
+                best = state["best"] if math.isfinite(state["best"]) else None  # JSON has no infinity
+                shards.write_text(tmp / "train_state.json", json.dumps(state | {"best": best}, indent=1) + "\n")
+                os.replace(tmp, final)
+                link_checkpoint(final, out)
+                if state["improved"]:
+                    link_checkpoint(final, out / "best", skip=("train_state.json",))
     except (OSError, RuntimeError, SafetensorError) as e:  # each library has its own error for a full disk
+        if RANK > 0:
+            sys.exit(2)  # one line is enough
         shutil.rmtree(tmp, ignore_errors=True)
         before = latest(out)
         rest = f"the checkpoint {before.name} is intact" if before else "there is no checkpoint yet"
         raise config.Mistake(f"cannot save to {out}: {first_line(e)}; {rest}") from e
-    for old in sorted((out / "checkpoints").glob("step_*"))[:-keep]:
+    print0(f"saved      {final.name} in {time.perf_counter() - start:.1f} s")
+    for old in sorted((out / "checkpoints").glob("step_*"))[:-keep] if RANK == 0 else ():
         shutil.rmtree(old, ignore_errors=True)
 
 
 def read_state(path):
-    """train_state.pt of a checkpoint directory. Of older runs it does not count sequences and tokens: None."""
+    """train_state.json of a checkpoint directory; of older runs train_state.pt, which has the optimizers' states too
+    and may not count sequences and tokens: None."""
+    old = path / "train_state.pt"
+    file = old if old.exists() else path / "train_state.json"
     try:
-        state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
-        if missing := {"step", "seconds", "best", "optimizers", "scaler"} - state.keys():
+        state = (torch.load(old, map_location="cpu", weights_only=True) if old.exists() else
+                 json.loads(file.read_text(encoding="utf-8")))
+        if missing := {"step", "seconds", "best", "scaler"} - state.keys():
             raise ValueError(f"without {missing}")
+        state["best"] = math.inf if state["best"] is None else state["best"]
         return {"sequences": None, "tokens": None, "val_fingerprint": state.get("held_out"), "improved": False} | state
     except Exception as e:  # torch advises to load it without weights_only, which would run what code it holds
-        raise config.Mistake(f"{path / 'train_state.pt'} cannot be read, or is no state of a run "
+        raise config.Mistake(f"{file} cannot be read, or is no state of a run "
                              f"({type(e).__name__}): remove {path} to go on from the checkpoint before") from e
-
-
-def gathered(state):
-    """A nested state whose sharded tensors are whole on the first process, and None on the others."""
-    if isinstance(state, dict):
-        return {key: gathered(value) for key, value in state.items()}
-    if not hasattr(state, "full_tensor"):
-        return state
-    whole = state.full_tensor()  # every process takes part
-    return whole.cpu() if RANK == 0 else None
-
-
-def load_optimizer(optimizer, saved):
-    """Restore an optimizer's state from a whole one, but keep its settings, which may be given anew. Of sharded
-    parameters this process keeps its part."""
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        if hasattr(p, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-            for key, value in saved["state"].get(i, {}).items():
-                if value.shape == p.shape:
-                    saved["state"][i][key] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, own in zip(optimizer.param_groups, settings):
-        group.update(own)
 
 
 def read_log(path):

@@ -8,11 +8,10 @@
     python train.py --eval_only --init_from=out/tales --hellaswag=True    HellaSwag, after prepare/hellaswag.py
 
 The run directory is a Hugging Face checkpoint (config.json, model.safetensors, the tokenizer's files) with
-train_state.pt, run.json, log.jsonl and loss.png beside it; best/ has the weights of the lowest validation loss.
+run.json, log.jsonl and loss.png beside it; best/ has the weights of the lowest validation loss.
 A run that goes on or is evaluated keeps the settings of its run.json, but for the keys that are given now.
 """
 import contextlib
-import inspect
 import itertools
 import json
 import math
@@ -74,6 +73,7 @@ class TrainConfig:
     seed: int = 1337  # [0, inf) nanoGPT's; draws the weights, the order of the data, dropout and router noise
     # -- the machine
     shard: bool = False  # split parameters and optimizer over the processes (fully_shard); False: a copy on each (DDP)
+    replicas: int = 1  # [1, inf) with shard: so many split models (HSDP), each on as many GPUs as share fast links
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
     dtype: str = "auto"  # {auto, float32, bfloat16, float16} of matrix products; auto takes what is fast here
     compile: bool | None = None  # torch.compile; None: on CUDA only, elsewhere compiling costs more than it saves
@@ -129,60 +129,21 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import adapter  # noqa: E402
+import checkpoint  # noqa: E402
 import lora  # noqa: E402
 import optim  # noqa: E402
 import runs  # noqa: E402
 from checkpoint import find_checkpoint  # noqa: E402
 from common import (  # noqa: E402
-    RANK, WORLD, IdleThreads, all_reduce_sum, autocast_to, cleanup, first_line, init_distributed,
+    RANK, WORLD, IdleThreads, all_reduce_sum, autocast_to, cleanup, in_company, init_distributed,
     keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
-from model import PRESETS, Llama  # noqa: E402
+from model import PRESETS, put  # noqa: E402
 from prepare import hellaswag, shards, tokenizer  # noqa: E402
 from prepare.windows import rng_for, windows_of  # noqa: E402
+from shard import Place, can_compile, data_parallel  # noqa: E402
 
 CHATS, SHOWN = 2, 1000  # held-out conversations that are sampled at each evaluation; characters of a sample's end
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16
-
-
-# -- a model on several processes, or compiled -------------------------------------------------------------------
-
-def shard(model, device, dtype):
-    """Split a Llama over all processes, so that each computes with one whole block at a time, in dtype."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import Shard
-
-    def rows(p):  # the axis to split: the first, or the second if the experts cannot be shared out evenly
-        return Shard(1) if p.dim() == 3 and p.shape[0] % WORLD and p.shape[1] % WORLD == 0 else None
-    mesh = init_device_mesh(device.type, (WORLD,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    head = [] if model.config.tie_embeddings else [model.lm_head]
-    for block in [*model.model.layers, *head]:  # in dtype already, so autocast keeps no copy for the backward pass
-        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=rows)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    register_fsdp_forward_method(model, "generate")
-    register_fsdp_forward_method(model, "losses")
-    return model
-
-
-def compiled(model, cfg, device):
-    """The model as one compiled graph, where cfg asks for that. Raises `Mistake` where the tools for it are missing."""
-    if not (device.type == "cuda" if cfg.compile is None else cfg.compile):
-        return model
-    try:  # before the first step: it needs a C++ compiler, or Triton
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as e:  # the compiler's own kinds of exception differ from release to release
-        raise config.Mistake(f"torch.compile does not work here ({first_line(e)}): "
-                             "leave it off with --compile=False") from e
-    return torch.compile(model)
-
-
-def data_parallel(model):
-    """A copy of the model on each process; the backward pass leaves the mean of all gradients on every one."""
-    DDP = torch.nn.parallel.DistributedDataParallel
-    torch_2_13 = "forward_sync_buffers" in inspect.signature(DDP).parameters  # its new name of broadcast_buffers
-    no_buffers = {"forward_sync_buffers" if torch_2_13 else "broadcast_buffers": False}  # each counts its own load
-    return DDP(model, gradient_as_bucket_view=True, **no_buffers)
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------
@@ -301,7 +262,7 @@ def fit(task, cfg, out):
 
     task: an object like `Text`. It has model, device and dtype; llama, the Llama in it; batch(drawn), this process's
     micro-batches [(targets, arguments of the model), ...] of the step that begins after so many sequences;
-    evaluate(model), {"val_loss": ..., ...}; save(directory, state); flops_per_token, floor and val_fingerprint.
+    evaluate(model), {"val_loss": ..., ...}; save(directory); flops_per_token, floor and val_fingerprint.
     model(*arguments)[1] is the mean loss over the targets of a micro-batch, 0 where it has none.
     """
     model, device, llama = task.model, task.device, task.llama
@@ -315,17 +276,18 @@ def fit(task, cfg, out):
     if cfg.init_from == "resume":
         state = resume(task, cfg, out, optimizers, scaler)
         log = runs.Log(out, [entry for entry in runs.read_log(out / "log.jsonl") if entry["step"] <= state["step"]])
-    compiled_model = compiled(model, cfg, device)
+    compiles = can_compile(cfg, device)
+    compiled_model = torch.compile(model) if compiles and not sharded else model  # blocks that are split are already
     ddp = WORLD > 1 and not sharded
     step_model = data_parallel(compiled_model) if ddp else compiled_model
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if device.type == "cuda"
                  and gpu in torch.cuda.get_device_name(device)), 0) * WORLD
-    print0(f"run        {out}, compile {'off' if compiled_model is model else 'on'}"
+    print0(f"run        {out}, compile {'on' if compiles else 'off'}"
            + (f", resumed after step {state['step']}" if state["step"] else ""))
     start, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, runs.torchrun_agents()
     most_bad_steps = 25 if scaler.is_enabled() else 5  # in a row; the scaler's first scales are too large on purpose
     with (stop_signals() as signals, IdleThreads(device) as threads, memory_advice(cfg, device, task.dtype),
-          contextlib.ExitStack() as stack,
+          in_company(), contextlib.ExitStack() as stack,
           config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
         for step in range(start, cfg.max_iters):
             begin = time.perf_counter()
@@ -401,12 +363,10 @@ def fit(task, cfg, out):
                     state["best"] = scores["val_loss"] if improved else state["best"]
                     facts = {"step": done, "tokens": state["tokens"], "seconds": round(state["seconds"], 3)}
                     log.write(facts | scores)
-                weights = runs.gathered(lora.learned(model.state_dict())) if sharded else None
                 saved = state | {"improved": improved, "val_fingerprint": task.val_fingerprint,
-                                 "optimizers": [runs.gathered(optimizer.state_dict()) for optimizer in optimizers],
                                  "scaler": scaler.state_dict()}
+                runs.save_checkpoint(out, task.save, saved, optim.states(model, optimizers), sharded, cfg.keep)
                 if RANK == 0:
-                    runs.save_checkpoint(out, lambda folder: task.save(folder, weights), saved, cfg.keep, improved)
                     runs.plot(log.curves, out / "loss.png", out.name, task.floor)
             if stopping and not last:
                 print0(f"stopped by a signal after step {done} and saved; to go on: {runs.command_to_resume(out)}")
@@ -428,12 +388,12 @@ def micro_batches_per_process(cfg):
 
 def resume(task, cfg, out, optimizers, scaler):
     """Restore optimizers and scaler from the newest checkpoint; returns the state of the loop."""
-    checkpoint = runs.common_latest(out)
-    state = runs.read_state(checkpoint)
+    folder = runs.common_latest(out)
+    state = runs.read_state(folder)
     if RANK == 0:  # a crash may have come between the checkpoint and its links
-        runs.link_checkpoint(checkpoint, out)
+        runs.link_checkpoint(folder, out)
         if state["improved"]:
-            runs.link_checkpoint(checkpoint, out / "best", skip=("train_state.pt",))
+            runs.link_checkpoint(folder, out / "best", skip=("train_state.json", "train_state.pt"))
     if state["sequences"] is None:  # an older run, whose steps had the size that its run.json holds
         settings, _ = config.of_run(out, KEYS, SHAPE_KEYS)
         sequences = state["step"] * sequences_per_step(replace(cfg, **settings))
@@ -441,10 +401,15 @@ def resume(task, cfg, out, optimizers, scaler):
     if state["val_fingerprint"] != task.val_fingerprint:
         print0("resume     with another validation set: best/ begins anew")
         state["best"] = math.inf
-    with config.mistakes(ValueError, KeyError, prefix=f"{checkpoint} was made by another optimizer: leave --optimizer "
-                                                      "out: "):
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            runs.load_optimizer(optimizer, saved)
+    with torch.no_grad(), config.mistakes(ValueError, KeyError, prefix=f"{folder} was made by another optimizer (leave "
+                                          "--optimizer out), or cannot be read: "):
+        if "optimizers" in state:  # an older run
+            saved = optim.states_by_number(task.model, optimizers, state["optimizers"])
+            for name, own in optim.make_states(task.model, optimizers, saved.keys()).items():
+                put(own, saved[name])
+        else:
+            names = checkpoint.tensor_names(folder / "optimizer")
+            checkpoint.load_tensors(optim.make_states(task.model, optimizers, names), folder / "optimizer")
     if state["scaler"]:  # empty unless the run was in float16
         scaler.load_state_dict(state["scaler"])
     return {key: state[key] for key in ("step", "sequences", "tokens", "seconds", "best")}
@@ -555,33 +520,37 @@ def need_fit(c, cfg, shape, vocab_size):
         raise config.Mistake(f"the data set has ids up to {vocab_size - 1}, the model only vocab_size={c.vocab_size}")
 
 
-def load_llama(cfg, shape, source, dtype):
-    """(Llama, tokenizer) of a checkpoint: a directory or a hub name. dtype is that of products: weights that learn are
-    float32, those that LoRA freezes may be bfloat16."""
+def load_llama(cfg, shape, source, place):
+    """(Llama, tokenizer) of a checkpoint, a directory or a hub name, where `place` says (`shard.Place`). Weights that
+    learn are float32, those that LoRA freezes may be bfloat16."""
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(source)
         kept = {k: v for k, v in shape.items() if k in (*TRAINING_ONLY, "context")}  # RoPE has no longest position
-        narrow = dtype == torch.bfloat16 and (cfg.lora_rank or adapter.is_adapter(directory))
-        llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, **kept)
+        frozen = cfg.lora_rank or adapter.is_adapter(directory)
+        narrow = place.dtype == torch.bfloat16 and frozen
+        split = None if place.mesh is None or frozen else place.split
+        llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, place.device, split=split, **kept)
         if cfg.lora_rank:
             adapter.begin(llama, cfg.lora_rank, cfg.lora_alpha, source, cfg.seed)
         if narrow:
             lora.float32_stream(llama)
+        if place.mesh and frozen:  # adapted as a whole, and split then
+            place.split(llama)
     return llama, adapter.load_tokenizer(directory)
 
 
-def start_from(cfg, shape, out, dtype):
+def start_from(cfg, shape, out, place):
     """(Llama, tokenizer) of the checkpoint that cfg.init_from names: for "resume" the newest of the run in `out`."""
-    return load_llama(cfg, shape, runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, dtype)
+    return load_llama(cfg, shape, runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, place)
 
 
-def build_model(cfg, shape, data, tok, out, dtype=torch.float32):
-    """The Llama that cfg.init_from names. Refuses one that does not fit the data. dtype is that of products."""
+def build_model(cfg, shape, data, tok, out, place):
+    """The Llama that cfg.init_from names, where `place` says. Refuses one that does not fit the data."""
     if cfg.init_from == "scratch":
         c = new_shape(cfg, shape, tok, data.vocab_size)
         need_fit(c, cfg, {}, data.vocab_size)
-        return Llama(c, cfg.seed)
-    llama, its_tok = start_from(cfg, shape, out, dtype)
+        return place.new(c, cfg.seed)
+    llama, its_tok = start_from(cfg, shape, out, place)
     if its_tok.fingerprint != tok.fingerprint:
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
                              f"than the model ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
@@ -617,10 +586,11 @@ class Text:
             steps = math.ceil(cfg.epochs * self.windows.per_epoch / sequences_per_step(cfg))
             self.cfg = cfg = replace(cfg, max_iters=steps, epochs=0.0)  # a run that goes on may have more steps
         with memory_advice(cfg, device, self.dtype):
-            self.llama = build_model(cfg, shape, self.val, self.tok, out, self.dtype).train()
+            self.place = Place(cfg, device, self.dtype)
+            self.llama = self.model = build_model(cfg, shape, self.val, self.tok, out, self.place).train()
             self.llama.model.checkpointing = cfg.checkpointing
-            self.sharded = cfg.shard and WORLD > 1
-            self.model = shard(self.llama, device, self.dtype) if self.sharded else self.llama.to(device)
+            self.llama.few_targets = bool(self.data.marks)  # of conversations only the answers count
+            self.sharded = self.place.mesh is not None
         if self.data.marks:  # for other tools: what ends an answer is in the template, not always in config.json
             self.llama.config.eos_ids = tuple(dict.fromkeys((*self.llama.config.eos_ids, *sorted(self.tok.stop_ids))))
         self.hellaswag = HellaSwag(cfg, self.tok, self.llama.config.context) if cfg.hellaswag else None
@@ -685,11 +655,12 @@ class Text:
         """Validation loss, a printed sample, HellaSwag: {name: value} for the log."""
         loss = self.val_loss(model, self.cfg.eval_tokens)
         print0(self.summary(loss))
-        self.print_sample()
         scores = {"val_loss": loss}
         if self.val.bytes:
             scores["val_bpb"] = bits_per_byte(loss, self.val_windows)
-        return scores | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
+        with self.place.eager():
+            self.print_sample()
+            return scores | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
 
     def prompts(self):
         """(ids that a sample begins with, its temperature) of each: the beginning of a text, or prompts of held-out
@@ -722,10 +693,11 @@ class Text:
         for text in self.samples():
             print0("  | " + text.replace("\n", "\n  | "))
 
-    def save(self, directory, state=None):
-        """Write the model, whose weights are `state` if it is sharded, and the tokenizer."""
-        adapter.save(self.llama, directory, state)
-        self.tok.save(directory)
+    def save(self, directory):
+        """Write the model, of which each process that shares it writes some files, and the tokenizer."""
+        adapter.save(self.llama, directory)
+        if RANK == 0:
+            self.tok.save(directory)
 
 
 # -- starting ----------------------------------------------------------------------------------------------------
@@ -752,7 +724,7 @@ def start(task_of, cfg, shape, prefix=""):
     """Train what task_of(cfg, shape, out, device) makes: an object like `Text`. prefix: of the run directory's name."""
     micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
     device = pick_device(cfg.device)
-    if device.type == "cpu":
+    if device.type == "cpu" and not cfg.shard:
         keep_freed_memory()
     out = run_directory(cfg.out_dir, cfg.dataset, prefix)
     init_distributed(device)
@@ -765,15 +737,14 @@ def start(task_of, cfg, shape, prefix=""):
 def evaluate_run(cfg, shape):
     """Print the loss of a model on the whole validation split, or its scores on HellaSwag."""
     device = pick_device(cfg.device)
-    if device.type == "cpu":
+    if device.type == "cpu" and not cfg.shard:
         keep_freed_memory()
     out = run_directory(cfg.out_dir, cfg.dataset)
     init_distributed(device)
     if cfg.hellaswag:
         dtype, _ = pick_dtype(cfg.dtype, device)
-        llama, tok = start_from(cfg, {}, out, dtype)
-        score = HellaSwag(cfg, tok, llama.config.context)
-        score(llama.to(device), device, autocast_to(dtype, device))
+        llama, tok = start_from(cfg, {}, out, Place(cfg, device, dtype))
+        HellaSwag(cfg, tok, llama.config.context)(llama, device, autocast_to(dtype, device))
         return
     task = Text(cfg, shape, out, device)
     with memory_advice(cfg, device, task.dtype):

@@ -590,7 +590,7 @@ class Stage:
             print0("\n".join(f"  | {t}" for t in texts[:4]))
         return scores
 
-    def save(self, directory, state=None):
+    def save(self, directory):
         """Write the model and its tokenizer, and what the reference model thinks of each pair."""
         self.model.save_pretrained(directory, self.tok)
         if self.references[0] is not None:

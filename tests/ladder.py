@@ -96,12 +96,12 @@ class Task(train.Text):
             change(self.llama)
         self.llama.to(device)
 
-    def save(self, directory, state=None):
+    def save(self, directory):
         """A Llama as always; of what is none the weights alone, since no config.json describes it."""
         if self.changes:
             save_model(self.llama, directory / "model.safetensors")
         else:
-            super().save(directory, state)
+            super().save(directory)
 
 
 @torch.no_grad()

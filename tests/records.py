@@ -1,14 +1,17 @@
-r"""The trained figures of the README, each made again by one call and set beside the figure it is held to.
+r"""The trained figures of the README, each made again by one call, kept in records.json and written into the README.
 
     python tests/records.py                                    # what there is
-    python tests/records.py tales shakespeare shapes photos    # two cores: an hour
+    python tests/records.py tales shakespeare shapes photos    # two cores: about two hours
     python tests/records.py scout flickr8k                     # a GPU: some minutes each
-    python tests/records.py scout --max_iters=3 --device=cpu   # a trial: what follows the names goes to each training
+    python tests/records.py scout --max_iters=3 --device=cpu   # a trial, not kept: what follows goes to each training
+    python tests/records.py --readme                           # write README's table from records.json
 
 Runs lie in out/records/. A script whose data has not been prepared says how that is done.
 """
+import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -16,48 +19,61 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import config  # noqa: E402
+from bench import hardware  # noqa: E402
+
+KEPT = ROOT / "tests/records.json"
+MARKS = "<!-- records: written by tests/records.py -->\n", "<!-- end of records -->\n"
 
 
 @dataclass
 class Record:
     """Stages of one script, each of which goes on from the one before; the best weights of the last are then scored."""
+    what: str
     script: str
     stages: tuple[str, ...]  # what follows the script's name
     score: str  # the same for scoring
-    figure: str  # a pattern of what the script then prints, with one group around the figure
-    mark: float
-    whose: str
+    figures: dict[str, str]  # unit: a pattern of what the script then prints, with one group around the figure
+    beside: str  # what it is to be compared with
+    seeds: int = 3  # trainings, whose mean and deviation are kept; 1 where one takes more than ten minutes
 
 
-BITS, NUMBER = r"([\d.]+) bits/byte", r" ([\d.]+)"
+NUMBER = r" (-?[\d.]+)"
+BITS = {"bits/byte": r"([\d.]+) bits/byte"}
+CAPTIONS = {"CIDEr-D": "CIDEr-D" + NUMBER, "BLEU-4": "BLEU-4" + NUMBER}
 RECORDS = {
-    "tales": Record("train.py", ("config/tales.py",), "--eval_only", BITS, 0.2172, "bits/byte, the floor"),
-    "shakespeare": Record("train.py", ("config/shakespeare_best.py",), "--eval_only", "val loss" + NUMBER, 1.4697,
-                          "validation loss, nanoGPT in three minutes of an A100"),
-    "scout": Record("train.py", ("config/scout.py --optimizer=muon --learning_rate=3e-3 --min_lr=0 --warmup_iters=50 "
-                                 "--dropout=0.2 --max_iters=700 --eval_interval=175",),
-                    "--eval_only", BITS, 0.4402, "bits/byte, stories15M"),
-    "shapes": Record("vlm.py", ("config/vlm_shapes.py",), "--eval", "answer exact" + NUMBER, 0.27,
-                     "of answers, the best guess"),
-    "photos": Record("vlm.py", ("config/vlm_flickr8k.py",), "--eval --split=test", "BLEU-4" + NUMBER, 0.213,
-                     "BLEU-4, Show, Attend and Tell's hard attention"),
-    "flickr8k": Record("vlm.py", ("config/vlm_align.py --encoder=efficientnet_lite0",
-                                  "config/vlm_instruct.py --dataset=flickr8k --block_size=320 --batch_size=48 "
-                                  "--learning_rate=1e-4 --gradient_accumulation_steps=1 --max_iters=625 "
-                                  "--eval_interval=125 --sample_tokens=40"),
-                       "--eval --split=test", "BLEU-4" + NUMBER, 0.213,
-                       "BLEU-4, Show, Attend and Tell's hard attention"),
+    "tales": Record("tales, 1.25M parameters", "train.py", ("config/tales.py",), "--eval_only", BITS,
+                    "0.2172, the floor"),
+    "shakespeare": Record(
+        "Shakespeare's characters, 2.7M parameters", "train.py", ("config/shakespeare_best.py",), "--eval_only",
+        {"nats/character": "val loss" + NUMBER}, "1.4697, nanoGPT in three minutes of an A100"),
+    "scout": Record(
+        "TinyStories, 128M parameters, 16 experts", "train.py",
+        ("config/scout.py --optimizer=muon --learning_rate=3e-3 --min_lr=0 --warmup_iters=50 --dropout=0.2 "
+         "--max_iters=700 --eval_interval=175",), "--eval_only", BITS, "0.4402, stories15M", seeds=1),
+    "shapes": Record(
+        "shapes, 1.4M parameters, held-out combinations", "vlm.py", ("config/vlm_shapes.py",), "--eval",
+        {"of captions exact": "caption exact" + NUMBER, "of answers exact": "answer exact" + NUMBER},
+        "answers: 0.27, the best guess"),
+    "photos": Record(
+        "Flickr8k's test photos, from scratch", "vlm.py", ("config/vlm_flickr8k.py",), "--eval --split=test", CAPTIONS,
+        "BLEU-4: 0.213, Show, Attend and Tell's hard attention", seeds=1),
+    "flickr8k": Record(
+        "the same with SmolLM2-135M", "vlm.py",
+        ("config/vlm_align.py --encoder=efficientnet_lite0",
+         "config/vlm_instruct.py --dataset=flickr8k --block_size=320 --batch_size=48 --learning_rate=1e-4 "
+         "--gradient_accumulation_steps=1 --max_iters=625 --eval_interval=125 --sample_tokens=40"),
+        "--eval --split=test", CAPTIONS, "BLEU-4: 0.213, Show, Attend and Tell's hard attention", seeds=1),
 }
 
 
-def commands(name, more):
+def commands(name, more, seed=1337):
     """The words of each command of a record, `more` added to those that train."""
     record, before = RECORDS[name], ()
     for number, stage in enumerate(record.stages, 1):
-        words, out = [record.script, *shlex.split(stage)], ROOT / f"out/records/{name}_{number}"
-        yield [*words, *before, f"--out_dir={out}", *more]
+        words, out = [record.script, *shlex.split(stage)], ROOT / f"out/records/{name}_{seed}_{number}"
+        yield [*words, *before, f"--out_dir={out}", f"--seed={seed}", *more]
         before = f"--init_from={out / 'best'}",
     yield [*words, *before, f"--out_dir={out / 'best'}", *record.score.split()]
 
@@ -75,19 +91,75 @@ def run(words):
     return "".join(lines)
 
 
+def measure(name, more, seeds):
+    """Train and score a record with so many seeds -> {"figures": {unit: values}, "minutes": of one training, ...}."""
+    values, minutes = {unit: [] for unit in RECORDS[name].figures}, []
+    for seed in range(1337, 1337 + seeds):
+        start = time.perf_counter()
+        *training, scoring = commands(name, more, seed)
+        for words in training:
+            run(words)
+        minutes.append((time.perf_counter() - start) / 60)
+        printed = run(scoring)
+        for unit, pattern in RECORDS[name].figures.items():
+            figure = re.search(pattern, printed)
+            if not figure:
+                raise config.Mistake(f"{name}: the last command printed no {pattern}; it says why, "
+                                     "and can be run again alone")
+            values[unit].append(float(figure[1]))
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    facts = hardware("cuda" if any("cuda" in word for word in more) else "cpu")
+    return {"figures": values, "minutes": round(statistics.median(minutes), 1), "commit": commit.stdout.strip(),
+            "command": " && ".join(" ".join(["python", RECORDS[name].script, stage]) for stage in RECORDS[name].stages)
+            } | {key: facts[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")}
+
+
+def machine(record):
+    """What a record was made on, as README says it."""
+    return record["gpu"] or f"{record['cores']} cores, {record['units'][-1] if record['units'] else 'no units'}"
+
+
+def spread(values):
+    """Mean and deviation of some figures, or the one there is."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
+def table(kept):
+    """The rows of README's table."""
+    lines = ["| what | figure | seeds | beside | training, minutes | on | when |", "|---|---|---|---|---|---|---|"]
+    for name, record in RECORDS.items():
+        for made in kept.get(name, {}).values():
+            figures = ", ".join(f"{spread(values)} {unit}" for unit, values in made["figures"].items())
+            seeds = len(next(iter(made["figures"].values())))
+            lines.append(f"| {record.what} (`{name}`) | {figures} | {seeds} | {record.beside} | {made['minutes']} "
+                         f"| {machine(made)} | {made['date'].split()[0]}, {made['commit']} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_readme(kept):
+    """Put the table between its marks in README.md."""
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    path.write_text(before + MARKS[0] + table(kept) + MARKS[1] + after, encoding="utf-8")
+
+
 def main(argv):
-    (names, more), found = config.names_first(argv, RECORDS, "record"), []
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    if argv == ["--readme"]:
+        return write_readme(kept)
+    names, more = config.names_first(argv, RECORDS, "record")
     for name in names:
-        record, start = RECORDS[name], time.perf_counter()
-        *_, printed = [run(words) for words in commands(name, more)]
-        figure = re.search(record.figure, printed)
-        if not figure:
-            raise config.Mistake(f"{name}: the last command printed no {record.figure}; it says why, "
-                                 "and can be run again alone")
-        minutes = (time.perf_counter() - start) / 60
-        found.append(f"| {name} | {figure[1]} | {record.mark} {record.whose} | {minutes:.1f} |")
-    rows = found or [f"| {name} | | {record.mark} {record.whose} | |" for name, record in RECORDS.items()]
-    print("\n| what | here | held to | minutes |\n|---|---|---|---|", *rows, sep="\n")
+        made = measure(name, more, 1 if more else RECORDS[name].seeds)
+        if more:  # a trial
+            print(f"\n{name}: {made['figures']} in {made['minutes']} minutes")
+        else:
+            kept.setdefault(name, {})[machine(made)] = made
+            KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+            write_readme(kept)
+    if not names:
+        print(*(f"{name:<12} {record.what}, beside {record.beside}" for name, record in RECORDS.items()), sep="\n")
 
 
 if __name__ == "__main__":

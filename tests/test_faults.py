@@ -76,9 +76,9 @@ def place(tmp_path_factory):
     tokenizer.char("abce").save(d / "retold")
     (d / "meta_cut/meta.json").write_text((d / "data/meta.json").read_text()[:-9])
     for name in ("cut", "header", "pickle", "bin", "shape", "renamed", "no_json", "other",
-                 "no_tok", "tok_cut", "tok_bytes", "state"):
+                 "no_tok", "tok_cut", "tok_bytes", "state", "state_cut"):
         shutil.copytree(d / "run", d / name)
-        weights, state = d / name / "model.safetensors", d / name / "checkpoints/step_00000002/train_state.pt"
+        weights, state = d / name / "model.safetensors", d / name / "checkpoints/step_00000002/train_state.json"
         for path in weights, d / name / "config.json", d / name / "tokenizer.json", state:  # they are links
             path.write_bytes((path.read_bytes(), path.unlink())[0])
         if name == "cut":
@@ -104,8 +104,10 @@ def place(tmp_path_factory):
             (d / name / "tokenizer.json").write_text((d / "run/tokenizer.json").read_text()[:-9])
         elif name == "tok_bytes":
             tokenizer.byte().save(d / name)
+        elif name == "state_cut":
+            state.write_bytes(state.read_bytes()[:-9])
         elif name == "state":
-            state.write_bytes(pickle.dumps(print, protocol=2))  # what a pickle that runs code begins like
+            state.with_suffix(".pt").write_bytes(pickle.dumps(print, protocol=2))  # one that runs code begins so
     (d / "file").write_text("")
     for name, text in (("syntax", "batch_size = 4\nblock_size = = 8\n"), ("unknown", "batchsize = 4\n"),
                        ("type", "batch_size = 'b'\n"), ("error", "\nbatch_size = 1 / 0\n")):
@@ -154,6 +156,7 @@ TRAIN = [  # arguments, and what the line says
     (["--init_from={d}/other"], "model_type 'gpt2' is not supported"),
     (["--init_from={d}/no_tok"], "there is no tokenizer"),
     (["--init_from=resume", "--out_dir={d}/state", "--max_iters=4"], "train_state.pt cannot be read"),
+    (["--init_from=resume", "--out_dir={d}/state_cut", "--max_iters=4"], "train_state.json cannot be read"),
     (["--init_from=resume", "--out_dir={d}/run", "--optimizer=adamw", "--max_iters=4"],
      "was made by another optimizer"),
     (["--out_dir=/proc/nothing"], "cannot write the run directory"),

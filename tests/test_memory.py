@@ -1,55 +1,44 @@
-"""tests/memory.py: the calculated memory of training, against torch's own tracker."""
+"""tests/memory.py: the memory of training that torch's own tracker counts on fake tensors and processes."""
 from dataclasses import replace
 
 import memory
 import pytest
 import torch
 
-import optim
 import train
-from model import PRESETS, Llama, LlamaConfig
+from model import PRESETS, LlamaConfig
 
-MEMORY = {  # shape, settings; each has another part of the sum that matters
-    "weights": (dict(dim=512, ffn_dim=1536), dict(batch_size=1, block_size=16)),
-    "logits": (dict(vocab_size=8192, n_layer=1), {}),
-    "layers": (dict(n_layer=6), {}),
-    "ffn": (dict(ffn_dim=1536), {}),
-    "heads": (dict(n_head=16, n_kv_head=16, head_dim=32), {}),
-    "checkpointing": (dict(n_layer=5), dict(checkpointing=True)),
-    "moe": (dict(arch="llama4", nope_every=2, chunk=64, qk_norm=True, n_experts=4, top_k=2, expert_dim=192), {}),
-    "muon": (dict(dim=256, ffn_dim=768), dict(batch_size=1, block_size=16, optimizer="muon")),
-}
+SMALL = LlamaConfig(vocab_size=2048, n_layer=2, n_head=4, n_kv_head=2, dim=128, ffn_dim=384, context=256)
 
 
-@pytest.mark.parametrize("name", MEMORY)
-def test_the_memory_estimate_is_what_training_takes(name):
-    """Within 15 % of the bytes that torch's own tracker counts over two steps."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-    shape, more = MEMORY[name]
-    cfg = train.TrainConfig(**dict(batch_size=2, block_size=256, optimizer="adamw") | more)
-    tracker, device = MemTracker(), torch.device("cpu")
-    with tracker:
-        common = dict(vocab_size=512, n_layer=4, n_head=4, n_kv_head=2, dim=128, ffn_dim=384, context=256)
-        model = Llama(LlamaConfig(**common | shape)).train()
-        model.model.checkpointing = cfg.checkpointing
-        optimizers = optim.make_optimizers(model, cfg, device, torch.float32)
-        tracker.track_external(model, *optimizers)
-        x = torch.randint(0, 512, (cfg.batch_size, cfg.block_size))
-        for _ in range(2):
-            model(x, x)[1].backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            tracker.reset_mod_stats()
-    taken = tracker.get_tracker_snapshot("peak")[device]["Total"]
-    assert memory.memory_estimate(model, cfg, torch.float32, 1) == pytest.approx(taken, rel=0.15)
+def test_twice_as_many_processes_halve_what_is_shared_and_nothing_else():
+    """The parts of weights and gradients are 8 bytes a parameter, and what a process needs for itself stays."""
+    cfg = train.TrainConfig(shard=True, batch_size=1, block_size=256)
+    (on_4, parts_4), (on_8, parts_8) = (memory.counted(SMALL, cfg, world, torch.float32) for world in (4, 8))
+    total = 2 * 2048 * 128 + 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384 + 2 * 128) + 128
+    assert parts_4 == pytest.approx(8 * total / 4, rel=0.01) and parts_8 == pytest.approx(8 * total / 8, rel=0.01)
+    assert on_4 - parts_4 == pytest.approx(on_8 - parts_8, rel=0.02)
 
 
-def test_the_memory_of_shards():
-    """On the meta device, for the README's table: halving the share halves what is shared and nothing else."""
-    with torch.device("meta"):
-        model = Llama(replace(PRESETS["llama-3.1-8b"], n_layer=2))
-    cfg = train.TrainConfig(shard=True, checkpointing=True, optimizer="adamw", batch_size=1, block_size=8192)
-    on = {n: memory.memory_estimate(model, replace(cfg, gradient_accumulation_steps=n), torch.bfloat16, n)
-          for n in (8, 16, 32)}
-    assert on[8] - on[16] == pytest.approx(12 * model.counts()[0] / 16) == pytest.approx(2 * (on[16] - on[32]))
+def test_each_further_layer_takes_as_much_as_the_one_before():
+    """Which the table of README is extrapolated by."""
+    cfg = train.TrainConfig(shard=True, checkpointing=True, batch_size=1, block_size=256)
+    rest = []
+    for layers in 2, 4, 8:
+        total, parts = memory.counted(replace(SMALL, n_layer=layers), cfg, 4, torch.float32)
+        rest.append(total - parts)
+    assert rest[2] - rest[1] == pytest.approx(2 * (rest[1] - rest[0]), rel=0.02)
+    assert rest[1] - rest[0] == pytest.approx(2 * 4 * 256 * 128, rel=0.1)  # of two layers, their inputs are kept
+
+
+def test_logits_are_the_largest_part_of_a_long_vocabulary():
+    """Three copies of the logits and of the gradients: 12 bytes for each token and word, and little else."""
+    cfg = train.TrainConfig(shard=True, checkpointing=True, batch_size=1, block_size=256)
+    small, large = (memory.counted(replace(SMALL, vocab_size=v), cfg, 4, torch.float32) for v in (8192, 16384))
+    own = [total - parts for total, parts in (small, large)]
+    assert own[1] - own[0] == pytest.approx(8192 * (256 * 12 + 128 * 4), rel=0.15)
+
+
+def test_a_real_width_has_its_share():
+    assert memory.parameters("llama-3.1-70b") == 70553706496 and PRESETS["llama-3.1-70b"].n_layer == 80
+    assert memory.on_host("llama-3.1-70b", 512) < memory.on_host("llama-3.1-70b", 8) == 5e9

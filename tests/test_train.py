@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import checkpoint
 import config
 import optim
 import runs
@@ -58,7 +60,18 @@ def log_of(out):
 
 def states(out, step):
     folder = out / "checkpoints" / f"step_{step:08d}"
-    return Llama.from_pretrained(folder).state_dict(), runs.read_state(folder)
+    return Llama.from_pretrained(folder).state_dict(), runs.read_state(folder) | {"optimizers": optimizer_state(folder)}
+
+
+def optimizer_state(folder):
+    """{"parameter.key": tensor} of a checkpoint, however many processes wrote it."""
+    if (folder / "optimizer/model.safetensors").exists():
+        return load_file(folder / "optimizer/model.safetensors")
+    import torch.distributed.checkpoint as dcp
+    metadata = dcp.HuggingFaceStorageReader(str(folder / "optimizer")).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
+    checkpoint.load_tensors(tensors, folder / "optimizer")
+    return tensors
 
 
 def same(a, b):
@@ -103,7 +116,7 @@ def test_a_run_learns_and_leaves_a_checkpoint(words, tmp_path, capsys):
     assert val[-1]["val_bpb"] == pytest.approx(val[-1]["val_loss"] / math.log(2), rel=1e-3)  # one byte a character
     assert set(runs.read_log(out / "log.jsonl")[0]) == {"step", "tokens", "train_loss", "lr", "grad_norm",
                                                          "tokens_per_s", "mfu", "seconds"}
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "train_state.pt", "run.json", "loss.png",
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "train_state.json", "run.json", "loss.png",
                  "best/model.safetensors"):
         assert (out / name).stat().st_size > 0, name
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
