@@ -248,9 +248,9 @@ def trace(model, tok, cfg, title):
     prompt = read_prompt(cfg.start[0]) if cfg.start else ""
     ids = fitting(tok.encode(prompt, bos=tok.adds_bos or not prompt) or tok.encode("\n"), model)
     print(title, "tokens: " + " ".join(f"{i}={tok.decode([i], special=True)!r}" for i in ids), sep="\n")
-    form = "{:<48} {:>16} {:>13} {:>16}  {}"
-    print(form.format("step", "shape", "parameters", "FLOPs", ""))
     steps = steps_of(model, ids)
+    form = f"{{:<{max(len(step[0]) for step in steps)}}} {{:>16}} {{:>13}} {{:>16}}  {{}}"
+    print(form.format("step", "shape", "parameters", "FLOPs", ""))
     for name, shape, parameters, flops, note in steps:
         print(form.format(name, " x ".join(map(str, shape)), f"{parameters:,}", f"{flops:,}", note))
     print(form.format("in all", "", *(f"{sum(step[i] for step in steps):,}" for i in (2, 3)), ""))

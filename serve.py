@@ -35,7 +35,7 @@ class ServeConfig:
 def read_settings(argv):
     """ServeConfig of the command line, whose first word may be what to serve."""
     cfg = config.load(ServeConfig, [f"--init_from={argv[0]}", *argv[1:]] if argv and argv[0][0] != "-" else argv)
-    if missing := [name for name in ("fastapi", "uvicorn", "gradio") if not find_spec(name)]:
+    if missing := [name for name in ("fastapi", "uvicorn", *["gradio"] * cfg.page) if not find_spec(name)]:
         raise config.Mistake(f'the server needs {", ".join(missing)}: pip install -e ".[serve]"')
     return cfg
 

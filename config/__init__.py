@@ -192,10 +192,12 @@ def _from_file(path, known):
     except Exception as e:
         line = next((f.lineno for f in reversed(inspect.trace()) if Path(f.filename) == Path(path)), "?")
         raise Mistake(f"{path}, line {line}: {type(e).__name__}: {e}") from None
-    if Path(path).name.startswith("vlm_") and "stage" in left and "stage" not in known:
-        raise Mistake(f"{path} is for vlm.py")
-    return {name: _typed(_find(known, name, path), value, path) for name, value in left.items()
+    script = re.search(rf"(\w+\.py) config/{Path(path).name}", left["__doc__"] or "")  # the command it begins with
+    left = {name: value for name, value in left.items()
             if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type))}
+    if left.keys() - known and script and script[1] != Path(sys.argv[0]).name:
+        raise Mistake(f"{path} is for {script[1]}")
+    return {name: _typed(_find(known, name, path), value, path) for name, value in left.items()}
 
 
 def _config_files():

@@ -1,5 +1,6 @@
 """Settings: what is accepted, what is refused and how, and that every default says its reason."""
 import math
+import re
 import subprocess
 import sys
 import time
@@ -170,13 +171,16 @@ def test_a_default_lies_within_its_range():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda p: p.stem)
 def test_every_config_file_loads(path):
-    known = config.keys_of("vlm.py:VlmConfig" if path.stem.startswith("vlm") else "train.py:TrainConfig")
+    """With the keys of the script that its first command names."""
+    script = re.search(rf"(\w+)\.py config/{path.name}", path.read_text(encoding="utf-8"))[1]
+    known = config.keys_of(f"{script}.py:{script.capitalize()}Config")
     assert len(config._from_file(path, known | config.keys_of("model.py:LlamaConfig"))) > 3
 
 
-def test_a_file_for_pictures_says_so():
-    with pytest.raises(config.Mistake, match="vlm_shapes.py is for vlm.py"):
-        config.load("train.py:TrainConfig", [str(ROOT / "config/vlm_shapes.py")], "model.py:LlamaConfig")
+@pytest.mark.parametrize("name, script", [("vlm_shapes", "vlm"), ("quiz_grpo", "feedback")])
+def test_a_file_for_another_script_says_so(name, script):
+    with pytest.raises(config.Mistake, match=f"{name}.py is for {script}.py"):
+        config.load("train.py:TrainConfig", [str(ROOT / f"config/{name}.py")], "model.py:LlamaConfig")
 
 
 @pytest.mark.slow

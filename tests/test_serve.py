@@ -245,13 +245,14 @@ def test_a_port_that_is_taken_is_one_line(tmp_path):
     characters().save(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(config.Mistake, match="cannot listen at 127.0.0.1"):
-            serve.main(serve.read_settings([str(tmp_path), f"--port={taken.getsockname()[1]}"]))
+            serve.main(serve.read_settings([str(tmp_path), "--page=False", f"--port={taken.getsockname()[1]}"]))
 
 
 def test_missing_packages_are_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(config.Mistake, match=r"the server needs gradio: pip install -e \"\.\[serve\]\""):
         serve.read_settings([])
+    assert not serve.read_settings(["--page=False"]).page
 
 
 @pytest.mark.slow
@@ -285,7 +286,7 @@ def psutil_of_this_process():
 @pytest.mark.slow
 def test_the_page_talks(tmp_path):
     """As it is started, and used through gradio's own client."""
-    gradio_client = pytest.importorskip("gradio_client", reason="needs the packages of [serve]")
+    gradio_client = pytest.importorskip("gradio_client", reason="needs the packages of [serve]")  # gradio brings it
     build(tiny("stories15m", vocab_size=VOCABULARY, context=256)).save_pretrained(tmp_path / "run")
     characters().save(tmp_path / "run")
     with subprocess.Popen([sys.executable, "serve.py", tmp_path / "run", "--port=0"], cwd=ROOT, text=True,
