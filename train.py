@@ -387,9 +387,12 @@ def micro_batches_per_process(cfg):
 
 
 def resume(task, cfg, out, optimizers, scaler):
-    """Restore optimizers and scaler from the newest checkpoint; returns the state of the loop."""
+    """Restore optimizers and scaler from the newest checkpoint; returns the state of the loop. Refuses a run that is
+    complete."""
     folder = runs.common_latest(out)
     state = runs.read_state(folder)
+    if state["step"] >= cfg.max_iters:
+        raise config.Mistake(f"{out} has done its {state['step']} steps: to go on, give a larger --max_iters")
     if RANK == 0:  # a crash may have come between the checkpoint and its links
         runs.link_checkpoint(folder, out)
         if state["improved"]:
@@ -704,11 +707,8 @@ class Text:
 
 def after_restart(cfg, shape, out):
     """(cfg, shape), made to resume if torchrun has started all processes again after one of the run in `out` had died:
-    one of its agents is there still. The first process decides for all. Refuses to resume a run that is complete."""
+    one of its agents is there still. The first process decides for all."""
     if cfg.init_from == "resume":
-        step = int(runs.common_latest(out).name.removeprefix("step_"))
-        if step >= cfg.max_iters and not cfg.epochs:
-            raise config.Mistake(f"{out} has done its {step} steps: to go on, give a larger --max_iters")
         return cfg, shape
     agents, goes_on = runs.torchrun_agents(), 0
     if RANK == 0 and agents and runs.latest(out) and (out / "run.json").is_file():

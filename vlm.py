@@ -52,6 +52,7 @@ import runs  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
+from feedback import preference  # noqa: E402
 from prepare import images, picture_files, tokenizer  # noqa: E402
 from prepare.images import (  # noqa: E402
     IMAGE, Examples, caption_prompt, with_image, with_pictures)
@@ -189,12 +190,8 @@ class Vlm(nn.Module):
         embeds = self.embed(idx, pictures)
         if reference is None:
             return self.llama(embeds=embeds, targets=targets, positions=positions)
-        return self.preference(self.log_probs(self.llama(embeds=embeds)[0], targets).view(2, -1) - reference)
-
-    def preference(self, gain):
-        """DPO's margins (n,) and loss from what chosen and rejected answers have gained over the reference, (2, n)."""
-        margin = self.beta * (gain[0] - gain[1])
-        return margin, -F.logsigmoid(margin).mean()
+        log_probs = self.log_probs(self.llama(embeds=embeds)[0], targets).view(2, -1)
+        return preference(log_probs, reference, self.beta)
 
     @staticmethod
     def log_probs(logits, targets):
@@ -573,7 +570,8 @@ class Stage:
         those drawn in samples.png."""
         if self.data.pairs:
             which = self.run.some(self.val, self.cfg.eval_tokens)
-            margin, loss = self.model.preference(self.run.log_probs(self.val, which) - self.references[1][:, which])
+            log_probs = self.run.log_probs(self.val, which)
+            margin, loss = preference(log_probs, self.references[1][:, which], self.model.beta)
             scores = {"val_loss": loss.item(), "margin": margin.mean().item(),
                       "accuracy": (margin > 0).float().mean().item()}
         else:

@@ -156,10 +156,10 @@ def questions(tales, asked, rng):
     return [one for one in found if times[one[0]] == 1]
 
 
-def conversation(asked, rng, held_out, most):
-    """One tale or two with at most so many questions: {"messages": [...], "wrong": [a wrong answer to each]}. No answer
-    comes twice: most questions ask for a name, and so would repeat what the model has just said."""
-    tales = tell(rng, rng.choice((1, 2)), held_out)
+def conversation(asked, rng, held_out, most, two_tales=0.2):
+    """{"messages": [...], "wrong": [a wrong answer to each]}: at most so many questions about one tale, or about two in
+    a share of the conversations. No answer comes twice: most ask for a name, which would repeat what was just said."""
+    tales = tell(rng, 1 + (rng.random() < two_tales), held_out)
     found = questions(tales, asked, rng)
     rng.shuffle(found)
     found = list({answer: (question, answer, wrong) for question, answer, wrong in found}.values())[:most]
@@ -197,6 +197,7 @@ class Settings:
     conversations: int = 20000  # [1, inf) to learn from, 4 million tokens: more than a laptop reads in five minutes
     val_conversations: int = 6000  # [1, inf) of held-out combinations, a question each: 95 % has an error of 0.3 points
     questions: int = 10  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
+    two_tales: float = 0.2  # [0, 1] share of the conversations about two tales at once, which are learned far later
     tokenizer: str | None = None  # file or folder, of the model that is to learn; None: data/tales, the quick start's
     seed: int = 1337  # [0, inf) the same seed gives the same files
     out: str | None = None  # folder to write; None: data/quiz
@@ -213,7 +214,7 @@ def write(out, cfg, asked):
     from tqdm import tqdm
     for split, count, most in ("train", cfg.conversations, cfg.questions), ("val", cfg.val_conversations, 1):
         rng = random.Random(f"{cfg.seed} {split}")
-        lines = [json.dumps(conversation(asked, rng, split == "val", most)) + "\n"
+        lines = [json.dumps(conversation(asked, rng, split == "val", most, cfg.two_tales)) + "\n"
                  for _ in tqdm(range(count), split, unit=" conversations")]
         shards.write_text(out / f"{split}.jsonl", "".join(lines))
 
