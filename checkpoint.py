@@ -6,6 +6,7 @@
 Parameters have Hugging Face's names already, so only config.json is translated: `config_to_hf`, `config_from_hf`.
 """
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common import RANK, WORLD, first_line, together
+from common import RANK, WORLD, atomic_write, first_line, together
 from model import Llama, LlamaConfig
 
 
@@ -128,7 +129,8 @@ def find_checkpoint(name):
     from huggingface_hub import errors, snapshot_download
     name = str(name)
     if name.count("/") != 1 or name.startswith("out/"):  # a name on the hub is owner/model
-        near = sorted(str(path.parent) for path in Path(name).parent.glob("*/config.json"))
+        runs = [str(path.parent) for path in Path("out").glob("*/config.json") if name.startswith("out/")]
+        near = difflib.get_close_matches(name, sorted(runs), n=3, cutoff=0)
         raise FileNotFoundError(f"no directory {name}" + (f"; there are {', '.join(near)}" if near else ""))
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
@@ -456,9 +458,8 @@ def save_tensors(tensors, directory):
     directory.mkdir(exist_ok=True)
     if not any(hasattr(t, "placements") for t in tensors.values()):
         from safetensors.torch import save_file
-        save_file({name: t.contiguous() for name, t in tensors.items()}, directory / "model.safetensors")
-        with open(directory / "model.safetensors", "rb") as f:
-            os.fsync(f.fileno())
+        with atomic_write(directory / "model.safetensors") as path:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, path)
         return
     import torch.distributed.checkpoint as dcp
     share = sum(t.numel() * t.itemsize for t in tensors.values()) // WORLD

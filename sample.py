@@ -45,7 +45,7 @@ class SampleConfig:
         if self.quantize != "none" and self.trace:
             raise ValueError("--trace counts whole weights: leave --quantize out")
         if self.chat and (self.start or self.trace):
-            raise ValueError("--chat asks for what you say: leave --start and --trace out")
+            raise ValueError(f"--chat asks for what you say: leave {'--start' if self.start else '--trace'} out")
         if self.system and not self.chat:
             raise ValueError("--system is for --chat")
 

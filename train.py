@@ -555,9 +555,10 @@ def build_model(cfg, shape, data, tok, out, place):
         return place.new(c, cfg.seed)
     llama, its_tok = start_from(cfg, shape, out, place)
     if its_tok.fingerprint != tok.fingerprint:
+        source = out if cfg.init_from == "resume" else cfg.init_from
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
-                             f"than the model ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
-                             f"--tokenizer={out if cfg.init_from == 'resume' else cfg.init_from}")
+                             f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
+                             f"--tokenizer={source}")
     need_fit(llama.config, cfg, shape, data.vocab_size)
     return llama
 

@@ -151,6 +151,7 @@ def read_back(folder, out, replicas):
         torch.save(tensors, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["moe", "tied"])
 def test_saved_by_any_number_resumed_by_any_other(words, tmp_path, name):  # noqa: F811
     """What is loaded has the bits that were saved, and later losses are one process's within 1e-6; the files are those
@@ -298,6 +299,7 @@ def placements():
     print(common.peak_memory(CPU) / 2**30)
 
 
+@pytest.mark.slow
 def test_real_sizes_are_placed_within_a_gibibyte():
     """The first process and the last have their share and little more; the models take no memory."""
     done = subprocess.run([sys.executable, "-c", "import test_distributed; test_distributed.placements()"], cwd=ROOT,

@@ -276,7 +276,7 @@ def test_no_space_for_a_run_directory(place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("steps, room, line", [
-    (4, 5000, "the checkpoint step_00000002 is intact"), (4, 11000, "the checkpoint step_00000002 is intact"),
+    (4, 5000, "the checkpoint step_00000002 is intact"), (4, 8300, "the checkpoint step_00000002 is intact"),
     (200, 20000, "whose checkpoints are as they were")], ids=["weights", "state", "log"])
 def test_a_disk_that_fills_up_leaves_the_checkpoint(place, tmp_path, monkeypatch, capsys, steps, room, line):
     """One line, and every file of the last checkpoint as it was; with room again the run goes on from there."""

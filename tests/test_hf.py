@@ -621,7 +621,7 @@ def test_names_of_the_hub(hub, tmp_path, monkeypatch):
     files = ["config.json", "model.safetensors"]  # no pickle, no folder
     assert found("ann/open") == files and not any("original" in path for path in Hub.seen)
     assert all(words in found("ann/gated") for words in ("no directory ann/gated", "is gated", "HF_TOKEN"))
-    for name in ("ann/private", "ann/none", "out/nothere"):
+    for name in ("ann/private", "ann/none", "org/nothere"):
         assert f"no directory {name}, and the hub has no public model of that name" in found(name)
     (tmp_path / "out/run").mkdir(parents=True)
     assert found("out/run") == []  # a directory comes first

@@ -411,6 +411,7 @@ def test_frozen_weights_are_bfloat16_where_products_are(words, run, tmp_path):
         assert (narrow - wide(idx)[0]).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(words, tmp_path):
     """One process, two with a copy each, two that share: the same losses within 1e-5; and each resumes to the bit."""
     jobs = []

@@ -253,7 +253,7 @@ def broken(saved, tmp_path, change, case=("llama", "gqa")):
     (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
      ["unexpected", "model.layers.0.self_attn.q_proj.bias"]),
     (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), ["model.norm.weight", "(31,)", "(32,)"]),
-    (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), ["model.norm.weight", "int8"]),
+    (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), ["model.norm.weight", "I8"]),
 ])
 def test_tensors_that_do_not_fit_are_named(saved, tmp_path, change, words):
     with pytest.raises(ValueError) as e:

@@ -9,7 +9,7 @@ from conftest import ROOT, need_transformers_5_24, real_data
 import config
 from prepare import tokenizer, tokenizer_files, tokenizer_spec
 
-SOURCE = (ROOT / "model.py").read_text(encoding="utf-8")[:60_000]
+SOURCE = "".join((ROOT / file).read_text(encoding="utf-8") for file in ("model.py", "train.py"))[:60_000]
 TEXTS = [
     "", " ", "a", "  two  spaces", " trail ", "\n\n \n", "\ttab\r\n", "x" + " " * 40 + "y", "naïve café e\u0301",
     "你好，世界 🙂", "it's IT'S 1234567 ３.14 ٣", "\u2581 low \u2581\u2581line", "<0x41><0xE2>",
