@@ -79,11 +79,13 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Part(BaseModel):
+    """A piece of a message."""
     type: Literal["text"]  # no pictures yet
     text: str
 
 
 class Message(BaseModel):
+    """A turn of a chat."""
     role: str
     content: str | list[Part]
 

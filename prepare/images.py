@@ -52,6 +52,7 @@ def images_of(record):
 
 
 def need(holds, reason):
+    """Raise ValueError with this reason unless it holds."""
     if not holds:
         raise ValueError(reason)
 

@@ -45,6 +45,7 @@ def record_of(raw, place):
 
 
 def digest(text):
+    """The same 64 letters for the same text, on any machine."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
