@@ -171,10 +171,15 @@ def write_figure(figure, path):
 
 
 class Log:
-    """log.jsonl and loss.png of a run."""
+    """log.jsonl and loss.png of a run, and TensorBoard's files where they are asked for."""
 
-    def __init__(self, out, entries):
+    def __init__(self, out, entries, tensorboard=False):
         self.out, self.entries, self.curves = out, entries, {"training": [], "validation": []}
+        self.board, self.make_board = None, None
+        if tensorboard:  # an extra; what is missing is said before the run
+            with config.mistakes(ImportError, prefix="--tensorboard: pip install tensorboard: "):
+                from torch.utils.tensorboard import SummaryWriter
+            self.make_board = SummaryWriter
         for entry in entries:
             self.add_to_curves(entry)
 
@@ -186,6 +191,9 @@ class Log:
     def start(self):
         """Write anew what earlier runs logged up to the step that is resumed."""
         shards.write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.entries))
+        if self.make_board:
+            after = self.entries[-1]["step"] + 1 if self.entries else 0
+            self.board = self.make_board(self.out / "tensorboard", purge_step=after)
 
     def write(self, entry):
         """Append an entry; of a number that is none, JSON's null."""
@@ -195,6 +203,11 @@ class Log:
             self.add_to_curves(entry)
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
+            if self.board:
+                for name, value in entry.items():
+                    if isinstance(value, (int, float)) and name != "step":
+                        self.board.add_scalar(name, value, entry["step"])
+                self.board.flush()
 
 
 def facts_of_run(cfg, model_config, agents):

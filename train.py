@@ -68,6 +68,7 @@ class TrainConfig:
     hellaswag: bool = False  # score HellaSwag at each evaluation; with eval_only that alone, and no dataset is needed
     hellaswag_items: int = 0  # [0, inf) only the first so many of its items; 0: all 10,042
     log_interval: int = 10  # [1, inf) steps between log lines
+    tensorboard: bool = False  # write TensorBoard's files too, into the run directory; wandb and others read them
     sample_tokens: int = 60  # [0, inf) length of the sample printed at each evaluation; 0: none
     keep: int = 2  # [1, inf) latest checkpoints kept, so that a bad one is not the only one
     seed: int = 1337  # [0, inf) nanoGPT's; draws the weights, the order of the data, dropout and router noise
@@ -143,7 +144,8 @@ from prepare.windows import rng_for, windows_of  # noqa: E402
 from shard import Place, can_compile, data_parallel  # noqa: E402
 
 CHATS, SHOWN = 2, 1000  # held-out conversations that are sampled at each evaluation; characters of a sample's end
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16
+PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+              "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12}  # bf16, dense
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------
@@ -270,12 +272,13 @@ def fit(task, cfg, out):
     optimizers = optim.make_optimizers(model, cfg, device, task.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=task.dtype == torch.float16)
     state = {"step": 0, "sequences": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
-    log = runs.Log(out, [])
+    log = runs.Log(out, [], cfg.tensorboard)
     if RANK == 0:
         runs.check_writable(cfg, out)
     if cfg.init_from == "resume":
         state = resume(task, cfg, out, optimizers, scaler)
-        log = runs.Log(out, [entry for entry in runs.read_log(out / "log.jsonl") if entry["step"] <= state["step"]])
+        entries = [entry for entry in runs.read_log(out / "log.jsonl") if entry["step"] <= state["step"]]
+        log = runs.Log(out, entries, cfg.tensorboard)
     compiles = can_compile(cfg, device)
     compiled_model = torch.compile(model) if compiles and not sharded else model  # blocks that are split are already
     ddp = WORLD > 1 and not sharded

@@ -432,3 +432,19 @@ def test_how_threads_wait_changes_no_result(words, tmp_path, monkeypatch):  # no
             train.main(settings(words, tmp_path / str(asleep), max_iters=5), DENSE)
         results.append(Llama.from_pretrained(tmp_path / str(asleep)).state_dict())
     assert same(*results)
+
+
+def test_tensorboard_has_what_the_log_has(words, tmp_path):  # noqa: F811
+    event = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    train.main(settings(words, tmp_path / "run", max_iters=4, eval_interval=2, log_interval=1, tensorboard=True), {})
+    found = event.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    for name in "train_loss", "val_loss":
+        logged = [(r["step"], r[name]) for r in runs.read_log(tmp_path / "run/log.jsonl") if name in r]
+        assert [(e.step, e.value) for e in found.Scalars(name)] == [(s, pytest.approx(v)) for s, v in logged]
+
+
+def test_without_tensorboard_it_is_one_line(words, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(config.Mistake, match="--tensorboard: pip install tensorboard"):
+        train.main(settings(words, tmp_path / "run", tensorboard=True), {})
+    assert not (tmp_path / "run").exists()
