@@ -442,7 +442,7 @@ def processor_files(vit):
     return {"preprocessor_config.json": {
                 "image_processor_type": "Llama4ImageProcessorFast", "processor_class": "Llama4Processor",
                 "size": {"height": vit.size, "width": vit.size}, "resample": 2, "rescale_factor": 1 / 255,
-                "image_mean": half, "image_std": half, "max_patches": vit.tiles, "resize_to_max_canvas": False,
+                "image_mean": half, "image_std": half, "max_patches": vit.config.tiles, "resize_to_max_canvas": False,
                 "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True},
             "processor_config.json": {
                 "processor_class": "Llama4Processor", "patch_size": vit.config.patch,

@@ -71,7 +71,7 @@ class VlmConfig(train.TrainConfig):
     """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
     stage: str = "align"  # what learns: "align" the projector; "instruct", "prefer" (DPO) the Llama too; "together" all
     encoder: str | None = None  # "vit_b_16" or another of vision.py; None: the checkpoint's, else vit_b_16
-    vit_weights: str | None = None  # file of torchvision's weights for the ViT; None: torchvision downloads its own
+    vit_weights: str | None = None  # file of torchvision's ViT weights; None: their download, in stage together none
     pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
     feature_gb: float = 16.0  # [0, 1e6] of disk for what a frozen encoder saw, so that it looks once; COCO needs 35
     beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
@@ -599,7 +599,7 @@ def read_references(path, pairs):
     """Log-probabilities of the training and the validation pairs, as `Stage.save` wrote them for the same pairs."""
     with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
         saved = torch.load(path, weights_only=True)
-    if not isinstance(saved, dict) or saved["pairs"] != pairs:
+    if not isinstance(saved, dict) or saved.get("pairs") != pairs:
         raise config.Mistake(f"{path} belongs to other pairs of answers: go on with the data and the block_size that "
                              "this run began with, or begin anew with another --out_dir")
     return saved["references"]

@@ -302,7 +302,7 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
         {"image": i, "captions": [f"{c} square"]},
         {"image": i, "conversations": [{"from": "human", "value": "<image>\ncolour?"}, {"from": "gpt", "value": c}]})]
     images.save({"train": records, "val": records}, folder, progress=False)
-    vision.VITS["llama4_test"] = vision.VitConfig(**TOWER)
+    vision.VITS["llama4_test"] = vision.VitConfig(**TOWER | dict(tiles=4))
     shape = {k: v for k, v in TEXT.items() if k != "context"} | dict(vocab_size=320, n_layer=2, nope_every=2)
     cfg = vlm.VlmConfig(stage="together", encoder="llama4_test", dataset=str(folder), out_dir=str(tmp_path / "run"),
                         batch_size=4, block_size=64, max_iters=120, warmup_iters=2, eval_interval=120, sample_tokens=8,
@@ -325,6 +325,7 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
         more = replace(cfg, stage="instruct", init_from=str(tmp_path / "run"), encoder=None, max_iters=2,
                        out_dir=str(tmp_path / "next"), learning_rate=1e-4)
         vlm.fit(more, {})
+        assert vision.read_tiles(tmp_path / "next") == 4  # though each picture of the data was one square
         vlm.fit(replace(more, init_from="resume", max_iters=4), {})
     finally:
         del vision.VITS["llama4_test"]
