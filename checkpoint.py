@@ -129,8 +129,9 @@ def find_checkpoint(name):
     from huggingface_hub import errors, snapshot_download
     name = str(name)
     if name.count("/") != 1 or name.startswith("out/"):  # a name on the hub is owner/model
-        runs = [str(path.parent) for path in Path("out").glob("*/config.json") if name.startswith("out/")]
-        near = difflib.get_close_matches(name, sorted(runs), n=3, cutoff=0)
+        found = [*Path("out").glob("*/config.json"), *Path("out").glob("*/adapter_config.json")]
+        runs = sorted(str(path.parent) for path in found if name.startswith("out/"))
+        near = difflib.get_close_matches(name, runs, n=3, cutoff=0)
         raise FileNotFoundError(f"no directory {name}" + (f"; there are {', '.join(near)}" if near else ""))
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],

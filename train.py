@@ -112,6 +112,8 @@ def with_run(given, shape, directory, keys=KEYS):
 def read_settings():
     """(TrainConfig, shape of the model) that the command line asks for."""
     given, shape = config.load(KEYS, also=SHAPE_KEYS)
+    if given.get("epochs") and any(word.startswith("--max_iters") for word in sys.argv):
+        raise config.Mistake(f"epochs={given['epochs']:g} says how long to train: with --max_iters give --epochs=0")
     source = given.get("init_from", "scratch")
     if source == "resume":
         directory = run_directory(given.get("out_dir"), given.get("dataset", TrainConfig.dataset))
@@ -561,7 +563,7 @@ def build_model(cfg, shape, data, tok, out, place):
         source = out if cfg.init_from == "resume" else cfg.init_from
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
                              f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
-                             f"--tokenizer={source}")
+                             f"{'--init_from' if data.marks else '--tokenizer'}={source}")
     need_fit(llama.config, cfg, shape, data.vocab_size)
     return llama
 
@@ -626,6 +628,8 @@ class Text:
                    f"{self.windows.packing_efficiency:.1%} full; {self.val.documents:,} held out; only answers count")
         print0(f"step       {targets:,} tokens = {cfg.batch_size} sequences x {targets / sequences_per_step(cfg):.0f} "
                f"tokens x {count} passes x {WORLD} process{'es' * (WORLD > 1)}")
+        if cfg.warmup_iters >= cfg.max_iters > 1:
+            print0(f"warmup     takes all {cfg.max_iters} steps: give a smaller --warmup_iters, or smaller steps")
         epochs = cfg.max_iters * sequences_per_step(cfg) / self.windows.per_epoch
         print0(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), "
                f"{cfg.optimizer}, lr {cfg.learning_rate:g} after {cfg.warmup_iters} of warmup, {cfg.schedule} to "

@@ -199,9 +199,11 @@ def held_out(lessons, fraction):
     """(split, ids, which of them are learned) of the lessons; the first thousand settle where the split lies."""
     head = list(itertools.islice(lessons, text.HEAD))
     hashes = {lesson[0] for lesson in head}
-    if fraction and len(hashes) < 2:
-        raise config.Mistake(f"the input has {len(hashes)} conversations to learn from, too few to train on some and "
-                             "validate on others: --val takes files to validate on")
+    if fraction and len(hashes) == 1:
+        raise config.Mistake("the input has 1 conversation to learn from, too few to train on some and validate on "
+                             "others: --val takes files to validate on")
+    if not hashes:
+        return
     threshold = min(max(int(fraction * 2**64), min(hashes) + 1), max(hashes)) if fraction else 0
     for hash, ids, learned in itertools.chain(head, lessons):
         yield "val" if hash < threshold else "train", ids, learned
@@ -263,7 +265,8 @@ def open_model(cfg):
         files = checkpoint._weight_files(base)
     tok = with_template(tok, cfg.template) if cfg.template else tok
     if not tok.chat_template:
-        raise config.Mistake(f"{cfg.init_from} has no chat template: --template takes one, a jinja file")
+        raise config.Mistake(f"{cfg.init_from} has no chat template: --template takes one, a jinja file or "
+                             "the folder of a model that has one")
     if never := unlearned(files, tok, cfg.date):
         print(f"{cfg.init_from} seems never to have learned {', '.join(never)}, which its chat template writes: train "
               "all weights (LoRA leaves the embedding as it is), or start from a model that chats", flush=True)

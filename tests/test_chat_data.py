@@ -2,6 +2,7 @@
 import datetime
 import json
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_train import DENSE, log_of, same, settings, states
 
 import config
 import train
+from conftest import ROOT
 from model import PRESETS, Llama
 from prepare import chat, shards, tokenizer
 from prepare.windows import Conversations, best_fit
@@ -438,3 +440,12 @@ def test_training_on_conversations(chats, tmp_path, capsys):
     train.main(settings(data, tmp_path / "x", block_size=96, eval_only=True, init_from=str(tmp_path / "whole")), {})
     said = capsys.readouterr().out
     assert f"over {windows.targets():,} tokens" in said and f"val loss {losses[-1]:.4f}" in said
+
+
+def test_how_long_is_said_once(tmp_path, monkeypatch):
+    """A number of steps beside the epochs of a config file is one line, not a flag that nothing heeds."""
+    monkeypatch.setattr(sys, "argv", ["train.py", str(ROOT / "config/finetune.py"), "--max_iters=4"])
+    with pytest.raises(config.Mistake, match="epochs=2 says how long to train: with --max_iters give --epochs=0"):
+        train.read_settings()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--epochs=0"])
+    assert train.read_settings()[0].max_iters == 4

@@ -222,7 +222,7 @@ def contents(folder):
 @pytest.mark.parametrize("kind, codes, line", [
     ("full", [2, 2], "cannot save to {out}: .*; the checkpoint step_00000002 is intact"),
     ("dies", [2, 9], "another process has ended"),
-    ("hangs", [2, None], "has not answered for 0:00:10")])
+    pytest.param("hangs", [2, None], "has not answered for 0:00:10", marks=pytest.mark.slow)])
 def test_a_fault_of_one_process_ends_all_with_a_line(words, tmp_path, kind, codes, line):  # noqa: F811
     """A disk that is full, a process that dies, one that does not answer: the checkpoint before stays whole."""
     out = tmp_path / "run"

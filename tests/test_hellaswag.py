@@ -84,6 +84,7 @@ def test_in_training_it_lands_in_the_log(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("over 5 items") == 2
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_model_score_together(project, tmp_path):
     """Two processes with a copy of the model each, and two with half of its parameters each, in training."""
     prepared(tmp_path / "data/hellaswag", 4)

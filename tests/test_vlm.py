@@ -538,6 +538,7 @@ def test_preferences(start, squares, tmp_path):
     assert again["val_loss"] == last["val_loss"]
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(squares, tmp_path):
     """Rows without any picture included, which leave the projector without a gradient of its own."""
     keys = dict(stage="together", encoder="vit_tiny", dataset=squares, batch_size=1, gradient_accumulation_steps=2,
