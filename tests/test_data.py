@@ -593,6 +593,7 @@ sys.path.insert(0, sys.argv.pop(1))
 import config
 from prepare import shards, text
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     text.BATCH, text.COMMIT_SECONDS = 2000, 0
     shards.Writer.__init__.__defaults__ = 4999, None, False
     last, name, log = int(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1)
