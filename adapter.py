@@ -212,14 +212,9 @@ def portable(source):
 
 def read_tensors(llama, path, settings):
     """Read A and B of every module. Raises ValueError for tensors that are missing, mis-shaped or have no place."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     if not path.is_file():
         raise FileNotFoundError(f"no {path} (pickled weights are not read: they can run code)")
-    try:
-        tensors = {name.replace("model.language_model.", "model."): t for name, t in load_file(path).items()}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
+    tensors = {name.replace("model.language_model.", "model."): t for name, t in checkpoint.read_tensors(path).items()}
     version = re.match(r"(\d+)\.(\d+)", str(settings.get("peft_version")))  # before 0.18 there was none
     version = tuple(map(int, version.groups())) if version else (0, 0)
     wanted = {place: [f"{place}.lora_{part}.weight" for part in "AB"] for place, _, _ in places(llama)}

@@ -348,12 +348,8 @@ def _weight_files(directory):
 
 def read_tensors(path, prefixes=("",)):
     """{name: tensor} of a safetensors file, of the names that begin with one of prefixes."""
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
 
 
 def vision_tensors(directory):

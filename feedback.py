@@ -29,7 +29,7 @@ import train  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
 from decode import decode_all  # noqa: E402
 from prepare.quiz import grade  # noqa: E402
-from prepare.windows import rng_for  # noqa: E402
+from prepare.windows import order, rng_for  # noqa: E402
 
 
 @dataclass
@@ -147,14 +147,13 @@ class Feedback:
 
     def batch(self, drawn):
         """This process's micro-batches of the step that begins after `drawn` questions."""
-        cfg, count = self.cfg, train.micro_batches_per_process(self.cfg)
-        numbers = np.arange(drawn, drawn + train.sequences_per_step(cfg)).reshape(WORLD, count, cfg.batch_size)[RANK]
-        return [self.micro_batch([self.question(int(n)) for n in row], int(row[0])) for row in numbers]
+        return [self.micro_batch([self.question(int(n)) for n in row], int(row[0]))
+                for row in train.numbers_of_step(self.cfg, drawn)]
 
     def question(self, number):
         """The question of this number over all epochs, each in an order of its own."""
         epoch, place = divmod(number, len(self.questions))
-        return self.questions[rng_for(self.cfg.seed, 2, epoch).permutation(len(self.questions))[place]]
+        return self.questions[order(self.cfg.seed, epoch, len(self.questions))[place]]
 
     def prompt(self, question):
         """The ids of all that stands before the answer."""

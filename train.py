@@ -391,6 +391,13 @@ def micro_batches_per_process(cfg):
     return cfg.gradient_accumulation_steps // WORLD
 
 
+def numbers_of_step(cfg, drawn):
+    """The numbers, over all epochs, of what this process draws for the step after `drawn` examples, a row for each of
+    its micro-batches: (n, batch_size)."""
+    numbers = np.arange(drawn, drawn + sequences_per_step(cfg))
+    return numbers.reshape(WORLD, micro_batches_per_process(cfg), cfg.batch_size)[RANK]
+
+
 def resume(task, cfg, out, optimizers, scaler):
     """Restore optimizers and scaler from the newest checkpoint; returns the state of the loop. Refuses a run that is
     complete."""

@@ -27,7 +27,6 @@ import textwrap
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import config
@@ -56,6 +55,7 @@ from feedback import preference  # noqa: E402
 from prepare import images, picture_files, tokenizer  # noqa: E402
 from prepare.images import (  # noqa: E402
     IMAGE, Examples, caption_prompt, with_image, with_pictures)
+from prepare.windows import order  # noqa: E402
 from scores import agree, caption_scores  # noqa: E402
 
 STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
@@ -427,12 +427,6 @@ def track(batches, what):
 
 # -- training ----------------------------------------------------------------------------------------------------
 
-@lru_cache(maxsize=2)
-def order(seed, epoch, length):
-    """The examples of an epoch in drawing order."""
-    return train.rng_for(seed, 2, epoch).permutation(length)
-
-
 def new_tokenizer(folder, vocab_size):
     """A SentencePiece BPE of so many tokens, trained on the texts of a data set."""
     texts = []
@@ -553,11 +547,9 @@ class Stage:
     def batch(self, drawn):
         """This process's micro-batches of the step that begins after `drawn` examples. Of preferences each pair counts,
         of all else each token that is learned."""
-        cfg, count = self.cfg, train.micro_batches_per_process(self.cfg)
-        numbers = np.arange(drawn, drawn + train.sequences_per_step(cfg)).reshape(WORLD, count, cfg.batch_size)[RANK]
-        micro_batches = []
-        for row in numbers:
-            which = [order(cfg.seed, int(n) // len(self.data), len(self.data))[n % len(self.data)] for n in row]
+        seed, length, micro_batches = self.cfg.seed, len(self.data), []
+        for row in train.numbers_of_step(self.cfg, drawn):
+            which = [order(seed, int(n) // length, length)[n % length] for n in row]
             args = self.run.batch(self.data, which)
             if self.data.pairs:
                 micro_batches.append((len(which), (*args, self.references[0][:, which])))

@@ -4,6 +4,7 @@ There is no loader state to save or to lose: resuming is exact, and the order do
 processes, each of which takes its own rows of a step's batch.
 """
 import bisect
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,6 +15,12 @@ from prepare.shards import LEARN, START
 def rng_for(seed, *counters):
     """A generator that depends on these integers alone."""
     return np.random.default_rng([seed, *counters])
+
+
+@lru_cache(maxsize=2)
+def order(seed, epoch, length):
+    """The numbers of the examples of an epoch, in drawing order."""
+    return rng_for(seed, 2, epoch).permutation(length)
 
 
 class Windows:
