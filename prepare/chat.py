@@ -151,11 +151,13 @@ class Lessons:
     def read(self, paths):
         """(hash of the conversation, ids, which of them are learned) of each that can be learned from."""
         from tqdm import tqdm
-        source = sources.Files(paths, (), None, self.bad)
+        source = sources.Files(paths, (), None)
         with tqdm(total=1, bar_format="{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]") as bar:
-            for _, place, record in itertools.islice(source.read(0, 0), self.cfg.limit):
+            for _, place, record in itertools.islice(source.read(), self.cfg.limit):
                 self.counts["records"] += 1
                 try:
+                    if isinstance(record, ValueError):
+                        raise record
                     messages, learn, tools = conversation_of(record)
                     lesson = self.lesson(messages, learn, tools)
                 except (ValueError, TypeError, AttributeError, config.Mistake) as e:
@@ -204,7 +206,7 @@ def held_out(lessons, fraction):
                              "others: --val takes files to validate on")
     if not hashes:
         return
-    threshold = min(max(int(fraction * 2**64), min(hashes) + 1), max(hashes)) if fraction else 0
+    threshold = text.threshold_of(hashes, fraction) if fraction else 0
     for hash, ids, learned in itertools.chain(head, lessons):
         yield "val" if hash < threshold else "train", ids, learned
 
@@ -311,11 +313,10 @@ def main():
     if not all(meta["splits"][split]["documents"] for split in shards.SPLITS):
         print(f"{out} is ready, but for training there is nothing to validate on: see --val_fraction and --val")
         return
-    name = out.name if out.resolve().parent == config.ROOT / "data" else out
-    command = ["python", "train.py", "config/finetune.py", f"--init_from={cfg.init_from}", f"--dataset={name}"]
+    command = ["train.py", "config/finetune.py", f"--init_from={cfg.init_from}", f"--dataset={text.name_of(out)}"]
     block_size = min(max(BLOCK_SIZE, -(-(longest - 1) // 64) * 64), context)
     command += [f"--block_size={block_size}"] if block_size != BLOCK_SIZE else []
-    print(f"{out} is ready: {shlex.join(command)}")
+    print(f"{out} is ready: python {shlex.join(command)}")
 
 
 if __name__ == "__main__":

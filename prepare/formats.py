@@ -1,9 +1,7 @@
 """What a file holds: the records of txt, JSON and parquet, compressed or not, as a stream.
 
-What is read depends on the file alone, not on where a buffer ends, and an error names the line. txt and JSON are read
-here, not by `datasets`, because a text has to come back to the character: its "text" turns CR LF into LF and keeps the
-byte order mark; its "json" makes a date of a text that looks like one, refuses half a surrogate pair, holds a whole
-array in memory, and counts lines from the start of a block.
+What is read depends on the file alone, not on where a buffer ends, and an error names the line. A text comes back to
+the character, which it does not from the txt and JSON loaders of `datasets` (see LOG.md, 2026-11-27).
 """
 import bz2
 import codecs
@@ -26,24 +24,22 @@ MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # in this order: one begins with another
 PIECE = 1 << 20  # bytes read at a time
 LONGEST = 1 << 20  # characters of a .txt document; longer ones are cut: a file without separators must fit in memory
-NEWLINE = "\n"
 EDGE = 32  # characters at the end of a buffer that may look wrong for want of more: \uXXXX, -Infinity, 1.5e+300
 
 
 def open_zst(file):
-    """What is compressed in a file by Zstandard. pyarrow comes with `datasets`."""
+    """What Zstandard compressed in a file. pyarrow comes with `datasets`."""
     import pyarrow
     return pyarrow.CompressedInputStream(file, "zstd")
 
 
-COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+COMPRESSIONS = {"": lambda file: file, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
 
 
 def format_of(path):
-    """(one of FORMATS, one of COMPRESSIONS or "") by a file's name, in whatever case; None for what cannot be read."""
-    endings = ["", *(ending.lower() for ending in path.suffixes)]
-    compression = endings.pop() if endings[-1] in COMPRESSIONS else ""
-    format = endings[-1]
+    """(one of FORMATS, one of COMPRESSIONS) by a file's name, in whatever case; None for what cannot be read."""
+    endings = ["", "", *(ending.lower() for ending in path.suffixes)]
+    format, compression = endings[-2:] if endings[-1] in COMPRESSIONS else (endings[-1], "")
     return (format, compression) if format in FORMATS and not (compression and format == ".parquet") else None
 
 
@@ -58,27 +54,27 @@ def text_of_file(file, compression=""):
     """The text of a file opened in binary, piece by piece, none of them empty: UTF-8, or UTF-16 and UTF-32 that begin
     with their byte order mark. Raises ValueError with the place for anything else, and for a damaged archive."""
     line, size = 1, 0
-    try:
-        stream = COMPRESSIONS[compression](file) if compression else file
-        data = stream.read(4)
-        if [byte == 0 for byte in data] in ([False, True] * 2, [True, False] * 2):
-            raise ValueError("this is UTF-16 without its byte order mark; save it as UTF-8")
-        encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
-        decoder, ended = codecs.getincrementaldecoder(encoding)(), False
-        while not ended:
-            ended = not data
+
+    def pieces(data):
+        nonlocal size
+        while data:
             size += len(data)
-            text = decoder.decode(data, final=ended)
-            line += text.count("\n")
-            if text:
-                yield text
+            yield data
             data = stream.read1(PIECE)  # unlike `read` it loses nothing that comes before a damage
+    try:
+        stream = COMPRESSIONS[compression](file)
+        head = stream.read(4)
+        if [byte == 0 for byte in head] in ([False, True] * 2, [True, False] * 2):
+            raise ValueError("this is UTF-16 without its byte order mark; save it as UTF-8")
+        encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
+        for text in codecs.iterdecode(pieces(head), encoding):
+            line += text.count("\n")
+            yield text
     except UnicodeDecodeError as e:
         text = e.object[:e.start].decode(e.encoding, "ignore")
         if text:
             yield text
-        line += text.count("\n")
-        at = size - len(e.object) + e.start + 1
+        line, at = line + text.count("\n"), size - len(e.object) + e.start + 1
         raise ValueError(f"line {line}, byte {at}: not {encoding.upper()} ({e.reason}); save it as UTF-8") from None
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         raise ValueError(f"damaged after line {line}: {e}") from None
@@ -125,68 +121,77 @@ def txt_documents(pieces, separator):
 
 # -- JSON and parquet --------------------------------------------------------------------------------------------
 
-def up_to_damage(pieces, damage):
-    """The pieces. A ValueError that ends them goes into the list `damage`, so that what comes before is used first."""
-    try:
-        yield from pieces
-    except ValueError as e:
-        damage.append(e)
+class Buffer:
+    """The part of a text that is being looked at: `text` from `at` on, which is in line `line`. A ValueError that ends
+    the pieces is kept as `damage`, so that what comes before it is used first."""
+
+    def __init__(self, pieces):
+        self.pieces, self.text, self.at, self.line, self.ended, self.damage = iter(pieces), "", 0, 1, False, None
+
+    def more(self):
+        """Read on, at least as much as is there: what is long is looked at seldom."""
+        new = []
+        try:
+            while sum(map(len, new)) <= len(self.text) - self.at:
+                new.append(next(self.pieces))
+        except StopIteration:
+            self.ended = True
+        except ValueError as e:
+            self.ended, self.damage = True, e
+        self.text, self.at = self.text[self.at:] + "".join(new), 0
+
+    def go_to(self, at):
+        self.line += self.text.count("\n", self.at, at)
+        self.at = at
 
 
-def json_values(pieces, bad=None):
+def json_values(pieces):
     """(place, value) of the elements of a JSON array, or of JSON values one after another, as in jsonl.
 
-    place: "line 7 (record 5)". Commas may be missing between values, and one may follow the last value.
-    bad: a function that gets what is wrong with a value outside of an array; reading then goes on at the next line.
+    place: "line 7 (record 5)". Commas may be missing between values, and one may follow the last. A value outside of an
+    array that is none comes as a ValueError, and reading goes on at the next line.
     """
-    decode, gap, damage = json.JSONDecoder().raw_decode, re.compile(r"\s*,?\s*"), []
-    pieces = up_to_damage(pieces, damage)
-    text, ended, record = next(pieces, ""), False, 1
-    while text.isspace() and (piece := next(pieces, "")):
-        text += piece
-    is_array = text.lstrip().startswith("[")
-    at = text.index("[") + 1 if is_array else 0  # what stands before it is done with
-    line = 1 + text.count(NEWLINE, 0, at)  # the line of `at`
+    decode, gap, record, buffer = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 1, Buffer(pieces)
+    while not buffer.text.strip() and not buffer.ended:
+        buffer.more()
+    is_array = buffer.text.lstrip().startswith("[")
+    if is_array:
+        buffer.go_to(buffer.text.index("[") + 1)
     while True:
-        start = gap.match(text, at).end()
-        place = f"line {line + text.count(NEWLINE, at, start)} (record {record})"
-        if is_array and text.startswith("]", start):
+        buffer.go_to(gap.match(buffer.text, buffer.at).end())
+        text, at, place, error = buffer.text, buffer.at, f"line {buffer.line} (record {record})", ""
+        if is_array and text.startswith("]", at):
+            if text[at + 1:].strip() or any(map(str.strip, buffer.pieces)):
+                raise ValueError(f"{place}: something follows after the list")
             break
-        error = ""
         try:
-            value, end = decode(text, start)
+            value, end = decode(text, at)
         except json.JSONDecodeError as e:
             error, end = e.msg, e.pos
         except (ValueError, RecursionError) as e:  # a number of thousands of digits, or lists in lists in lists
-            error, end = str(e), start
+            error, end = str(e).split(":")[0], at
         may_go_on = len(text) - end < EDGE or error.startswith("Unterminated string")
-        if may_go_on and not ended:
-            more = next(pieces, "")
-            while len(more) < len(text) - at and (piece := next(pieces, "")):  # double it: long values are read seldom
-                more += piece
-            text, at, ended = text[at:] + more, 0, not more
+        if may_go_on and not buffer.ended:
+            buffer.more()
             continue
-        if start == len(text) or error and may_go_on and damage:
+        if at == len(text) and is_array and not buffer.damage:
+            raise ValueError(f"{place}: the file ends before its list does")
+        if at == len(text) or error and may_go_on and buffer.damage:
             break
         if error:
-            what = f"{error.removesuffix(' at')} at {text[end:end + 20]!r}"
-            if bad is None or is_array:
-                raise ValueError(f"line {line + text.count(NEWLINE, at, end)} (record {record}): {what}")
-            bad(f"{place}: {what}")
-            while (end := text.find(NEWLINE, start)) < 0 and (piece := next(pieces, "")):
-                text += piece
-            end = end if end >= 0 else len(text)
-        else:
-            yield place, value
-        line += text.count(NEWLINE, at, end)
-        at, record = end, record + 1
-    follows = is_array and (text[start + 1:].strip() or any(map(str.strip, pieces)))
-    if damage:
-        raise damage[0]
-    if is_array and start == len(text):
-        raise ValueError(f"{place}: the file ends before its list does")
-    if follows:
-        raise ValueError(f"{place}: something follows after the list")
+            error = f"{error.removesuffix(' at')} at {text[end:end + 20]!r}"
+            if is_array:
+                buffer.go_to(end)
+                raise ValueError(f"line {buffer.line} (record {record}): {error}")
+            while (end := buffer.text.find("\n", buffer.at)) < 0 and not buffer.ended:
+                buffer.more()
+            end = end if end >= 0 else len(buffer.text)
+            value = ValueError(error)
+        buffer.go_to(end)
+        yield place, value
+        record += 1
+    if buffer.damage:
+        raise buffer.damage
 
 
 def present(value):
@@ -212,11 +217,11 @@ def parquet_rows(file, field):
 
 # -- records and their texts -------------------------------------------------------------------------------------
 
-def records(file, separators=(), field=None, bad=None):
-    """(place, record) of what a file opened in binary holds: a text (txt), a value (json), {column: value} (parquet).
+def records(file, separators=(), field=None):
+    """(place, record) of what a file opened in binary holds: a text (txt), a value or a ValueError that says why a line
+    is none (JSON), {column: value} (parquet).
 
     field: the one column of parquet to read, None for all. The file's position shows how much of it has been read.
-    bad: see `json_values`.
     Raises ValueError, OSError or NotImplementedError where the file is not what its name says: see `opened`.
     """
     format, compression = format_of(Path(file.name))
@@ -228,21 +233,23 @@ def records(file, separators=(), field=None, bad=None):
         for n, text in enumerate(txt_documents(text_of_file(file, compression), separator), 1):
             yield f"document {n}", text
     else:
-        yield from json_values(text_of_file(file, compression), bad)
+        yield from json_values(text_of_file(file, compression))
 
 
 def text_of(record, field, place, before=0):
     """The text of a record: the record itself or its field; lone surrogates, which UTF-8 lacks, become U+FFFD.
 
     before: the number of records before it that have a text."""
+    if isinstance(record, ValueError):
+        raise config.Mistake(f"{place}: {record}")
     if isinstance(record, dict):
-        if field not in record and before:
-            others = "the one before it has" if before == 1 else f"the {before:,} before it have"
-            raise config.Mistake(f"{place}: this record has no field '{field}', though {others}; it has "
-                                 f"{', '.join(record)[:200] or 'none at all'}")
         if field not in record:
-            raise config.Mistake(f"{place}: a record has no field '{field}'; it has {', '.join(record)[:200]}: name "
-                                 "the right one with --field; records should stand in a list, or one a line")
+            others = "the one before it has" if before == 1 else f"the {before:,} before it have"
+            has = ", ".join(record)[:200] or "none at all"
+            raise config.Mistake(
+                f"{place}: this record has no field '{field}', though {others}; it has {has}" if before > 0 else
+                f"{place}: a record has no field '{field}'; it has {has}: name the right one with --field; records "
+                "should stand in a list, or one a line")
         record = record[field]
     if not isinstance(record, str | None):
         raise config.Mistake(f"{place}: a text is a string, not {str(record)[:40]} ({type(record).__name__}); if "

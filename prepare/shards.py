@@ -7,9 +7,9 @@ damage shows.
     data/<name>/.unfinished/                      only while unfinished: all of this, and progress.json, which says how
                                                   much is safely on disk and where to go on
 
-An earlier data set stays as it is until the new one is complete and moves into its place. A split is one long sequence
-of ids, cut into shards of equal length wherever the cut falls. So the files depend on the documents alone: not on
-batches, processes or interruptions.
+An earlier data set stays as it is until the new one is complete. A split is one long sequence of ids, cut into shards
+of equal length wherever the cut falls. So the files depend on the documents alone: not on batches, processes or
+interruptions.
 """
 import bisect
 import contextlib
@@ -41,11 +41,6 @@ META_OF_SPLIT = {"tokens": int, "documents": int, "bytes": int,
                  "shards": [{"file": str, "tokens": int, "sha256": str}]}
 
 
-def dtype_of(vocab_size):
-    """The name of the smallest type of DTYPES that holds the ids."""
-    return "uint16" if vocab_size <= 65535 else "uint32"
-
-
 def dtype_in(split, name):
     """The type of a split's shards: that of this name in DTYPES, or bytes for marks."""
     return np.dtype("u1") if split.endswith("_marks") else DTYPES.get(name)
@@ -74,12 +69,10 @@ def own_folder(out, pattern, inputs=()):
         inside = [str(i) for i in inputs if real in (Path(i).resolve(), *Path(i).resolve().parents)]
     others = [name for name in names if not name.startswith(".") and not re.fullmatch(pattern, name)]
     run = sorted(RUN_FILES & set(names))
-    if run:
-        raise config.Mistake(f"--out {out} holds a model or a run ({run[0]}): choose another folder")
-    if inside:
-        raise config.Mistake(f"--out {out} holds the input {inside[0]}: choose another folder")
-    if others:
-        raise config.Mistake(f"--out {out} holds other files than this data set's ({others[0]}): choose another folder")
+    for what, found in ("a model or a run", run), ("the input", inside), ("other files than this data set's", others):
+        if found:
+            end = found[0] if found is inside else f"({found[0]})"
+            raise config.Mistake(f"--out {out} holds {what} {end}: choose another folder")
     return out
 
 
@@ -107,54 +100,46 @@ def unfinished(directory, recipe):
 
 
 class _SplitWriter:
-    """One split while it is written: appends ids to its last shard.
+    """One split while it is written.
 
-    counts: {"tokens", "documents", "bytes"} of what is safely on disk. Files that hold more are cut back to it. Raises
-    OSError where they hold less.
+    counts: {"tokens", "documents", "bytes"} of what is there. Files that hold more are cut back to it. Raises OSError
+    where they hold less.
     """
 
     def __init__(self, directory, split, dtype, shard_tokens, counts):
         self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
-        self.counts, self.file = dict(counts), None  # file: the last shard, until it is full
+        self.counts, self.unsafe = dict(counts), set()  # unsafe: the files that a crash might still undo
         for path, tokens in self.shards():
-            size = tokens * dtype.itemsize
-            if path.stat().st_size < size:
+            if path.stat().st_size < tokens * dtype.itemsize:
                 raise OSError(f"{path} has lost its end")
-            os.truncate(path, size)
-            if tokens < shard_tokens:
-                self.file = open(path, "ab")
+            os.truncate(path, tokens * dtype.itemsize)
+
+    def path(self, number):
+        return self.directory / f"{self.split}_{number:03d}.bin"
 
     def shards(self):
         """(path, tokens) of each shard."""
         full, rest = divmod(self.counts["tokens"], self.shard_tokens)
-        lengths = [self.shard_tokens] * full + [rest] * (rest > 0)
-        return [(self.directory / f"{self.split}_{i:03d}.bin", tokens) for i, tokens in enumerate(lengths)]
+        return [(self.path(i), n) for i, n in enumerate([self.shard_tokens] * full + [rest] * (rest > 0))]
 
     def add(self, ids):
         while len(ids):
-            full, rest = divmod(self.counts["tokens"], self.shard_tokens)
-            if self.file is None:
-                self.file = open(self.directory / f"{self.split}_{full:03d}.bin", "wb")
+            number, rest = divmod(self.counts["tokens"], self.shard_tokens)
             now, ids = np.split(ids, [self.shard_tokens - rest])
-            self.file.write(now.data)
+            with open(self.path(number), "ab" if rest else "wb") as file:
+                file.write(now.data)
+            self.unsafe.add(self.path(number))
             self.counts["tokens"] += len(now)
-            if rest + len(now) == self.shard_tokens:
-                self.close_shard()
 
     def flush(self):
-        if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def close_shard(self):
-        if self.file is not None:
-            self.flush()
-            self.file.close()
-            self.file = None
+        """Make what was added survive a crash."""
+        while self.unsafe:
+            with open(self.unsafe.pop(), "ab") as file:
+                os.fsync(file.fileno())
 
     def finish(self):
         """The split as it stands in meta.json."""
-        self.close_shard()
+        self.flush()
         shards = tqdm(self.shards(), f"hashing {self.split}", unit="shard", leave=False, delay=1)  # seconds
         return self.counts | {"shards": [{"file": path.name, "tokens": tokens, "sha256": _contents(path, self.dtype)[0]}
                                          for path, tokens in shards]}
@@ -172,8 +157,8 @@ class Writer:
     def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None, marked=False):
         self.directory, self.tok, self.recipe = Path(directory), tok, recipe
         self.splits = [*SPLITS, *(f"{split}_marks" for split in SPLITS if marked)]
-        self.work = self.directory / UNFINISHED
-        self.dtype, self.shard_tokens = dtype_of(tok.vocab_size), shard_tokens
+        self.work, self.shard_tokens = self.directory / UNFINISHED, shard_tokens
+        self.dtype = "uint16" if tok.vocab_size <= 65535 else "uint32"
         progress = unfinished(directory, recipe)
         try:
             self.tails, self.position = self._open(progress["splits"]), progress["position"]
@@ -182,7 +167,7 @@ class Writer:
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.work.mkdir(parents=True)
                 if not (self.directory / "meta.json").exists():  # what is left there is no data set
-                    self._clear(self.directory, DATA_FILES)
+                    self._clear()
                 tok.save(self.work)
             nothing = {"tokens": 0, "documents": 0, "bytes": 0}
             self.tails, self.position = self._open(dict.fromkeys(self.splits, nothing)), None
@@ -191,11 +176,10 @@ class Writer:
         return {s: _SplitWriter(self.work, s, dtype_in(s, self.dtype), self.shard_tokens, counts[s])
                 for s in self.splits}
 
-    def _clear(self, directory, pattern, keep=()):
-        """Remove the files whose names match, but for those to keep, and nothing else."""
-        for path in files_in(directory, pattern):
-            if path.name not in keep:
-                path.unlink()
+    def _clear(self):
+        """Remove the earlier data set, and nothing else."""
+        for path in files_in(self.directory, DATA_FILES):
+            path.unlink()
 
     def add(self, split, ids, n_bytes, documents=1, marks=None):
         """Append ids (a sequence of int, or an array) that encode n_bytes of UTF-8 text in so many documents.
@@ -219,16 +203,16 @@ class Writer:
         write_text(self.work / "progress.json", json.dumps(progress))
 
     def finish(self, floor_bpb=None, **extra):
-        """Close the last shards, write meta.json and return it. floor_bpb: {split: exact bits per byte}; extra: more
-        for meta.json."""
+        """Write meta.json and return it. floor_bpb: {split: exact bits per byte}; extra: more for meta.json."""
         splits = {s: t.finish() | ({"floor_bpb": floor_bpb[s]} if floor_bpb else {}) for s, t in self.tails.items()}
         meta = {"name": self.directory.resolve().name,
                 "tokenizer": {"kind": self.tok.kind, "file": "tokenizer.json", "fingerprint": self.tok.fingerprint},
                 "vocab_size": self.tok.vocab_size, "dtype": self.dtype, **extra, "splits": splits}
-        self._clear(self.work, SHARDS, {s["file"] for split in splits.values() for s in split["shards"]})
-        self._clear(self.directory, DATA_FILES)
+        shards = {shard["file"] for split in splits.values() for shard in split["shards"]}
+        self._clear()
         for path in files_in(self.work, f"{SHARDS}|{TOKENIZER_FILES}"):
-            os.replace(path, self.directory / path.name)
+            if path.name in shards or not re.fullmatch(SHARDS, path.name):  # not what came after the last commit
+                os.replace(path, self.directory / path.name)
         write_text(self.directory / "meta.json", json.dumps(meta, indent=1) + "\n")
         shutil.rmtree(self.work)
         return meta

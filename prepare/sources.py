@@ -1,6 +1,5 @@
 """Where documents come from: files, and data sets on the Hugging Face hub; read as streams that can go on anywhere."""
 import copy
-import functools
 import glob
 import itertools
 import os
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import config
 from prepare.formats import READABLE, format_of, opened, records, text_of
-
 
 OFFLINE = "give your own files with --input, or make data that needs no network with `python prepare/tales.py`"
 
@@ -81,18 +79,17 @@ def find_files(patterns, out=None):
 # -- sources of documents ----------------------------------------------------------------------------------------
 
 class Source:
-    """The documents of what a subclass reads, in order, but for empty ones. `read` gives (position, place, record); the
-    last number of that position counts the records of the same file or data set.
+    """The documents of what a subclass reads, in order, but for empty ones.
 
-    position: JSON that says how much has been read, to be set before going on; its last number counts the empty ones.
+    position: JSON that says how much has been read, to be set before going on: the arguments of `read`, whose last one
+    counts the records of the file or data set, and then the number of empty documents.
     """
 
     def __iter__(self):
         for position, place, record in self.read(*self.position[:-1]):
             text = text_of(record, self.field, place, before=position[-1] - 1)
-            is_empty = not text.strip()
-            self.position = [*position, self.skipped + is_empty]
-            if not is_empty:
+            self.position = [*position, self.skipped + (not text.strip())]
+            if text.strip():
                 yield text
 
     @property
@@ -101,16 +98,13 @@ class Source:
 
 
 class Files(Source):
-    """The documents of files. Its position begins with the number of the file and of the records read of it.
+    """The documents of files. Its position begins with the number of the file and of the records read of it."""
 
-    bad: a function that gets the place and what is wrong with a line of jsonl; reading then goes on behind it."""
-
-    def __init__(self, paths, separators, field, bad=None):
-        self.paths, self.separators, self.field, self.position = paths, separators, field, [0, 0, 0]
+    def __init__(self, paths, separators, field):
+        self.paths, self.separators, self.field, self.position, self.file = paths, separators, field, [0, 0, 0], None
         if len(paths) == 1:  # one book alone would have nothing to validate on
             self.separators += ("\n\n",)
         self.sizes = [path.stat().st_size for path in paths]
-        self.file, self.bad = None, bad
 
     def identity(self):
         """What tells these files from others, or from the same ones after a change."""
@@ -118,10 +112,9 @@ class Files(Source):
 
     def fraction(self):
         """How much has been read, from 0 to 1."""
-        before = sum(self.sizes[:self.position[0]])
-        if self.file:
-            before += self.sizes[self.position[0]] if self.file.closed else self.file.tell()
-        return min(before / max(sum(self.sizes), 1), 1)
+        here = self.position[0]
+        done = 0 if not self.file else self.sizes[here] if self.file.closed else self.file.tell()
+        return min((sum(self.sizes[:here]) + done) / max(sum(self.sizes), 1), 1)
 
     def parts(self):
         """Each file as a source of its own, in an order that has nothing to do with their names."""
@@ -130,12 +123,11 @@ class Files(Source):
             part.paths, part.sizes = [self.paths[i]], [self.sizes[i]]
             yield part
 
-    def read(self, first, done):
+    def read(self, first=0, done=0):
         """(position, place, record), from record `done` of file `first` on."""
         for i, path in list(enumerate(self.paths))[first:]:
             with opened(path) as self.file:
-                bad = self.bad and functools.partial(lambda path, what: self.bad(f"{path}: {what}"), path)
-                numbered = enumerate(records(self.file, self.separators, self.field, bad), 1)
+                numbered = enumerate(records(self.file, self.separators, self.field), 1)
                 for n, (place, record) in itertools.islice(numbered, done, None):
                     yield [i, n], f"{path}: {place}", record
             done = 0

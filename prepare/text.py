@@ -1,12 +1,11 @@
 """Prepare your own text: python prepare/text.py --input FILES_OR_FOLDER, then python train.py --dataset=text
 
 Reads txt, jsonl, json (each also .gz, .bz2, .xz, .zst) and parquet as a stream, so memory does not grow with the
-corpus; spreads the tokenizing over processes; goes on after an interruption where it stopped. Neither the processes
-nor the interruptions show in the result. Each document gets the tokenizer's BOS before it and EOS after it. Which
-side of the split a document falls on is decided by a hash of its text, so a text that comes twice is not on both.
-A .txt file is one document unless it contains the separator; a file alone is also cut at its blank lines. White space
-around the documents of a .txt file is dropped, and what is longer than a million characters is cut at a line break.
-The other scripts for text (tinystories, fineweb_edu, cosmopedia) are this one with other settings.
+corpus; spreads the tokenizing over processes; goes on after an interruption. Neither shows in the result. Each document
+gets the tokenizer's BOS before it and EOS after it. Which side of the split it falls on is decided by a hash of its
+text, so a text that comes twice is not on both. A .txt file is one document unless it contains the separator; a file
+alone is also cut at its blank lines. White space around the documents of a .txt file is dropped, and what is longer
+than a million characters is cut at a line break. tinystories, fineweb_edu and cosmopedia are this with other settings.
 """
 import hashlib
 import itertools
@@ -63,16 +62,21 @@ def hash_of(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+def threshold_of(hashes, fraction):
+    """The hash below which a document validates: this fraction of all hashes, moved if need be so that of the documents
+    with these hashes at least one validates and one trains."""
+    return min(max(int(fraction * 2**64), min(hashes) + 1), max(hashes))
+
+
 def hold_out(source, cfg):
-    """The hash below which a document validates: val_fraction of all hashes, moved if need be so that of the first
-    documents at least one validates and one trains."""
+    """The threshold for what a source reads, settled by its first documents; 0 where nothing is to be held out."""
     if not cfg.val_fraction:
         return 0
     hashes = {hash_of(text) for text in itertools.islice(source, min(HEAD, cfg.limit or HEAD))}
     if len(hashes) < 2:
         raise config.Mistake(f"the input has {len(hashes)} documents, too few to train on some and validate on others: "
                              "--separator='\\n\\n' cuts texts at their blank lines, --val_fraction=0 holds nothing out")
-    return min(max(int(cfg.val_fraction * 2**64), min(hashes) + 1), max(hashes))
+    return threshold_of(hashes, cfg.val_fraction)
 
 
 def new_tokenizer(source, cfg, threshold):
@@ -85,14 +89,12 @@ def new_tokenizer(source, cfg, threshold):
     parts = [source] if cfg.limit else list(source.parts())
     for part in parts:
         most = min(size + max(SAMPLE // len(parts), SHARE), SAMPLE)
-        for text in itertools.islice(part, cfg.limit):
-            if size >= most:
-                break
+        for text in itertools.islice(part if size < most else (), cfg.limit):
             if hash_of(text) >= threshold:
                 sample.append(text)
                 size += len(text)
-        if size >= SAMPLE:
-            break
+            if size >= most:
+                break
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {size:,} characters", flush=True)
     return tokenizer.train_sentencepiece(sample, cfg.vocab_size)
 
@@ -120,26 +122,24 @@ def start_worker(directory, threshold):
     worker.update(tok=tokenizer.load(directory), threshold=threshold)
 
 
-def ids_of(tok, texts):
-    """The ids of each text, between BOS and EOS. A `Mistake` names the text by its beginning."""
-    bos, eos = tok.bos_id is not None, tok.eos_id not in (None, tok.bos_id)  # one mark is enough if they are the same
-    try:
-        return tok.encode_batch(texts, bos=bos, eos=eos)
-    except config.Mistake:
-        for text in texts:
-            with config.mistakes(config.Mistake, prefix=f"the document that begins {text[:40]!r}: "):
-                tok.encode(text)
-        raise
-
-
 def encode(texts):
-    """{split: (ids, UTF-8 bytes, documents)} of the documents that belong there, in order."""
-    tok, sides = worker["tok"], {split: [] for split in shards.SPLITS}
+    """{split: (ids, UTF-8 bytes, documents)} of the documents that belong there, in order, each between BOS and EOS. A
+    `Mistake` names the document by its beginning."""
+    tok, sides, found = worker["tok"], {}, {}
     for text in texts:
-        sides["val" if hash_of(text) < worker["threshold"] else "train"].append(text)
-    dtype = shards.DTYPES[shards.dtype_of(tok.vocab_size)]
-    return {split: (np.fromiter(itertools.chain.from_iterable(ids_of(tok, some)), dtype),
-                    sum(len(text.encode()) for text in some), len(some)) for split, some in sides.items() if some}
+        sides.setdefault("val" if hash_of(text) < worker["threshold"] else "train", []).append(text)
+    eos = tok.eos_id != tok.bos_id  # one mark is enough if they are the same
+    for split, some in sides.items():
+        try:
+            ids = tok.encode_batch(some, bos=True, eos=eos)
+        except config.Mistake:
+            for text in some:
+                with config.mistakes(config.Mistake, prefix=f"the document that begins {text[:40]!r}: "):
+                    tok.encode(text)
+            raise
+        ids = np.fromiter(itertools.chain.from_iterable(ids), np.uint32)
+        found[split] = ids, sum(len(text.encode()) for text in some), len(some)
+    return found
 
 
 def encoded(some_batches, workers, tok, directory, threshold):
@@ -147,20 +147,17 @@ def encoded(some_batches, workers, tok, directory, threshold):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if workers == 1:
         worker.update(tok=tok, threshold=threshold)
-        for texts, *place in some_batches:
-            yield encode(texts), len(texts), *place
+        yield from ((encode(texts), len(texts), *place) for texts, *place in some_batches)
         return
-    spawn = multiprocessing.get_context("spawn")
+    spawn, waiting = multiprocessing.get_context("spawn"), deque()
     with ProcessPoolExecutor(workers, spawn, start_worker, (directory, threshold)) as pool:
-        waiting = deque()
         try:
             for texts, *place in some_batches:
-                waiting.append((pool.submit(encode, texts), len(texts), place))
+                waiting.append((pool.submit(encode, texts), len(texts), *place))
                 if len(waiting) > 2 * workers:
-                    done, n, place = waiting.popleft()
-                    yield done.result(), n, *place
-            for done, n, place in waiting:
-                yield done.result(), n, *place
+                    done, *place = waiting.popleft()
+                    yield done.result(), *place
+            yield from ((done.result(), *place) for done, *place in waiting)
         except BrokenProcessPool:
             raise config.Mistake("a worker process was ended from outside, perhaps for lack of memory: "
                                  "the same command goes on from here; fewer --workers need less") from None
@@ -221,21 +218,27 @@ def write(cfg, out, source):
     return writer.finish(skipped=reading.skipped)
 
 
-def odd_split(splits, val_fraction):
+def advice(splits, val_fraction):
     """A line about two splits of which one is too small to train or to validate on, or "".
 
     splits: {split: {"tokens", "documents"}} as in meta.json, neither of them empty."""
     train, val = splits["train"], splits["val"]
     if FEW_TOKENS <= val["tokens"] <= train["tokens"]:
         return ""
-    said = (f"validation has more tokens ({val['tokens']:,}) than training ({train['tokens']:,})"
-            if val["tokens"] > train["tokens"] else f"validation has only {val['tokens']:,} tokens")
-    documents = train["documents"] + val["documents"]
+    documents, larger = train["documents"] + val["documents"], "=0.1" if val_fraction < 0.1 else ""
+    said = f"only {val['tokens']:,} tokens"
+    better = f"{'' if larger else 'a larger '}--val_fraction{larger} holds out more"
+    if val["tokens"] > train["tokens"]:
+        said = f"more tokens ({val['tokens']:,}) than training ({train['tokens']:,})"
+        better = "a smaller --val_fraction holds out less"
     if documents < FEW_DOCUMENTS:
-        return f"{said}: there are {documents} documents; --separator='\\n\\n' cuts texts at their blank lines"
-    larger = "--val_fraction=0.1" if val_fraction < 0.1 else "a larger --val_fraction"
-    return said + (": a smaller --val_fraction holds out less" if val["tokens"] > train["tokens"] else
-                   f": {larger} holds out more")
+        better = f"there are {documents} documents; --separator='\\n\\n' cuts texts at their blank lines"
+    return f"validation has {said}: {better}"
+
+
+def name_of(out):
+    """What train.py calls a data set: its name under data/, or its path."""
+    return out.name if out.resolve().parent == config.ROOT / "data" else str(out)
 
 
 def prepare(cfg, name, hub=None):
@@ -254,11 +257,10 @@ def prepare(cfg, name, hub=None):
     print(f"{sum(s['documents'] for s in splits.values()):,} documents, {meta['skipped']:,} skipped (without text)")
     for split, counts in splits.items():
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
-    name = out.name if out.resolve().parent == config.ROOT / "data" else out
     if splits["val"]["tokens"] and splits["train"]["tokens"]:
-        print(f"{out} is ready: python train.py {shlex.quote(f'--dataset={name}')}")
-        if odd := odd_split(splits, cfg.val_fraction):
-            print(f"but {odd}")
+        print(f"{out} is ready: python train.py {shlex.quote(f'--dataset={name_of(out)}')}")
+        if said := advice(splits, cfg.val_fraction):
+            print(f"but {said}")
     else:
         print(f"{out} is ready, but for training there is nothing to validate on: see --val_fraction")
 

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import config
 from prepare import chat_template, tokenizer_files
-from prepare.tokenizer_settings import SIDE_FILES, content, named_tokens
+from prepare.tokenizer_files import SIDE_FILES, content, named_tokens
 from prepare.tokenizer_spec import (CHAR_TO_BYTE, CHARACTERS, around, bpe, byte_level, bytes_of_tokens, ends_of,
                                     kind_of, make_spec, split, valid)
 
 PROBE = "It's 12345.67  HELLO'S größer e\u0301 你好🙂\n\n\tx+=y; /* a */\r\n    end "  # shows how words are cut
 TIKTOKEN_LIMIT = 400_000  # characters in a text: on longer runs of spaces its regex overflows its stack
-STOP_NAMES = {*tokenizer_files.EOS_NAMES, "<|eot|>", "<|eot_id|>", "<|eom|>", "<|eom_id|>", "<|im_end|>", "<|end|>"}
+STOP_NAMES = {*tokenizer_files.USUAL_NAMES["eos_token"], "<|eot|>", "<|eot_id|>", "<|eom|>", "<|eom_id|>", "<|im_end|>",
+              "<|end|>"}
 LINE_LIMIT = 250_000  # characters, at most 1,000,000 bytes: SentencePiece drops longer lines without a word
 # What SentencePiece trains on: lines, cut at U+2585, which it keeps for itself, and in front of a space where too long.
 LINE = re.compile(rf"[^\n\u2585]{{1,{LINE_LIMIT}}}(?![^ \n\u2585])|[^\n\u2585]{{1,{LINE_LIMIT}}}")

@@ -7,76 +7,119 @@ and its cut of words, of which AutoTokenizer knows nothing; and a folder without
 usual names. A lone tokenizer.model means what Meta's code makes of it: BOS begins a text, and decoding gives back every
 character.
 
-Sources: transformers, tokenization_utils_tokenizers.py, convert_slow_tokenizer.py.
+Sources: transformers, tokenization_utils_tokenizers.py, tokenization_utils_base.py, convert_slow_tokenizer.py.
 """
 import base64
 import json
 import re
 
 import config
-from prepare.tokenizer_settings import (SIDE_FILES, add_tokens, content, declared_tokens, named_tokens, read_json,
-                                        read_settings)
 from prepare.tokenizer_spec import (BYTE_TO_CHAR, LLAMA3_WORDS, LLAMA4_WORDS, STRIP, added, around, bpe, byte_level,
-                                    make_spec, merges_of, metaspace, replace, split)
+                                    make_spec, merges_of, replace, split)
 
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # GPT-2's two files, under both names
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # what a rank file begins with
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in sentencepiece_model.proto
 
-BOS_NAMES = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # the first that exists, where no settings name one
-EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>")
+USUAL_NAMES = {  # the first that exists, where no settings name one
+    "bos_token": ("<|begin_of_text|>", "<s>", "<|endoftext|>"),
+    "eos_token": ("<|end_of_text|>", "</s>", "<|endoftext|>")}
 BUILD_ONLY = ("added_tokens_decoder", "add_bos_token", "add_eos_token", "legacy", "auto_map")  # tokenizer.json says it
 
 CLASS_NAMES = {  # the tokenizer classes that build a tokenizer of their own, and the tokens that they name unasked
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")}
-AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # those that build none
+CLASS_FORMS = {"LlamaTokenizer": ("json", "sentencepiece"), "GPT2Tokenizer": ("json", "gpt2")}  # what they read
+AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # classes that build none
 MODEL_CLASSES = {"gpt2": "GPT2Tokenizer"}  # the class that a model_type implies
 RUN_AS_IT_IS = ("mistral", "mixtral", "llava", "llava_next")  # model types for which AutoTokenizer heeds no class
 
 
-# -- the tokenizers that AutoTokenizer builds of a vocabulary ----------------------------------------------------
+# -- what lies beside the vocabulary in a folder -----------------------------------------------------------------
 
-def llama_spec(vocab, merges, settings):
-    """What the class LlamaTokenizer makes of a vocabulary, whatever else its tokenizer.json says."""
-    prefix = settings.get("add_prefix_space") is not False
-    scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
-    decoders = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP] * prefix
-    return make_spec(bpe(vocab, merges, fuse_unk=True, byte_fallback=True), {}, metaspace("▁", scheme),
-                     {"type": "Sequence", "decoders": decoders})
-
-
-def gpt2_spec(vocab, merges, settings):
-    """What the class GPT2Tokenizer makes of a vocabulary, whatever else its tokenizer.json says."""
-    return make_spec(bpe(vocab, merges), {}, byte_level(True, bool(settings.get("add_prefix_space"))), byte_level(True))
+def read_json(path):
+    """The object in a JSON file, {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    with config.mistakes(ValueError, prefix=f"{path.name}: "):
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
 
 
-def sentencepiece_spec(proto, pieces, legacy, space):
-    """What AutoTokenizer makes of a SentencePiece model where no class is named: its ids are SentencePiece's.
+def content(token):
+    """The text of a token, which side files give as a string or as an object."""
+    return token["content"] if isinstance(token, dict) else token
 
-    pieces: the text of each id. legacy: every part of a text between special tokens, not the first alone, gets a space
-    in front. space: what stands for a space in pieces.
-    """
-    prefix, fallback = proto.normalizer_spec.add_dummy_prefix, proto.trainer_spec.byte_fallback
-    whole = [re.escape(piece) for piece, p in zip(pieces, proto.pieces) if p.type == USER_DEFINED]
-    ranks = {piece: (-p.score, i) for i, (piece, p) in enumerate(zip(pieces, proto.pieces)) if p.type == NORMAL}
-    merges = merges_of(ranks, lambda left, right: (left, right))
-    model = bpe({piece: i for i, piece in enumerate(pieces)}, merges, unk_token=proto.trainer_spec.unk_piece,
-                fuse_unk=True, byte_fallback=fallback, ignore_merges=bool(whole))
-    normalizers, cuts, decoders = [], [], []
-    if space != " ":
-        normalizers.append(replace({"String": " "}, space))
-        decoders.append(replace({"String": space}, " "))
-    if prefix and legacy:
-        normalizers.append({"type": "Prepend", "prepend": space})
-    elif prefix:
-        cuts.append(metaspace(space, "first"))
-    if whole:
-        cuts.append(split("|".join(sorted(whole, key=len, reverse=True))))
-    decoders += [{"type": "ByteFallback"}] * fallback + [{"type": "Fuse"}] + [STRIP] * prefix
-    return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
-                     {"type": "Sequence", "decoders": decoders},
-                     {"type": "Sequence", "normalizers": normalizers} if normalizers else None)
+
+def read_settings(folder):
+    """A folder's tokenizer_config.json, with what special_tokens_map.json, generation_config.json (as "stop_ids") and
+    the files of chat templates add to it or put in its place."""
+    settings = read_json(folder / "tokenizer_config.json")
+    if "additional_special_tokens" in settings and not settings.get("extra_special_tokens"):
+        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
+    if "added_tokens_decoder" not in settings:  # the older way
+        older, extra = read_json(folder / "special_tokens_map.json"), settings.get("extra_special_tokens")
+        settings |= older
+        if isinstance(extra, list) and "extra_special_tokens" in older:
+            settings["extra_special_tokens"] = extra + [t for t in older["extra_special_tokens"] if t not in extra]
+    stops = read_json(folder / "generation_config.json").get("eos_token_id")
+    if stops is not None:
+        settings["stop_ids"] = stops if isinstance(stops, list) else [stops]
+        if not all(type(i) is int for i in settings["stop_ids"]):
+            raise ValueError(f"generation_config.json: eos_token_id {stops!r} is no id or list of ids")
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        settings["chat_template"] = [{"name": name, "template": path.read_text(encoding="utf-8")}
+                                     for name, path in files.items()]
+    return settings
+
+
+def declared_tokens(folder, settings, own):
+    """{id: token} that a folder declares. own: the added_tokens of its tokenizer.json."""
+    if "added_tokens_decoder" in settings:
+        return {int(i): token for i, token in settings["added_tokens_decoder"].items()}
+    special = {content(settings[key]) for key in NAMED if settings.get(key)}
+    special |= {content(token) for token in settings.get("extra_special_tokens") or []}
+    older = read_json(folder / "added_tokens.json").items()
+    return {int(i): added(text, int(i), text in special) for text, i in older} | {token["id"]: token for token in own}
+
+
+def named_tokens(settings):
+    """{key: token} of the tokens that settings name: bos_token, ..., then those that only this model has."""
+    keys = [*NAMED, *(key for key in settings if key.endswith("_token") and key not in NAMED)]
+    return {key: settings[key] for key in keys if isinstance(settings.get(key), (str, dict))}
+
+
+def add_tokens(spec, settings, declared, extra):
+    """spec with the tokens that it lacks, added in AutoTokenizer's order: declared, named, extra. The `tokenizers`
+    library gives each the next free id, or that of a piece of the same text."""
+    named = list(named_tokens(settings).values())
+    names = {content(token) for token in named}
+    wanted = {t["content"]: t | {"special": t.get("special", False) or t["content"] in names}
+              for _, t in sorted(declared.items())}
+    there = {t["content"]: t for t in spec["added_tokens"]}
+    known = there.keys() | wanted.keys()
+    for token in named + extra:
+        if (text := content(token)) not in known:
+            token = token if isinstance(token, dict) else {"content": text}
+            wanted[text] = token | {"special": token.get("special", True) or text in names}
+    if all(there.get(text) == there.get(text, {}) | token for text, token in wanted.items()):
+        return spec
+    import tokenizers
+    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    with config.mistakes(Exception):  # the library raises nothing more exact
+        library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        library.add_tokens([tokenizers.AddedToken(**{k: t[k] for k in flags if k in t}) for t in wanted.values()])
+    for i, token in declared.items():
+        if (given := library.token_to_id(token["content"])) != i:
+            raise ValueError(f"it declares {token['content']!r} as id {i}, but AutoTokenizer gives it {given}")
+    return json.loads(library.to_str())
 
 
 # -- SentencePiece: Llama 1 and 2, TinyLlama, Mistral, or trained here -------------------------------------------
@@ -102,6 +145,34 @@ def sentencepiece_names(proto):
     trainer = proto.trainer_spec
     return {f"{end}_token": getattr(trainer, f"{end}_piece") for end in ("bos", "eos", "unk")
             if getattr(trainer, f"{end}_id") >= 0}
+
+
+def sentencepiece_spec(proto, pieces, legacy, space):
+    """What AutoTokenizer makes of a SentencePiece model where no class is named: its ids are SentencePiece's.
+
+    pieces: the text of each id. legacy: every part of a text between special tokens, not the first alone, gets a space
+    in front. space: what stands for a space in pieces.
+    """
+    prefix, fallback = proto.normalizer_spec.add_dummy_prefix, proto.trainer_spec.byte_fallback
+    whole = [re.escape(piece) for piece, p in zip(pieces, proto.pieces) if p.type == USER_DEFINED]
+    ranks = {piece: (-p.score, i) for i, (piece, p) in enumerate(zip(pieces, proto.pieces)) if p.type == NORMAL}
+    model = bpe({piece: i for i, piece in enumerate(pieces)}, merges_of(ranks, lambda left, right: (left, right)),
+                unk_token=proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=fallback,
+                ignore_merges=bool(whole))
+    normalizers, cuts, decoders = [], [], []
+    if space != " ":
+        normalizers.append(replace({"String": " "}, space))
+        decoders.append(replace({"String": space}, " "))
+    if prefix and legacy:
+        normalizers.append({"type": "Prepend", "prepend": space})
+    elif prefix:
+        cuts.append({"type": "Metaspace", "replacement": space, "prepend_scheme": "first", "split": False})
+    if whole:
+        cuts.append(split("|".join(sorted(whole, key=len, reverse=True))))
+    decoders += [{"type": "ByteFallback"}] * fallback + [{"type": "Fuse"}] + [STRIP] * prefix
+    return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
+                     {"type": "Sequence", "decoders": decoders},
+                     {"type": "Sequence", "normalizers": normalizers} if normalizers else None)
 
 
 def lone_sentencepiece(data):
@@ -132,28 +203,27 @@ def folder_sentencepiece(proto, settings, declared):
 
 # -- Meta's rank files and GPT-2's two files ---------------------------------------------------------------------
 
-def llama3_special():
-    """Llama 3's 256 special tokens in the order of their ids (meta-llama/llama-models, models/llama3/tokenizer.py)."""
-    named = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-             "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
-             "python_tag", "image"]
-    return [f"<|{n}|>" for n in named + [f"reserved_special_token_{i}" for i in range(2, 246)]]
+LLAMA3_NAMED = """begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id
+    step_id start_header_id end_header_id eom_id eot_id python_tag image"""
+LLAMA4_NAMED = """begin_of_text end_of_text fim_prefix fim_middle fim_suffix header_start header_end eom eot step
+    text_post_train:0-5 python_start python_end finetune_right_pad text_post_train:8-68 image_start image_end vision:0-1
+    tile_x_separator tile_y_separator vision:2-5 image vision:6-6 patch vision:7-1047 reasoning:0-7
+    reasoning_thinking_start reasoning_thinking_end"""  # vision:0-1 stands for two reserved tokens
 
 
-def llama4_special():
-    """Llama 4's 2,048 special tokens in the order of their ids (llama-models, models/llama4/tokenizer.py)."""
-    def reserved(group, *span):
-        return [f"{group}_reserved_special_token_{i}" for i in range(*span)]
-    named = ["begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix",
-             "header_start", "header_end", "eom", "eot", "step", *reserved("text_post_train", 6),
-             "python_start", "python_end", "finetune_right_pad", *reserved("text_post_train", 8, 69),
-             "image_start", "image_end", *reserved("vision", 2), "tile_x_separator", "tile_y_separator",
-             *reserved("vision", 2, 6), "image", *reserved("vision", 6, 7), "patch", *reserved("vision", 7, 1048),
-             *reserved("reasoning", 8), "reasoning_thinking_start", "reasoning_thinking_end"]
-    return [f"<|{n}|>" for n in named + [f"reserved_special_token_{i}" for i in range(2048 - len(named))]]
+def special_names(named, first, total):
+    """So many special tokens in the order of their ids; those without a name are reserved, numbered from `first` on."""
+    names = []
+    for name in named.split():
+        group, _, span = name.partition(":")
+        low, _, high = span.partition("-")
+        names += [f"{group}_reserved_special_token_{i}" for i in range(int(low), int(high) + 1)] if span else [name]
+    return [f"<|{n}|>" for n in names + [f"reserved_special_token_{first + i}" for i in range(total - len(names))]]
 
 
-RANK_FILES = {128_000: (LLAMA3_WORDS, llama3_special), 200_000: (LLAMA4_WORDS, llama4_special)}
+RANK_FILES = {  # ranks: how words are cut, special tokens (meta-llama/llama-models, llama3 and llama4/tokenizer.py)
+    128_000: (LLAMA3_WORDS, special_names(LLAMA3_NAMED, 2, 256)),
+    200_000: (LLAMA4_WORDS, special_names(LLAMA4_NAMED, 0, 2048))}
 
 
 def read_ranks(data):
@@ -167,14 +237,14 @@ def read_ranks(data):
     if set(ranks.values()) != set(range(len(ranks))) or not ranks.keys() >= set(BYTE_TO_CHAR.values()):
         raise ValueError("ranks or bytes are missing")
     words, names = RANK_FILES[len(ranks)]
-    special = {name: len(ranks) + i for i, name in enumerate(names())}
+    special = {name: len(ranks) + i for i, name in enumerate(names)}
     cut = {"type": "Sequence", "pretokenizers": [split(words), byte_level(False)]}
     merges = merges_of(ranks, lambda left, right: (ranks[left], ranks[right]))
-    return make_spec(bpe(ranks, merges, ignore_merges=True), special, cut, byte_level(True), bos=BOS_NAMES[0])
+    return make_spec(bpe(ranks, merges, ignore_merges=True), special, cut, byte_level(True), bos="<|begin_of_text|>")
 
 
 def read_gpt2(path):
-    """(vocabulary, merges) of GPT-2's encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt."""
+    """The vocabulary and merges of GPT-2's encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt."""
     first, second = next(pair for pair in PAIRS if path.name.endswith(pair))
     start = path.name.removesuffix(first).removesuffix(second)
     vocab = json.loads(path.with_name(start + first).read_bytes())
@@ -202,14 +272,14 @@ def class_of(path, form, data, settings):
     name = name.removesuffix("Fast")
     if name == "LlamaTokenizer" and form == "json" and b'"ByteLevel"' in data:
         return None  # Llama 3's, under the name of Llama 2's
-    if form not in {"LlamaTokenizer": ("json", "sentencepiece"), "GPT2Tokenizer": ("json", "gpt2")}.get(name, ()):
+    if form not in CLASS_FORMS.get(name, ()):
         raise ValueError(f"its tokenizer_class {name} does not read {path.name}, or is no Llama's")
     return name
 
 
 def built_spec(family, form, source, settings):
-    """What the class `family` builds of a vocabulary. source: what `parse` gives."""
-    post_processor = None
+    """What the class `family` builds of a vocabulary, whatever else its tokenizer.json says. source: (vocab, merges) of
+    GPT-2's files, a SentencePiece message, or a tokenizer.json."""
     if form == "gpt2":
         vocab, merges = source
     elif form == "sentencepiece":
@@ -217,48 +287,43 @@ def built_spec(family, form, source, settings):
         ranks = {p.piece: i for i, p in enumerate(source.pieces) if p.type not in (UNKNOWN, CONTROL)}
         merges = merges_of(ranks, lambda left, right: len(left))
     else:
-        model, post_processor = source["model"], source["post_processor"]
-        vocab, merges = model["vocab"], model.get("merges")
+        vocab, merges = source["model"]["vocab"], source["model"].get("merges")
         if not isinstance(vocab, dict) or merges is None:
             raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
-    build = {"LlamaTokenizer": llama_spec, "GPT2Tokenizer": gpt2_spec}[family]
-    return build(vocab, merges, settings) | {"post_processor": post_processor}
-
-
-def usual_names(spec):
-    """BOS and EOS of a vocabulary beside which nothing names them: the special tokens of the usual names."""
-    special = {t["content"] for t in spec["added_tokens"] if t["special"]}
-    return {key: next((name for name in names if name in special), None)
-            for key, names in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES))}
-
-
-def parse(path, form, data):
-    """What a file says of a vocabulary: (vocab, merges), a SentencePiece message, or a tokenizer.json."""
-    if form == "gpt2":
-        return read_gpt2(path)
-    if form == "sentencepiece":
-        return parse_sentencepiece(data)
-    spec = read_ranks(data) if form == "ranks" else json.loads(data)
-    return spec | {"added_tokens": spec.get("added_tokens") or [], "post_processor": spec.get("post_processor")}
+    prefix = settings.get("add_prefix_space")
+    if family == "GPT2Tokenizer":
+        spec = make_spec(bpe(vocab, merges), {}, byte_level(True, bool(prefix)), byte_level(True))
+    else:
+        prefix = prefix is not False
+        scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
+        decoders = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP] * prefix
+        spec = make_spec(bpe(vocab, merges, fuse_unk=True, byte_fallback=True), {},
+                         {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
+                         {"type": "Sequence", "decoders": decoders})
+    return spec | {"post_processor": source.get("post_processor") if form == "json" else None}
 
 
 def read(path, in_folder):
     """(tokenizer.json, settings) of a vocabulary's file. in_folder: with all that lies beside it."""
-    data, settings, family, declared, unasked = path.read_bytes(), {}, None, {}, None
-    form = form_of(path, data)
+    data = path.read_bytes()
+    form, settings, declared, family, unasked = form_of(path, data), {}, {}, None, None
     if form == "sentencepiece" and not in_folder:
         return lone_sentencepiece(data)
     if in_folder:
         settings = read_settings(path.parent)
         family = class_of(path, form, data, settings)
-    source = parse(path, form, data)
-    if in_folder:
-        declared = declared_tokens(path.parent, settings, source["added_tokens"] if form == "json" else [])
     if form == "sentencepiece":
+        source, own = parse_sentencepiece(data), []
         unasked = [added(p.piece, i, p.type == CONTROL, normalized=False) for i, p in enumerate(source.pieces)
                    if p.type == CONTROL or p.type == USER_DEFINED and family]
-    if form == "gpt2":
-        family = "GPT2Tokenizer"
+    elif form == "gpt2":
+        source, family, own = read_gpt2(path), "GPT2Tokenizer", []
+    else:
+        source = read_ranks(data) if form == "ranks" else json.loads(data)
+        source["added_tokens"] = source.get("added_tokens") or []
+        own = source["added_tokens"] if form == "json" else []
+    if in_folder:
+        declared = declared_tokens(path.parent, settings, own)
     if family:
         spec, names = built_spec(family, form, source, settings), CLASS_NAMES[family]
     elif form == "sentencepiece":
@@ -266,7 +331,10 @@ def read(path, in_folder):
     else:
         spec, names = source, {}
     has_settings = in_folder and any(path.with_name(name).is_file() for name in SIDE_FILES)
-    settings = (names if has_settings else usual_names(spec) | names) | settings
+    if not has_settings:
+        special = {t["content"] for t in spec["added_tokens"] if t["special"]}
+        names = {key: next(filter(special.__contains__, usual), None) for key, usual in USUAL_NAMES.items()} | names
+    settings = names | settings
     if isinstance(settings.get("extra_special_tokens"), dict):
         settings |= settings.pop("extra_special_tokens")
     older = settings.pop("additional_special_tokens", None)

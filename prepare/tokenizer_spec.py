@@ -71,11 +71,6 @@ def byte_level(use_regex, add_prefix_space=False):
     return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": use_regex}
 
 
-def metaspace(space, scheme):
-    """The step of cutting that puts a space in front of a text ("first"), of each part of it ("always"), or "never"."""
-    return {"type": "Metaspace", "replacement": space, "prepend_scheme": scheme, "split": False}
-
-
 def replace(old, new):
     """The step, of normalizing and of decoding, that replaces {"String": text} or {"Regex": pattern}."""
     return {"type": "Replace", "pattern": old, "content": new}
@@ -104,17 +99,16 @@ def steps_of(node):
 
 def ends_of(spec):
     """The ids that a tokenizer.json puts before and after a text by default."""
-    before, after = [], []
+    ends, side = ([], []), 0
     for step in steps_of(spec.get("post_processor")):
         if step["type"] not in ("TemplateProcessing", "ByteLevel"):
             raise ValueError(f"its post-processor {step['type']} is none that a Llama has")
-        end = before
         for part in step.get("single", ()):
             if "Sequence" in part:  # the text
-                end = after
+                side = 1
             else:
-                end.extend(step["special_tokens"][part["SpecialToken"]["id"]]["ids"])
-    return before, after
+                ends[side].extend(step["special_tokens"][part["SpecialToken"]["id"]]["ids"])
+    return ends
 
 
 def kind_of(spec, vocab, added):

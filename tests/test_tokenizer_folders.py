@@ -276,7 +276,7 @@ CHAT_TOKENS = {"<|im_start|>": 32000, "<|im_end|>": 32001}
 
 
 def llama3_settings():
-    names = enumerate(tokenizer_files.llama3_special(), 128_000)
+    names = enumerate(tokenizer_files.RANK_FILES[128_000][1], 128_000)
     return {"added_tokens_decoder": {str(i): token(name) for i, name in names}, "bos_token": "<|begin_of_text|>",
             "eos_token": "<|eot_id|>", "add_bos_token": True}
 
