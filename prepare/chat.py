@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 import config  # noqa: E402
 from prepare import shards, sources, text, tokenizer  # noqa: E402
 
-ROLES = {"human": "user", "gpt": "assistant", "developer": "system", "function": "tool", "observation": "tool"}
 SPEAKERS = "system", "user", "assistant", "tool"
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system", "function": "tool", "observation": "tool"}
 EXAMPLES = 3  # conversations that are printed
 SHOWN = 1500  # characters of each
 BLOCK_SIZE = 1024  # that of config/finetune.py
@@ -56,10 +56,8 @@ def messages_in(record):
     """The messages of a record, in the words of its form. Raises ValueError for none of the forms."""
     def turn(role, said):
         return said if isinstance(said, list) else [{"role": role, "content": said}]
-    if "messages" in record:
-        messages = record["messages"]
-    elif "conversations" in record:
-        messages = record["conversations"]
+    if "messages" in record or "conversations" in record:
+        messages = record.get("messages", record.get("conversations"))
     elif {"prompt", "completion"} <= record.keys():
         prompt = [message | {"weight": 0} for message in turn("user", record["prompt"])]
         messages = prompt + turn("assistant", record["completion"])
@@ -94,59 +92,51 @@ def called(call):
 def message_of(message):
     """(a message for templates, whether it is to be learned). Raises ValueError that says what is wrong."""
     message = {key: value for key, value in message.items() if value is not None}
-    wanted = message.pop("weight", 1), message.pop("train", True)
+    weight, train = message.pop("weight", 1), message.pop("train", True)
     for theirs, ours in ("from", "role"), ("value", "content"):
         if theirs in message:
             message[ours] = message.pop(theirs)
-    role = ROLES.get(message.get("role"), message.get("role"))
+    role = message["role"] = ROLES.get(message.get("role"), message.get("role"))
     if role not in SPEAKERS:
         raise ValueError(f"its role is one of {', '.join(SPEAKERS)}, not {role!r}")
-    if wanted[0] not in (0, 1):
-        raise ValueError(f"its weight is 0 or 1, not {wanted[0]!r}")
-    message["role"] = role
+    if weight not in (0, 1):
+        raise ValueError(f"its weight is 0 or 1, not {weight!r}")
     if "content" in message:
         message["content"] = text_of(message["content"])
     if message.get("tool_calls"):
         message["tool_calls"] = [called(call) for call in message["tool_calls"]]
     elif not message.get("content", "").strip() and role in ("user", "assistant"):
         raise ValueError(f"the {role} says nothing")
-    return message, role == "assistant" and all(wanted)
+    return message, bool(role == "assistant" and weight and train)
 
 
 def conversation_of(record):
     """(messages, which of them are to be learned, tools or None) of a record. Raises ValueError."""
+    if isinstance(record, ValueError):  # a line that is no JSON
+        raise record
     if not isinstance(record, dict):
         raise ValueError(f"a record is an object, not {str(record)[:40]!r}")
     record = {key: value for key, value in record.items() if value is not None}
     if record.get("image") or record.get("images"):
         raise ValueError("it is about pictures, which are for vlm.py")
-    messages, learn = [], []
+    found = []
     for n, message in enumerate(messages_in(record), 1):
         try:
-            message, learned = message_of(message)
+            found.append(message_of(message))
         except (ValueError, TypeError, AttributeError) as e:
             raise ValueError(f"message {n}: {e}") from None
-        messages.append(message)
-        learn.append(learned)
     tools = record.get("tools")
-    return messages, learn, (json.loads(tools) if isinstance(tools, str) else tools) or None
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return [message for message, _ in found], [learned for _, learned in found], tools or None
 
 
 # -- lessons: ids, and which of them are learned -----------------------------------------------------------------
 
 class Lessons:
-    """What the conversations of a source become. Counts what is read, cut, dropped and bad in `counts`."""
+    """What the conversations of files become. Counts what is read, cut, dropped and bad in `counts`."""
 
     def __init__(self, tok, cfg, longest):
         self.tok, self.cfg, self.longest, self.counts = tok, cfg, longest, Counter()
-
-    def bad(self, what):
-        """Count a record that is wrong, or end here."""
-        if not self.cfg.skip_bad:
-            raise config.Mistake(f"{what}; --skip_bad leaves such records out")
-        self.counts["bad"] += 1
-        if self.counts["bad"] <= EXAMPLES:
-            print(f"skipped: {what}", flush=True)
 
     def read(self, paths):
         """(hash of the conversation, ids, which of them are learned) of each that can be learned from."""
@@ -156,12 +146,14 @@ class Lessons:
             for _, place, record in itertools.islice(source.read(), self.cfg.limit):
                 self.counts["records"] += 1
                 try:
-                    if isinstance(record, ValueError):
-                        raise record
                     messages, learn, tools = conversation_of(record)
                     lesson = self.lesson(messages, learn, tools)
                 except (ValueError, TypeError, AttributeError, config.Mistake) as e:
-                    self.bad(f"{place}: {e}")
+                    if not self.cfg.skip_bad:
+                        raise config.Mistake(f"{place}: {e}; --skip_bad leaves such records out") from None
+                    self.counts["bad"] += 1
+                    if self.counts["bad"] <= EXAMPLES:
+                        print(f"skipped: {place}: {e}", flush=True)
                     continue
                 if lesson:
                     yield text.hash_of(json.dumps([messages, tools], sort_keys=True)), *lesson
@@ -204,9 +196,7 @@ def held_out(lessons, fraction):
     if fraction and len(hashes) == 1:
         raise config.Mistake("the input has 1 conversation to learn from, too few to train on some and validate on "
                              "others: --val takes files to validate on")
-    if not hashes:
-        return
-    threshold = text.threshold_of(hashes, fraction) if fraction else 0
+    threshold = text.threshold_of(hashes, fraction) if fraction and hashes else 0
     for hash, ids, learned in itertools.chain(head, lessons):
         yield "val" if hash < threshold else "train", ids, learned
 
@@ -238,9 +228,7 @@ def with_template(tok, source):
 
 def unlearned(files, tok, date):
     """Names of the special tokens that a chat consists of and the model seems never to have learned: their row of the
-    embedding is shorter than a hundredth of the usual, or the same as another special token's.
-
-    files: the safetensors files of the model."""
+    embedding, in one of these safetensors files, is shorter than a hundredth of the usual, or that of another one."""
     from safetensors import safe_open
     chat = tok.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False, date=date)
     names = {i: name for name, i in tok.special.items()}

@@ -34,8 +34,7 @@ class Settings:
 
 def clean(words):
     """Without the marks that WikiHow's pages left: [title] ends a sentence, any other [...] goes."""
-    words = re.sub(r"\[.*?\]", "", words.strip().replace(" [title]", ". "))
-    return words.replace("  ", " ")
+    return re.sub(r"\[.*?\]", "", words.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def normalise(item):
@@ -50,8 +49,7 @@ def normalise(item):
             query = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
             endings = [clean(ending) for ending in item["endings"]]
         label = int(item["label"])
-        if not all(isinstance(s, str) for s in (query, *endings)) or not query.strip() or \
-                not 0 <= label < len(endings):
+        if not (all(isinstance(s, str) for s in (query, *endings)) and query.strip() and 0 <= label < len(endings)):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"this is no HellaSwag item with its label: {str(item)[:200]}") from None
@@ -64,11 +62,9 @@ def items(paths):
         for rows, _, _ in sources.hub_batches("Rowan/hellaswag", None, "validation", otherwise=OFFLINE):
             with config.mistakes(ValueError, prefix="Rowan/hellaswag: "):
                 yield from map(normalise, rows)
-    for path in paths:
-        with sources.opened(path) as file:
-            for place, item in sources.records(file):
-                with config.mistakes(ValueError, prefix=f"{path}: {place}: "):
-                    yield normalise(item)
+    for _, place, item in sources.Files(paths, (), None).read():
+        with config.mistakes(ValueError, prefix=f"{place}: "):
+            yield normalise(item)
 
 
 # -- what train.py scores -----------------------------------------------------------------------------------------
@@ -82,18 +78,15 @@ def load(limit=0):
         return [json.loads(line) for line in itertools.islice(f, limit or None)]
 
 
-@dataclass
 class Row:
     """An item as one row of tokens: its context once, then each ending but for its last token, which predicts nothing.
 
     ids, positions: (T,); positions jump back where another ending begins (see `Decoder.masks` in model.py).
     source, target: where each token of the endings is predicted, and that token. sizes: tokens of each ending.
     """
-    ids: list
-    positions: list
-    source: list
-    target: list
-    sizes: list
+
+    def __init__(self):
+        self.ids, self.positions, self.source, self.target, self.sizes = [], [], [], [], []
 
     def add(self, context, endings):
         """Append a context, and endings that share it."""
@@ -116,7 +109,7 @@ def rows(items, tok, longest):
         texts += [item["query"].rstrip(), *(f"{item['query']} {ending}" for ending in item["endings"])]
     encoded, made = iter(tok.encode_batch(texts, bos=tok.adds_bos)), []
     for item in items:
-        context, row = next(encoded), Row([], [], [], [], [])
+        context, row = next(encoded), Row()
         endings = [next(encoded)[len(context):] for _ in item["endings"]]
         most = max(map(len, endings))
         if most > longest:

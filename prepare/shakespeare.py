@@ -36,10 +36,7 @@ def read_file(path, cfg):
         return "".join(formats.text_of_file(file, compression))
 
 
-def read(cfg):
-    """The text of the files of cfg.input, one after another, or the download when there are none."""
-    if cfg.input:
-        return "".join(read_file(path, cfg) for path in sources.find_files(cfg.input))
+def download():
     try:
         with urllib.request.urlopen(URL, timeout=20) as answer:
             return answer.read().decode("utf-8")
@@ -51,7 +48,8 @@ def read(cfg):
 def main():
     cfg = config.load(Settings)
     out = shards.own_folder(cfg.out or config.ROOT / "data/shakespeare", shards.DATA_FILES, cfg.input)
-    whole = read(cfg)[:cfg.limit]
+    whole = "".join(read_file(path, cfg) for path in sources.find_files(cfg.input)) if cfg.input else download()
+    whole = whole[:cfg.limit]
     cut = int(len(whole) * (1 - cfg.val_fraction))
     if not 0 < cut < len(whole):
         raise config.Mistake(f"{len(whole)} characters cannot be split into training and validation "
@@ -64,7 +62,7 @@ def main():
         writer.add(split, tok.encode(part), len(part.encode()))
         print(f"{split}: {len(part):,} characters")
     writer.finish()
-    print(f"{writer.directory}: vocabulary {tok.vocab_size}")
+    print(f"{out}: vocabulary {tok.vocab_size}")
 
 
 if __name__ == "__main__":

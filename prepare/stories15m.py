@@ -30,7 +30,7 @@ class Settings:
 
 def download(url, flag, folder):
     """The path in folder of a downloaded file."""
-    path = folder / url.rpartition("/")[2]
+    path = Path(folder, url.rpartition("/")[2])
     print(f"downloading {url}")
     try:
         with urllib.request.urlopen(url, timeout=20) as answer:
@@ -48,48 +48,42 @@ def read(path):
     from model import LlamaConfig
     with config.mistakes(OSError, prefix="--input: "):
         data = bytearray(Path(path).read_bytes())
-    wrong = config.Mistake(f"{path} is no llama2.c checkpoint, or not all of one")
-    if len(data) < 28:
-        raise wrong
-    dim, ffn, n_layer, n_head, n_kv_head, vocab, context = torch.frombuffer(data[:28], dtype=torch.int32).tolist()
-    tied, vocab = vocab > 0, abs(vocab)
-    try:
-        cfg = LlamaConfig(vocab_size=vocab, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, dim=dim, ffn_dim=ffn,
-                          context=context, tie_embeddings=tied)
-    except (ValueError, ZeroDivisionError):
-        raise wrong from None
-    q, kv = n_head * cfg.head_dim, n_kv_head * cfg.head_dim
-    shapes = {  # in the order of the file; each holds all layers
-        "model.embed_tokens": (vocab, dim), "input_layernorm": (n_layer, dim), "self_attn.q_proj": (n_layer, q, dim),
-        "self_attn.k_proj": (n_layer, kv, dim), "self_attn.v_proj": (n_layer, kv, dim),
-        "self_attn.o_proj": (n_layer, dim, q), "post_attention_layernorm": (n_layer, dim),
-        "mlp.gate_proj": (n_layer, ffn, dim), "mlp.down_proj": (n_layer, dim, ffn), "mlp.up_proj": (n_layer, ffn, dim),
-        "model.norm": (dim,), "cos and sin": (2, context, cfg.head_dim // 2)}  # the last is recomputed
-    if not tied:
-        shapes["lm_head"] = (vocab, dim)
     state, at = {}, 28
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel()
-        if at + 4 * size > len(data):
-            raise wrong
-        tensor = torch.frombuffer(data, dtype=torch.float32, offset=at, count=size).view(shape)
-        at += 4 * size
-        if name.startswith(("model.", "lm_head")):
-            state[f"{name}.weight"] = tensor
-        elif name != "cos and sin":
-            for i, layer in enumerate(tensor):
+    try:
+        dim, ffn, n_layer, n_head, n_kv_head, vocab, context = torch.frombuffer(data[:at], dtype=torch.int32).tolist()
+        cfg = LlamaConfig(vocab_size=abs(vocab), n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, dim=dim,
+                          ffn_dim=ffn, context=context, tie_embeddings=vocab > 0)
+        q, kv = n_head * cfg.head_dim, n_kv_head * cfg.head_dim
+        shapes = {  # in the order of the file; each holds all layers
+            "model.embed_tokens": (abs(vocab), dim), "input_layernorm": (n_layer, dim),
+            "self_attn.q_proj": (n_layer, q, dim), "self_attn.k_proj": (n_layer, kv, dim),
+            "self_attn.v_proj": (n_layer, kv, dim), "self_attn.o_proj": (n_layer, dim, q),
+            "post_attention_layernorm": (n_layer, dim), "mlp.gate_proj": (n_layer, ffn, dim),
+            "mlp.down_proj": (n_layer, dim, ffn), "mlp.up_proj": (n_layer, ffn, dim), "model.norm": (dim,),
+            "cos and sin": (2, context, cfg.head_dim // 2), "lm_head": (abs(vocab), dim)}
+        for name, shape in shapes.items():
+            if name == "lm_head" and cfg.tie_embeddings:
+                break
+            size = torch.Size(shape).numel()
+            tensor = torch.frombuffer(data, dtype=torch.float32, offset=at, count=size).view(shape)
+            at += 4 * size
+            if name.startswith(("model.", "lm_head")):
+                state[f"{name}.weight"] = tensor
+            elif name != "cos and sin":  # which are recomputed
                 heads = {"self_attn.q_proj": n_head, "self_attn.k_proj": n_kv_head}.get(name)
-                state[f"model.layers.{i}.{name}.weight"] = weights.halves(layer, heads) if heads else layer
+                for i, layer in enumerate(tensor):
+                    state[f"model.layers.{i}.{name}.weight"] = weights.halves(layer, heads) if heads else layer
+    except (ValueError, ZeroDivisionError):
+        raise config.Mistake(f"{path} is no llama2.c checkpoint, or not all of one") from None
     return cfg, state
 
 
 def main():
     cfg = config.load(Settings)
-    out = cfg.out or config.ROOT / "out/stories15m"
-    weights.check_out(out)
+    out = weights.own_folder(cfg.out or config.ROOT / "out/stories15m")
     with tempfile.TemporaryDirectory() as folder:
-        path = cfg.input or download(WEIGHTS, "input", Path(folder))
-        tok = tokenizer.load(cfg.tokenizer or download(TOKENIZER, "tokenizer", Path(folder))).adding_bos()
+        path = cfg.input or download(WEIGHTS, "input", folder)
+        tok = tokenizer.load(cfg.tokenizer or download(TOKENIZER, "tokenizer", folder)).adding_bos()
         shape, state = read(path)
     shape.bos_id = tok.bos_id
     shape.eos_ids = tuple(sorted({tok.bos_id, *tok.stop_ids}))  # in training a story ended where the next one began

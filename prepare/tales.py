@@ -8,8 +8,7 @@ a grammar whose choices are all uniform, and no text has two derivations, so `-l
 `ln n` over the choices made. `meta.json` holds that sum for each split as `floor_bpb`. A model that has
 learned all there is to learn comes close to the floor; a loss below it proves a leak.
 
-    text, nats = story(random.Random(1))        # tell a story
-    nats(text)                                  # the same number, from the text alone
+    text, nats = GRAMMAR.story(random.Random(1))        # tell a story
 
 The grammar is prepare/tales.txt, which says how it is written.
 """
@@ -37,11 +36,6 @@ def finish(plain):
 
 class Slot(str):
     """The name that stood between braces."""
-
-
-def known(part, bound):
-    """The text of `part` where nothing is left to choose, else None."""
-    return bound.get(part) if isinstance(part, Slot) else part if isinstance(part, str) else None
 
 
 def parse_choice(text):
@@ -97,9 +91,10 @@ class Grammar:
 
     def draw(self, part, bound, rng):
         """Spell `part`, entering the slots it draws in `bound` -> (text, nats)."""
-        text = known(part, bound)
-        if text is not None:
-            return text, 0.0
+        if type(part) is str:
+            return part, 0.0
+        if isinstance(part, Slot) and part in bound:
+            return bound[part], 0.0
         options = self.options(part, bound)
         drawn = [self.draw(p, bound, rng) for p in rng.choice(options)]
         text = "".join(t for t, _ in drawn)
@@ -107,42 +102,13 @@ class Grammar:
             bound[part] = text
         return text, math.log(len(options)) + sum(n for _, n in drawn)
 
-    def parses(self, parts, text, at, bound):
-        """Every way in which `parts` spell lower-case `text` from `at` on: (spelling, bound, nats)."""
-        if not parts:
-            yield "", bound, 0.0
-            return
-        for head, then, nats in self.heads(parts[0], text, at, bound):
-            for tail, end, more in self.parses(parts[1:], text, at + len(head), then):
-                yield head + tail, end, nats + more
-
-    def heads(self, part, text, at, bound):
-        """The same for one part."""
-        said = known(part, bound)
-        if said is None:
-            options = self.options(part, bound)
-            for option in options:
-                for said, then, nats in self.parses(option, text, at, bound):
-                    yield said, then | {part: said} if isinstance(part, Slot) else then, nats + math.log(len(options))
-        elif text.startswith(said.lower(), at):
-            yield said, bound, 0.0
-
     def story(self, rng):
         """Tell a story -> (text, nats): nats = -ln p(text), from the choices made. rng: random.Random."""
         plain, nats = self.draw(Slot("story"), {}, rng)
         return finish(plain), nats
 
-    def nats(self, text):
-        """-ln p(text), from the text alone; ValueError where the grammar cannot tell it in exactly one way."""
-        plain = re.sub(r"\ban(?= [aeiou])", "a", text.lower())
-        found = [nats for said, _, nats in self.parses((Slot("story"),), plain, 0, {}) if finish(said) == text]
-        if len(found) != 1:
-            raise ValueError(f"{len(found)} derivations, not 1: {text!r}")
-        return found[0]
-
 
 GRAMMAR = Grammar()
-story, nats = GRAMMAR.story, GRAMMAR.nats
 
 
 @dataclass
@@ -159,7 +125,7 @@ def tell(seed, count, without=()):
     """Yield `count` stories that are not among `without`, as (text, nats)."""
     rng = random.Random(seed)
     while count:
-        text, nats = story(rng)
+        text, nats = GRAMMAR.story(rng)
         if text not in without:
             yield text, nats
             count -= 1

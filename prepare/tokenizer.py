@@ -56,26 +56,19 @@ class Tokenizer(chat_template.Conversations):
         self.vocab_size = max(taken) + 1
         self.kind, self._words = kind_of(spec, self.vocab, tokens)
         self._bytes, self._drops_space = bytes_of_tokens(spec, self.vocab)
-        self._bytes |= {t["id"]: self._text_of(t).encode() for t in tokens}
+        for t in tokens:  # one that is found in normalized text decodes to what is found
+            normalizer = t.get("normalized") and spec.get("normalizer") and self._library.normalizer
+            text = normalizer.normalize_str(t["content"]).replace("▁", " ") if normalizer else t["content"]
+            self._bytes[t["id"]] = text.encode()
         self._plain = {i: piece for i, piece in self._bytes.items() if i not in self.special.values()}
         self._read_settings()
 
-    def _text_of(self, token):
-        """What an added token decodes to: its text, normalized where it is found in normalized text."""
-        if not (token.get("normalized") and self.spec.get("normalizer")):
-            return token["content"]
-        return self._library.normalizer.normalize_str(token["content"]).replace("▁", " ")
-
     def _read_settings(self):
         """BOS, EOS, stop tokens and chat templates."""
-        named = named_tokens(self.settings).items()
-        self._named = {key: content(token) for key, token in named}
-        self.bos_id, self.eos_id = (self.ids.get(self._named.get(key)) for key in ("bos_token", "eos_token"))
-        before, after = ends_of(self.spec)
-        if self.bos_id is None and before:  # nobody names it, but every text gets it
-            self.bos_id = before[0]
-        if self.eos_id is None and after:
-            self.eos_id = after[0]
+        self._named = {key: content(token) for key, token in named_tokens(self.settings).items()}
+        before, after = ends_of(self.spec)  # which every text gets, even if nobody names them
+        self.bos_id, self.eos_id = (self.ids.get(self._named.get(key), ends[0] if ends else None)
+                                    for key, ends in (("bos_token", before), ("eos_token", after)))
         self.adds_bos, self.adds_eos = before == [self.bos_id], after == [self.eos_id]
         if len(before) > self.adds_bos or len(after) > self.adds_eos:
             raise ValueError(f"it puts the tokens {before} and {after} around a text, where BOS is {self.bos_id} and "
@@ -138,8 +131,8 @@ class Tokenizer(chat_template.Conversations):
         return batch
 
     def _encode(self, texts):
-        """Ids of each text, names of special tokens being plain text, by the fastest way. The libraries use all cores,
-        or one where the environment says TOKENIZERS_PARALLELISM=false."""
+        """Ids of each text, names of special tokens being plain text, by the fastest way, on all cores, or on one where
+        the environment says TOKENIZERS_PARALLELISM=false."""
         if self.kind == "byte":
             return [list(t.encode()) for t in texts]
         if self.kind == "char":
@@ -251,8 +244,7 @@ def byte():
 
 def sentences(texts):
     """The lines of texts, so that SentencePiece drops none of them."""
-    for text in texts:
-        yield from (line[0] for line in LINE.finditer(valid(text)))
+    return (line[0] for text in texts for line in LINE.finditer(valid(text)))
 
 
 def train_sentencepiece(texts, vocab_size):
@@ -299,11 +291,11 @@ def load(path):
                              "vocab.bpe)")
     in_folder = is_folder or path.name == "tokenizer.json" or path.name == "tokenizer.model" and any(
         path.with_name(name).is_file() for name in SIDE_FILES)
+    model = path.with_name("tokenizer.model") if path.name == "tokenizer.json" else path
     wrong = (ValueError, TypeError, AttributeError, IndexError, RecursionError, OSError, config.Mistake)
     with config.mistakes(*wrong, prefix=f"{path} is no tokenizer that can be used: "), \
             config.mistakes(KeyError, prefix="it lacks "):
         spec, settings = tokenizer_files.read(path, in_folder)
-        model = path.with_name("tokenizer.model") if path.name == "tokenizer.json" else path
         is_sentencepiece = spec["model"].get("byte_fallback") and model.is_file()
         tok = Tokenizer(spec, settings, model.read_bytes() if is_sentencepiece else None)
         tok.encode_batch([])  # an engine that cannot be built says so now

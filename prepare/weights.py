@@ -11,13 +11,14 @@ def halves(weight, n_head):
     return weight.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def check_out(out):
-    """Raise `config.Mistake` where the directory `out` holds a run that was trained, or a data set: they would lose
-    their weights or their tokenizer."""
-    for name, what in ("checkpoints", "run that was trained"), ("run.json", "run that was trained"), \
-            ("meta.json", "data set"):
-        if (Path(out) / name).exists():
-            raise config.Mistake(f"--out {out} holds a {what}: choose another folder")
+def own_folder(out):
+    """The folder `out` to write to. Raises `config.Mistake` where it holds a run that was trained, or a data set: they
+    would lose their weights or their tokenizer."""
+    whose = {"checkpoints": "run that was trained", "run.json": "run that was trained", "meta.json": "data set"}
+    for name in whose:
+        if Path(out, name).exists():
+            raise config.Mistake(f"--out {out} holds a {whose[name]}: choose another folder")
+    return out
 
 
 def save(out, cfg, state, tok):
@@ -31,10 +32,8 @@ def save(out, cfg, state, tok):
                              "they do not belong together")
     with torch.device("meta"):
         model = Llama(cfg)
-    want = {n: p.shape for n, p in model.named_parameters()}
-    have = {n: t.shape for n, t in state.items()}
-    if have != want:
-        wrong = sorted(n for n in have.keys() | want.keys() if have.get(n) != want.get(n))
+    want, have = ({n: t.shape for n, t in tensors} for tensors in (model.named_parameters(), state.items()))
+    if wrong := sorted(n for n in have.keys() | want.keys() if have.get(n) != want.get(n)):
         raise config.Mistake(f"{len(wrong)} tensors are missing, unexpected or of the wrong shape: "
                              + ", ".join(wrong[:5]) + (", …" if wrong[5:] else ""))
     tok.save(out)

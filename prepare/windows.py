@@ -23,6 +23,11 @@ def order(seed, epoch, length):
     return rng_for(seed, 2, epoch).permutation(length)
 
 
+def places(split, condition):
+    """Where the condition holds for an element of a split, which is read by pieces."""
+    return np.concatenate([i + np.flatnonzero(condition(split[i:i + 2**24])) for i in range(0, len(split), 2**24)])
+
+
 class Windows:
     """A split cut into windows of at most block_size + 1 tokens; neighbours share one token, the first's last target.
 
@@ -35,8 +40,7 @@ class Windows:
         self.packed_spans, self.packing_efficiency = None, 1.0  # the share of block_size that targets fill
         self.per_epoch = len(split) // cfg.block_size - 1
         if cfg.whole_docs:
-            begins = np.concatenate([i + np.flatnonzero(split[i:i + 2**24] == bos_id)
-                                     for i in range(0, len(split), 2**24)])
+            begins = places(split, lambda ids: ids == bos_id)
             self.packed_spans = self.pack([*begins.tolist(), len(split)])
             self.packing_efficiency = float((np.diff(self.packed_spans).mean() - 1) / cfg.block_size)
             self.per_epoch = len(self.packed_spans)
@@ -56,29 +60,27 @@ class Windows:
 
     def in_order(self):
         """[start, end) of windows that hold each token of the split but the first as a target once, (n, 2)."""
+        return self.spans_from(0, len(self.split) - 1)
+
+    def spans_from(self, first, last):
+        """[start, end) of the packed windows, or else of those that begin at first, first + block_size, ... < last."""
         if self.packed_spans is not None:
             return self.packed_spans
-        return self.side_by_side(np.arange(0, len(self.split) - 1, self.cfg.block_size))
-
-    def side_by_side(self, starts):
-        """[start, end) of the windows that begin at `starts`, (n, 2)."""
+        starts = np.arange(first, last, self.cfg.block_size)
         return np.stack((starts, np.minimum(starts + self.cfg.block_size + 1, len(self.split))), 1)
 
     def epoch(self, number):
         """[start, end) of an epoch's windows in drawing order, (n, 2)."""
         if number not in self.epochs:
             T, rng = self.cfg.block_size, rng_for(self.cfg.seed, 0, number)
-            spans = self.packed_spans
-            if spans is None:
-                spans = self.side_by_side(np.arange(rng.integers(T), len(self.split) - T, T))
-            self.epochs = {number: rng.permutation(spans)}  # the last one is enough
+            offset = rng.integers(T) if self.packed_spans is None else 0
+            self.epochs = {number: rng.permutation(self.spans_from(offset, len(self.split) - T))}  # the last is enough
         return self.epochs[number]
 
     def draw(self, first, count):
         """[start, end) of `count` windows from the one numbered `first` over all epochs, (count, 2)."""
         index = np.arange(first, first + count)
-        epochs, places = index // self.per_epoch, index % self.per_epoch
-        return np.stack([self.epoch(int(e))[i] for e, i in zip(epochs, places)])
+        return np.stack([self.epoch(int(i // self.per_epoch))[i % self.per_epoch] for i in index])
 
     def targets(self):
         """Targets of all windows in order."""
@@ -108,9 +110,7 @@ class Conversations(Windows):
 
     def __init__(self, split, cfg):
         self.split, self.cfg, self.epochs = split, cfg, {}
-        starts = np.concatenate([i + np.flatnonzero(split.marks[i:i + 2**24] & START)
-                                 for i in range(0, len(split), 2**24)])
-        self.edges = np.append(starts, len(split))  # of the conversations in the split
+        self.edges = np.append(places(split.marks, lambda marks: marks & START), len(split))  # of the conversations
         sizes = np.diff(self.edges) - 1
         if sizes.max() > cfg.block_size:
             raise config.Mistake(f"the longest conversation has {sizes.max() + 1} tokens: give --block_size="
@@ -123,7 +123,7 @@ class Conversations(Windows):
         self.per_epoch = len(rows)
 
     def targets(self):
-        return sum(int((self.split.marks[i:i + 2**24] & LEARN).sum()) for i in range(0, len(self.split), 2**24))
+        return len(places(self.split.marks, lambda marks: marks & LEARN))
 
     def example(self, number):
         """(ids, whether each is learned) of a conversation, int64 and bool (n,)."""
