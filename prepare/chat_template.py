@@ -11,6 +11,7 @@ import config
 from prepare.tokenizer_spec import valid
 
 SECRET = str(secrets.randbits(128))  # digits that nobody can guess, and that no filter of a template changes
+ALIAS = f"<{SECRET}>{{}}>"  # a second name of the special token with this id, which no text has
 BEGIN, END = f"{SECRET}[", f"{SECRET}]"  # around what the assistant says, in the text of a template that marks it
 
 
@@ -62,11 +63,6 @@ def each_text(x, change):
     return change(x) if isinstance(x, str) else x
 
 
-def alias(id):
-    """A second name of a special token, which no text has."""
-    return f"<{SECRET}>{id}>"
-
-
 class Conversations:
     """What a tokenizer does with conversations: the part of `tokenizer.Tokenizer` that needs its chat template."""
 
@@ -77,11 +73,10 @@ class Conversations:
         or "2026-01-31", that templates print (None: today's). The template is not trusted: it runs in jinja2's sandbox.
         Raises `config.Mistake` if there is none, or if it refuses the conversation.
         """
-        text = self._written(messages, add_generation_prompt, tools, documents, date)
-        return text.replace(BEGIN, "").replace(END, "")
+        return "".join(self._pieces(messages, add_generation_prompt, tools, documents, date))
 
-    def _written(self, messages, add_generation_prompt, tools, documents, date):
-        """What the template writes, with its marks."""
+    def _pieces(self, messages, add_generation_prompt, tools, documents, date):
+        """What the template writes, by turns outside and inside of its marks."""
         if not self.chat_template:
             raise config.Mistake("this tokenizer has no chat template: its model continues texts, it does not chat")
         name = "tool_use" if tools is not None and "tool_use" in self.chat_template else "default"
@@ -90,9 +85,10 @@ class Conversations:
         values = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
         with config.mistakes(Exception, prefix="chat template: "):  # a template can fail in any way
             day = datetime.fromisoformat(date) if isinstance(date, str) else date
-            return valid(compiled(self.chat_template[name]).render(
+            written = valid(compiled(self.chat_template[name]).render(
                 self._named | values, messages=[complete(message) for message in messages],
                 strftime_now=lambda form: (day or datetime.now()).strftime(form)))
+        return re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", written)
 
     @functools.cached_property
     def _names(self):
@@ -106,9 +102,9 @@ class Conversations:
         import tokenizers
         flags = "single_word", "lstrip", "rstrip", "normalized"
         self._library.add_tokens([
-            tokenizers.AddedToken(alias(t["id"]), **{flag: t.get(flag, False) for flag in flags})
+            tokenizers.AddedToken(ALIAS.format(t["id"]), **{flag: t.get(flag, False) for flag in flags})
             for t in self.spec["added_tokens"] if t["special"]])
-        return {self._library.token_to_id(alias(i)): i for i in self.special.values()}
+        return {self._library.token_to_id(ALIAS.format(i)): i for i in self.special.values()}
 
     def chat(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):
         """Ids of a conversation in the form that the model was trained on; arguments and errors as in `render`.
@@ -124,12 +120,11 @@ class Conversations:
         def hide(text):
             return self._names.sub(lambda name: f"{SECRET}{self.special[name[0]]:010}", text)
         messages, tools, documents = each_text([messages, tools, documents], hide)
-        written = self._written(messages, add_generation_prompt, tools, documents, date)
-        pieces = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", written)  # by turns outside and inside of marks
+        pieces = self._pieces(messages, add_generation_prompt, tools, documents, date)
         hidden = any(SECRET in piece for piece in pieces)
         if hidden:
             names = {i: name for name, i in self.special.items()}
-            pieces = [self._names.sub(lambda name: alias(self.special[name[0]]), piece) for piece in pieces]
+            pieces = [self._names.sub(lambda name: ALIAS.format(self.special[name[0]]), piece) for piece in pieces]
             pieces = [re.sub(rf"{SECRET}(\d{{10}})", lambda name: names[int(name[1])], piece) for piece in pieces]
         aliases, text = self._aliases if hidden else {}, "".join(pieces)
         ids = [aliases.get(i, i) for i in self._run([text], special=not hidden)[0]]

@@ -222,7 +222,6 @@ def records(file, separators=(), field=None):
     is none (JSON), {column: value} (parquet).
 
     field: the one column of parquet to read, None for all. The file's position shows how much of it has been read.
-    Raises ValueError, OSError or NotImplementedError where the file is not what its name says: see `opened`.
     """
     format, compression = format_of(Path(file.name))
     if format == ".parquet":

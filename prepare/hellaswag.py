@@ -38,10 +38,8 @@ def clean(words):
 
 
 def normalise(item):
-    """{"query", "endings", "label"} of a raw item (activity_label, ctx_a, ctx_b, endings, label) or a cleaned one.
-
-    Raises ValueError for anything else.
-    """
+    """{"query", "endings", "label"} of a raw item (activity_label, ctx_a, ctx_b, endings, label) or a cleaned one; a
+    ValueError for anything else."""
     try:
         if "query" in item:
             query, endings = item["query"], list(item["endings"])

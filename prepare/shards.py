@@ -100,11 +100,8 @@ def unfinished(directory, recipe):
 
 
 class _SplitWriter:
-    """One split while it is written.
-
-    counts: {"tokens", "documents", "bytes"} of what is there. Files that hold more are cut back to it. Raises OSError
-    where they hold less.
-    """
+    """One split while it is written. counts: {"tokens", "documents", "bytes"} of what is there. Files that hold more
+    are cut back to it; where they hold less, OSError."""
 
     def __init__(self, directory, split, dtype, shard_tokens, counts):
         self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
@@ -146,12 +143,11 @@ class _SplitWriter:
 
 
 class Writer:
-    """Writes one data set directory. An earlier data set stays there until `finish` puts the new one in its place.
+    """Writes one data set directory; an earlier data set stays there until `finish`.
 
     tok: the tokenizer, saved beside the shards. shard_tokens: ids in each shard but the last. recipe: text that stands
     for everything the result depends on. If an earlier run with the same recipe was interrupted, the Writer goes on
-    from its last `commit`, whose argument is then in `.position` (None otherwise). work: the folder it writes to.
-    marked: whether `add` gets marks.
+    from its last `commit`, whose argument is then in `.position` (None otherwise). marked: whether `add` gets marks.
     """
 
     def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None, marked=False):
@@ -221,8 +217,8 @@ class Writer:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 def _require(value, form, where):
-    """Raise `Mistake` unless JSON has this form: a type, [the form of each element] or {key: form}. Numbers are sizes:
-    0 or more, and of this world."""
+    """Raise `Mistake` unless JSON has this form: a type, [the form of each element] or {key: form}. Numbers are sizes.
+    """
     if isinstance(form, dict) and isinstance(value, dict):
         for key in form:
             _require(value.get(key), form[key], f"{where}: {key}")
@@ -254,9 +250,8 @@ class Split:
     A slice is an ndarray (uint16 or uint32): a view of the memory-mapped shard, or a copy when it spans several.
     `tokens`, `documents`, `bytes` count what is there; `floor_bpb` is the exact entropy in bits per byte of
     generated text, else None; `vocab_size`, `tokenizer` ({"kind", "file", "fingerprint"}) and `meta` say what ids mean.
-    `marks`: those of conversations, as another Split, else None.
-    Raises `Mistake` for a missing data set, and by name for a shard that is truncated, altered or has ids
-    beyond the vocabulary. Sizes are checked each time; contents once for each file name, size and time.
+    `marks`: those of conversations, as another Split, else None. Raises `Mistake` for a missing data set, and by name
+    for a shard that is truncated, altered or has ids beyond the vocabulary.
     """
 
     def __init__(self, directory, split):

@@ -148,10 +148,7 @@ def reach_hub(repository, otherwise):
 
 def hub_batches(repository, name, split, state=None, otherwise=OFFLINE):
     """(records, state of the stream after them, number of records in all or None) of a data set on the hub, by batches.
-
-    state: where to go on; otherwise: what to do without a network. Whatever the libraries raise, for a missing or a
-    gated data set say, is a `Mistake`.
-    """
+    state: where to go on. otherwise: see `reach_hub`. What the libraries raise is a `Mistake`: it is gated, say."""
     reach_hub(repository, otherwise)
     with config.mistakes(Exception, prefix=f"{repository}: "):  # nothing here but calls of `datasets`
         import datasets

@@ -100,15 +100,15 @@ def new_tokenizer(source, cfg, threshold):
 
 
 def batches(source, limit):
-    """(texts, position after them, fraction of the source read) for about half a million characters at a time."""
+    """(texts, position after them) for about half a million characters at a time."""
     texts, size = [], 0
     for text in itertools.islice(source, limit):
         texts.append(text)
         size += len(text)
         if size >= BATCH:
-            yield texts, source.position, source.fraction()
+            yield texts, source.position
             texts, size = [], 0
-    yield texts, source.position, source.fraction()
+    yield texts, source.position
 
 
 worker = {}  # what a worker process needs for each batch, set once when it starts
@@ -143,17 +143,17 @@ def encode(texts):
 
 
 def encoded(some_batches, workers, tok, directory, threshold):
-    """(encode(texts), len(texts), position, fraction) for each batch, in order; few batches are under way at a time."""
+    """(encode(texts), len(texts), position after them) for each batch, in order; few are under way at a time."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if workers == 1:
         worker.update(tok=tok, threshold=threshold)
-        yield from ((encode(texts), len(texts), *place) for texts, *place in some_batches)
+        yield from ((encode(texts), len(texts), position) for texts, position in some_batches)
         return
     spawn, waiting = multiprocessing.get_context("spawn"), deque()
     with ProcessPoolExecutor(workers, spawn, start_worker, (directory, threshold)) as pool:
         try:
-            for texts, *place in some_batches:
-                waiting.append((pool.submit(encode, texts), len(texts), *place))
+            for texts, position in some_batches:
+                waiting.append((pool.submit(encode, texts), len(texts), position))
                 if len(waiting) > 2 * workers:
                     done, *place = waiting.popleft()
                     yield done.result(), *place
@@ -174,7 +174,7 @@ def recipe(cfg, source, given=None):
 def begin(cfg, out, source):
     """(source to read from, writer, state to go on from) of a new data set, or of one that was interrupted.
 
-    state: {"documents": written so far, "fraction": of the input, "source": its position, "threshold": see `hold_out`}.
+    state: {"documents": written so far, "source": the position after them, "threshold": see `hold_out`}.
     """
     reading = source()
     given = None if cfg.tokenizer in (None, "char", "byte") else tokenizer.load(cfg.tokenizer).adding_bos()
@@ -187,7 +187,7 @@ def begin(cfg, out, source):
         writer = shards.Writer(out, given or new_tokenizer(source(), cfg, threshold), recipe=key)
     if writer.position:
         print(f"{out}: going on after {writer.position['documents']:,} documents")
-    state = writer.position or {"documents": 0, "fraction": 0, "source": reading.position, "threshold": threshold}
+    state = writer.position or {"documents": 0, "source": reading.position, "threshold": threshold}
     reading.position = state["source"]
     return reading, writer, state
 
@@ -198,17 +198,16 @@ def write(cfg, out, source):
     reading, writer, state = begin(cfg, out, source)
     workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     some_batches = batches(reading, cfg.limit and cfg.limit - state["documents"])
-    batches_of_ids = encoded(some_batches, workers, writer.tok, writer.work, state["threshold"])
     start = committed = time.monotonic()
     style, tokens = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]", 0
-    with tqdm(total=1, initial=state["fraction"], bar_format=style) as bar:
-        for splits, n, position, fraction in batches_of_ids:
+    with tqdm(total=1, initial=reading.fraction(), bar_format=style) as bar:
+        for splits, n, position in encoded(some_batches, workers, writer.tok, writer.work, state["threshold"]):
             for split, (ids, n_bytes, n_documents) in splits.items():
                 writer.add(split, ids, n_bytes, n_documents)
                 tokens += len(ids)
             done = state["documents"] + n
-            fraction = max(fraction, done / cfg.limit if cfg.limit else 0)
-            state = state | {"documents": done, "fraction": fraction, "source": position}
+            state = state | {"documents": done, "source": position}
+            fraction = max(reading.fraction(), done / cfg.limit if cfg.limit else 0)
             now = time.monotonic()
             bar.set_description_str(f"{done:,} documents, {tokens / (now - start):,.0f} tokens/s", refresh=False)
             bar.update(fraction - bar.n)

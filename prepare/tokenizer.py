@@ -1,9 +1,8 @@
 """Text to token ids and back: characters, bytes, SentencePiece, tiktoken rank files, GPT-2, any tokenizer.json.
 
-A tokenizer here *is* its tokenizer.json, the Hugging Face format: prepare/tokenizer_files.py turns every other kind
-of file into that dictionary. So AutoTokenizer gives the ids that training used, and one class serves all kinds. The
-`tokenizers` library runs it; but plain Python is enough for characters and bytes, and tiktoken, where it gives the
-same ids, is four to five times as fast.
+A tokenizer here *is* its tokenizer.json: prepare/tokenizer_files.py turns every other kind of file into that. So
+AutoTokenizer gives the ids that training used, and one class serves all kinds. The `tokenizers` library runs it; but
+plain Python is enough for characters and bytes, and tiktoken, where it gives the same ids, is four times as fast.
 """
 import codecs
 import functools
@@ -147,12 +146,9 @@ class Tokenizer(chat_template.Conversations):
         return self._run(texts)
 
     def encode_batch(self, texts, bos=False, eos=False, special=False):
-        """Ids of many texts at once: list[str] -> list[list[int]].
-
-        bos, eos: put that token around each text, if this tokenizer has one. special: take the names of special tokens
-        in the texts for those tokens, as AutoTokenizer does, and not for plain text. Lone surrogates become U+FFFD.
-        A char tokenizer raises `config.Mistake` at a character that it does not have.
-        """
+        """Ids of many texts at once: list[str] -> list[list[int]]. bos, eos: put that token around each text, if there
+        is one. special: take the names of special tokens in the texts for those tokens, as AutoTokenizer does, and not
+        for plain text. A char tokenizer raises `config.Mistake` at a character that it does not have."""
         texts = [valid(t) for t in texts]
         batch = self._run(texts, special=True) if special else self._encode(texts)
         before = [self.bos_id] if bos and self.bos_id is not None else []
@@ -248,11 +244,9 @@ def sentences(texts):
 
 
 def train_sentencepiece(texts, vocab_size):
-    """A SentencePiece BPE of exactly vocab_size tokens, trained on the lines of texts (an iterable of str).
-
-    Deterministic. Its settings are Llama 2's (digits apart, byte fallback, no normalisation), but no space is put in
-    front of a text. Where the texts have too few words for so many tokens, the last ones are never used.
-    """
+    """A SentencePiece BPE of exactly vocab_size tokens, trained on the lines of texts (an iterable of str), always the
+    same. Its settings are Llama 2's (digits apart, byte fallback, no normalisation), but no space is put in front of a
+    text. Where the texts have too few words for so many tokens, the last ones are never used."""
     import sentencepiece
     trained = io.BytesIO()
     try:
@@ -278,10 +272,7 @@ def train_sentencepiece(texts, vocab_size):
 
 def load(path):
     """Tokenizer from a file or folder: tokenizer.json, a SentencePiece or Llama tokenizer.model, or GPT-2's two files.
-
-    A folder means what AutoTokenizer makes of it (see prepare/tokenizer_files.py). Anything that cannot be read, or
-    that would get other ids here, raises `config.Mistake`.
-    """
+    What cannot be read, or would get other ids here (see prepare/tokenizer_files.py), raises `config.Mistake`."""
     path, is_folder = Path(path), Path(path).is_dir()
     if is_folder:
         names = ("tokenizer.json", "tokenizer.model", *(first for first, _ in tokenizer_files.PAIRS))

@@ -653,7 +653,7 @@ def test_a_changed_setting_or_input_starts_over(tmp_path):
         """An interrupted run: nonsense that a run that continues it would keep."""
         writer = shards.Writer(tmp_path / "out", tokenizer.byte(), recipe=text.recipe(cfg, files_of([file])))
         writer.add("train", [256, 1, 257], 1)
-        writer.commit({"documents": 499, "fraction": 0.9, "source": [0, 499, 0], "threshold": 0})
+        writer.commit({"documents": 499, "source": [0, 499, 0], "threshold": 0})
 
     arguments = "--input", file, "--out", tmp_path / "out", "--tokenizer=byte"
     begin()
