@@ -130,10 +130,11 @@ class Buffer:
 
     def more(self):
         """Read on, at least as much as is there: what is long is looked at seldom."""
-        new = []
+        new, wanted = [], len(self.text) - self.at + 1
         try:
-            while sum(map(len, new)) <= len(self.text) - self.at:
+            while wanted > 0:
                 new.append(next(self.pieces))
+                wanted -= len(new[-1])
         except StopIteration:
             self.ended = True
         except ValueError as e:

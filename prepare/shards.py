@@ -99,65 +99,23 @@ def unfinished(directory, recipe):
         return None
 
 
-class _SplitWriter:
-    """One split while it is written. counts: {"tokens", "documents", "bytes"} of what is there. Files that hold more
-    are cut back to it; where they hold less, OSError."""
-
-    def __init__(self, directory, split, dtype, shard_tokens, counts):
-        self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
-        self.counts, self.unsafe = dict(counts), set()  # unsafe: the files that a crash might still undo
-        for path, tokens in self.shards():
-            if path.stat().st_size < tokens * dtype.itemsize:
-                raise OSError(f"{path} has lost its end")
-            os.truncate(path, tokens * dtype.itemsize)
-
-    def path(self, number):
-        return self.directory / f"{self.split}_{number:03d}.bin"
-
-    def shards(self):
-        """(path, tokens) of each shard."""
-        full, rest = divmod(self.counts["tokens"], self.shard_tokens)
-        return [(self.path(i), n) for i, n in enumerate([self.shard_tokens] * full + [rest] * (rest > 0))]
-
-    def add(self, ids):
-        while len(ids):
-            number, rest = divmod(self.counts["tokens"], self.shard_tokens)
-            now, ids = np.split(ids, [self.shard_tokens - rest])
-            with open(self.path(number), "ab" if rest else "wb") as file:
-                file.write(now.data)
-            self.unsafe.add(self.path(number))
-            self.counts["tokens"] += len(now)
-
-    def flush(self):
-        """Make what was added survive a crash."""
-        while self.unsafe:
-            with open(self.unsafe.pop(), "ab") as file:
-                os.fsync(file.fileno())
-
-    def finish(self):
-        """The split as it stands in meta.json."""
-        self.flush()
-        shards = tqdm(self.shards(), f"hashing {self.split}", unit="shard", leave=False, delay=1)  # seconds
-        return self.counts | {"shards": [{"file": path.name, "tokens": tokens, "sha256": _contents(path, self.dtype)[0]}
-                                         for path, tokens in shards]}
-
-
 class Writer:
     """Writes one data set directory; an earlier data set stays there until `finish`.
 
     tok: the tokenizer, saved beside the shards. shard_tokens: ids in each shard but the last. recipe: text that stands
     for everything the result depends on. If an earlier run with the same recipe was interrupted, the Writer goes on
     from its last `commit`, whose argument is then in `.position` (None otherwise). marked: whether `add` gets marks.
+    counts: {split: {"tokens", "documents", "bytes"}} of what was added.
     """
 
     def __init__(self, directory, tok, shard_tokens=100_000_000, recipe=None, marked=False):
-        self.directory, self.tok, self.recipe = Path(directory), tok, recipe
-        self.splits = [*SPLITS, *(f"{split}_marks" for split in SPLITS if marked)]
-        self.work, self.shard_tokens = self.directory / UNFINISHED, shard_tokens
+        self.directory, self.work, self.tok = Path(directory), Path(directory) / UNFINISHED, tok
+        self.shard_tokens, self.recipe, self.unsafe = shard_tokens, recipe, set()  # unsafe: files not yet flushed
         self.dtype = "uint16" if tok.vocab_size <= 65535 else "uint32"
         progress = unfinished(directory, recipe)
         try:
-            self.tails, self.position = self._open(progress["splits"]), progress["position"]
+            self.counts, self.position = progress["splits"], progress["position"]
+            self._cut_back()
         except (OSError, ValueError, TypeError, KeyError):  # there is nothing to go on from, or it is damaged
             with config.mistakes(OSError):
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -165,17 +123,42 @@ class Writer:
                 if not (self.directory / "meta.json").exists():  # what is left there is no data set
                     self._clear()
                 tok.save(self.work)
-            nothing = {"tokens": 0, "documents": 0, "bytes": 0}
-            self.tails, self.position = self._open(dict.fromkeys(self.splits, nothing)), None
+            splits = [*SPLITS, *(f"{split}_marks" for split in SPLITS if marked)]
+            self.counts, self.position = {s: {"tokens": 0, "documents": 0, "bytes": 0} for s in splits}, None
 
-    def _open(self, counts):
-        return {s: _SplitWriter(self.work, s, dtype_in(s, self.dtype), self.shard_tokens, counts[s])
-                for s in self.splits}
+    def _cut_back(self):
+        """Cut files back to what was there at the last commit; OSError where they hold less."""
+        for split in self.counts:
+            for path, tokens in self._shards(split):
+                size = tokens * dtype_in(split, self.dtype).itemsize
+                if path.stat().st_size < size:
+                    raise OSError(f"{path} has lost its end")
+                os.truncate(path, size)
 
     def _clear(self):
         """Remove the earlier data set, and nothing else."""
         for path in files_in(self.directory, DATA_FILES):
             path.unlink()
+
+    def _path(self, split, number):
+        return self.work / f"{split}_{number:03d}.bin"
+
+    def _shards(self, split):
+        """(path, tokens) of each shard."""
+        full, rest = divmod(self.counts[split]["tokens"], self.shard_tokens)
+        return [(self._path(split, i), n) for i, n in enumerate([self.shard_tokens] * full + [rest] * (rest > 0))]
+
+    def _append(self, split, ids):
+        """Add ids, or marks, to the last shard, and to new ones."""
+        ids = np.ascontiguousarray(ids, dtype_in(split, self.dtype))
+        while len(ids):
+            number, tokens = divmod(self.counts[split]["tokens"], self.shard_tokens)
+            path = self._path(split, number)
+            now, ids = np.split(ids, [self.shard_tokens - tokens])
+            with open(path, "ab" if tokens else "wb") as file:
+                file.write(now.data)
+            self.unsafe.add(path)
+            self.counts[split]["tokens"] += len(now)
 
     def add(self, split, ids, n_bytes, documents=1, marks=None):
         """Append ids (a sequence of int, or an array) that encode n_bytes of UTF-8 text in so many documents.
@@ -184,23 +167,33 @@ class Writer:
         ids = np.asarray(ids)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.tok.vocab_size:
             raise ValueError(f"ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {self.tok.vocab_size}")
-        tail = self.tails[split]
-        tail.add(np.ascontiguousarray(ids, tail.dtype))
-        tail.counts["documents"] += documents
-        tail.counts["bytes"] += n_bytes
+        self._append(split, ids)
+        self.counts[split]["documents"] += documents
+        self.counts[split]["bytes"] += n_bytes
         if marks is not None:
-            self.tails[f"{split}_marks"].add(marks)
+            self._append(f"{split}_marks", marks)
+
+    def _flush(self):
+        """Make what was added survive a crash."""
+        while self.unsafe:
+            with open(self.unsafe.pop(), "ab") as file:
+                os.fsync(file.fileno())
 
     def commit(self, position):
         """Make all that was added survive a crash; position: JSON that tells the caller where to go on."""
-        for tail in self.tails.values():
-            tail.flush()
-        progress = {"recipe": self.recipe, "position": position, "splits": {s: t.counts for s, t in self.tails.items()}}
+        self._flush()
+        progress = {"recipe": self.recipe, "position": position, "splits": self.counts}
         write_text(self.work / "progress.json", json.dumps(progress))
 
     def finish(self, floor_bpb=None, **extra):
         """Write meta.json and return it. floor_bpb: {split: exact bits per byte}; extra: more for meta.json."""
-        splits = {s: t.finish() | ({"floor_bpb": floor_bpb[s]} if floor_bpb else {}) for s, t in self.tails.items()}
+        self._flush()
+        splits = {}
+        for split, counts in self.counts.items():
+            shards = tqdm(self._shards(split), f"hashing {split}", unit="shard", leave=False, delay=1)  # seconds
+            shards = [{"file": path.name, "tokens": tokens, "sha256": _contents(path, dtype_in(split, self.dtype))[0]}
+                      for path, tokens in shards]
+            splits[split] = counts | {"shards": shards} | ({"floor_bpb": floor_bpb[split]} if floor_bpb else {})
         meta = {"name": self.directory.resolve().name,
                 "tokenizer": {"kind": self.tok.kind, "file": "tokenizer.json", "fingerprint": self.tok.fingerprint},
                 "vocab_size": self.tok.vocab_size, "dtype": self.dtype, **extra, "splits": splits}

@@ -605,7 +605,7 @@ if __name__ == "__main__":
             step()
             return result
         return inner
-    for place, attribute in ((os, "replace"), (os, "fsync"), (shards._SplitWriter, "add"), (shards.Writer, "commit")):
+    for place, attribute in ((os, "replace"), (os, "fsync"), (shards.Writer, "_append"), (shards.Writer, "commit")):
         setattr(place, attribute, counted(getattr(place, attribute)))
     try:
         config.run(text.main)
