@@ -4,7 +4,6 @@
     answers = decode_all(model, prompts, max_new_tokens=100)        many requests at once, a free row takes the next
 """
 import functools
-import itertools
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from common import pick_dtype
 from model import KVCache, Linear, Llama, RMSNorm, Sampling, product_dtype
 
 METHOD = "everyllama"  # of rounding, in config.json
-LEAST_BITS = {"router": 32, "lm_head": 8, "v_proj": 8, "down_proj": 8}  # where 4 bits cost most of the loss
+LEAST_BITS = {"router": 32, "lm_head": 8, "v_proj": 8, "down_proj": 8}  # with fewer the loss rises most, for little
 
 
 # -- weights -----------------------------------------------------------------------------------------------------
@@ -98,7 +97,6 @@ class Int4Linear(Int8Linear):
     """x W^T with W (out, in) in 4 bits: (q - 8) * scale + zero, with one scale and zero for 32 inputs of an output."""
 
     GROUP = 32  # the smallest the kernel knows, and divides Llama's widths
-    RANGES = 1.0, 0.9, 0.8  # parts of a group's half range to try at each end
 
     def __init__(self, weight, scale):
         """weight (out, in / 2) uint8, two inputs in one number; scale (in / 32, out, 2) bfloat16: scale and zero."""
@@ -107,22 +105,14 @@ class Int4Linear(Int8Linear):
 
     @classmethod
     def stored(cls, weight):
-        """weight and scale for a matrix (out, in). Both ends of a group's range move inwards while that lowers the
-        squared error: a single large weight should not make all others coarse."""
-        groups, best = weight.detach().float().unflatten(1, (-1, cls.GROUP)), None  # (out, n, 32)
+        """weight and scale for a matrix (out, in)."""
+        groups = weight.float().unflatten(1, (-1, cls.GROUP))  # (out, n, 32)
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-        middle, half = (low + high) / 2, (high - low) / 2
-        for below, above in itertools.product(cls.RANGES, cls.RANGES):
-            scale = (half * (below + above) / 15).bfloat16().float()  # rounded first, as the kernel has it in bfloat16
-            scale = torch.where(scale == 0, 1, scale)
-            zero = (middle - half * below + 8 * scale).bfloat16().float()
-            q = ((groups - zero) / scale).round().clamp(-8, 7)
-            error = (q * scale + zero - groups).square().sum(2, keepdim=True)
-            found = q, scale, zero, error
-            best = found if best is None else [torch.where(error < best[3], new, old) for new, old in zip(found, best)]
-        q = best[0].add(8).flatten(1).to(torch.uint8)  # (out, in)
-        scale = torch.cat(best[1:3], 2).transpose(0, 1).bfloat16().contiguous()  # (n, out, 2)
-        return q[:, ::2] | q[:, 1::2] << 4, scale
+        scale = ((high - low) / 15).bfloat16().float()  # rounded first, as the kernel has both in bfloat16
+        scale = torch.where(scale == 0, 1, scale)
+        zero = (low + 8 * scale).bfloat16().float()
+        q = ((groups - zero) / scale).round().add(8).clamp(0, 15).flatten(1).to(torch.uint8)  # (out, in)
+        return q[:, ::2] | q[:, 1::2] << 4, torch.cat((scale, zero), 2).transpose(0, 1).bfloat16().contiguous()
 
     def unpacked(self):
         """q (out, in) uint8."""
@@ -233,7 +223,7 @@ def bits_of(directory):
 def load_quantized(directory):
     """The model that `save_quantized` wrote, on the CPU. Raises ValueError for what it would not have written."""
     hf, state = checkpoint.read_json(Path(directory) / "config.json"), checkpoint.all_tensors(directory)
-    bits = hf.pop("quantization_config")["bits"]
+    bits = hf.pop("quantization_config").get("bits")
     with torch.device("meta"):
         model = Llama(checkpoint.config_from_hf(hf, {}))
     if bits not in (4, 8):
@@ -241,7 +231,10 @@ def load_quantized(directory):
     pack(model, bits)
     if model.config.tie_embeddings:
         state |= {name.replace("lm_head", "model.embed_tokens"): t for name, t in state.items() if "lm_head" in name}
-    for name, t in model.state_dict().items():
+    want = model.state_dict()
+    if more := state.keys() - want.keys():
+        raise ValueError(f"{directory}: {sorted(more)[0]} is not of this model")
+    for name, t in want.items():
         if name not in state or (state[name].shape, state[name].dtype) != (t.shape, t.dtype):
             raise ValueError(f"{directory}: {name} is not {tuple(t.shape)} {t.dtype}, as {bits} bits want it")
     model.load_state_dict(state, assign=True)
@@ -301,17 +294,17 @@ def compile_step(model):
     model.stream = model.cache_pool.stream
 
 
-def to_decode(model, compile=False, bits=32, choose=False):
+def to_decode(model, compile=False, bits=32, rows=0):
     """Make a Llama's generation fast; returns the model, which may be another one.
 
-    On a CPU float32 matrices are packed. choose: or made bfloat16, if a token then takes less time here.
-    compile: see `compile_step`. bits: see `pack`.
+    On a CPU float32 matrices are packed; or, with rows, they are made bfloat16 if a step of so many rows takes less
+    time then, on this processor. compile: see `compile_step`. bits: see `pack`.
     """
     weight, ready = model.lm_head.weight, isinstance(model.lm_head, (PackedLinear, Int8Linear))
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and not ready:
-        half = bfloat16_copy(model) if choose and bits == 32 and product_units() == torch.bfloat16 else None
+        half = bfloat16_copy(model) if rows and bits == 32 and product_units() == torch.bfloat16 else None
         pack(model, bits)
-        if half and seconds_per_token(half) < seconds_per_token(model):
+        if half and seconds_of_step(half, rows) < seconds_of_step(model, rows):
             model = half
     if compile:
         compile_step(model)
@@ -328,9 +321,9 @@ def bfloat16_copy(model):
     return half.eval()
 
 
-def seconds_per_token(model):
-    """The least time of a few steps of one row."""
-    times = [time.perf_counter() for _ in model.stream(torch.zeros(1, 1, dtype=torch.long), 6, temperature=0)]
+def seconds_of_step(model, rows):
+    """The least time of a few steps of so many rows."""
+    times = [time.perf_counter() for _ in model.stream(torch.zeros(rows, 1, dtype=torch.long), 6, temperature=0)]
     return min((after - before for before, after in zip(times, times[1:])), default=0.0)
 
 

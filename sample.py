@@ -14,6 +14,8 @@ from pathlib import Path
 
 import config
 
+BITS = {"none": 32, "int8": 8, "int4": 4}
+
 
 @dataclass
 class SampleConfig:
@@ -85,25 +87,26 @@ def read_prompt(text):
         return Path(text[len("FILE:"):]).read_text(encoding="utf-8")
 
 
-def load(cfg):
-    """(model, tokenizer, directory) ready to sample on the device and in the dtype asked for."""
+def load(cfg, rows=1):
+    """(model, tokenizer, directory) ready to sample so many rows at once, on the device and in the dtype asked for."""
     directory = Path(cfg.init_from) if cfg.init_from else newest_run()
-    device, bits = pick_device(cfg.device), {"none": 32, "int8": 8, "int4": 4}[cfg.quantize]
+    device, bits = pick_device(cfg.device), BITS[cfg.quantize]
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(directory)
         rounded = decode.bits_of(directory)
         if bits < 32 or rounded:
             decode.check_quantize(device)
         if rounded:
-            if bits < 32 or cfg.dtype not in ("auto", "float32"):
-                raise config.Mistake(f"{directory} has weights of {rounded} bits: leave --quantize and --dtype out")
+            if bits < 32 or cfg.trace or cfg.dtype not in ("auto", "float32"):
+                raise config.Mistake(f"{directory} has weights of {rounded} bits: leave --quantize, --dtype and "
+                                     "--trace out")
             model = decode.load_quantized(directory)
         else:
             dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
             model = adapter.load(directory, dtype, device)
             if dtype == torch.float32:  # a narrower one would round away much of what an adapter changes
                 lora.merge(model)
-        model = decode.to_decode(model, cfg.compile, bits, choose=cfg.dtype == "auto")
+        model = decode.to_decode(model, cfg.compile, bits, rows if cfg.dtype == "auto" else 0)
     tok = adapter.load_tokenizer(directory)
     if tok.vocab_size > model.config.vocab_size:
         raise config.Mistake(f"{directory}: the tokenizer has {tok.vocab_size} tokens, the model "
@@ -275,7 +278,9 @@ def main(cfg):
         if parameters < 10e6:  # they stay in the caches of one core; two would mostly wait for each other
             torch.set_num_threads(1)
         if cfg.save:
-            decode.save_quantized(model, {"int8": 8, "int4": 4}[cfg.quantize], cfg.save)
+            if Path(cfg.save).is_dir() and any(Path(cfg.save).iterdir()):
+                raise config.Mistake(f"--save: {cfg.save} is not empty")
+            decode.save_quantized(model, BITS[cfg.quantize], cfg.save)
             tok.save(cfg.save)
             print(f"{cfg.save}: {parameters:,} parameters as {cfg.quantize}")
             return

@@ -280,7 +280,7 @@ def with_page(app, service):
 def main(cfg):
     import uvicorn
     machine = {key: getattr(cfg, key) for key in ("init_from", "device", "dtype", "quantize")}
-    model, tok, directory = sample.load(config.make(sample.SampleConfig, machine))
+    model, tok, directory = sample.load(config.make(sample.SampleConfig, machine), cfg.rows)
     with config.mistakes(OSError, prefix=f"cannot listen at {cfg.host}:{cfg.port}: "):
         listener = socket.create_server((cfg.host, cfg.port))
     app = make_app(Service(cfg, model, tok, directory.resolve().name))
