@@ -133,7 +133,8 @@ class QuantizedEmbedding(nn.Module):
 
     def __init__(self, head):
         super().__init__()
-        self.weight, self.scale = head.weight, head.scale
+        self.weight = head.weight
+        self.register_buffer("scale", head.scale)
 
     def forward(self, idx):
         """idx (...) -> (..., in)."""
@@ -204,13 +205,18 @@ def check_quantize(device):
 
 # -- rounded weights in a directory ------------------------------------------------------------------------------
 
+def own_state(model):
+    """The model's state_dict, tied weights once."""
+    tied = "model.embed_tokens." if model.config.tie_embeddings else "nothing"
+    return {name: t for name, t in model.state_dict().items() if not name.startswith(tied)}
+
+
 def save_quantized(model, bits, directory):
     """Write a model that `pack` has rounded to so many bits. Its config.json says so, and only `load_quantized` reads
     it."""
-    state = {name: t for name, t in model.state_dict().items()
-             if not (model.config.tie_embeddings and name.startswith("model.embed_tokens."))}
-    how = {"quant_method": METHOD, "bits": bits}
-    checkpoint.write(directory, checkpoint.config_to_hf(model.config, "float32") | {"quantization_config": how}, state)
+    hf = checkpoint.config_to_hf(model.config, "float32")
+    hf["quantization_config"] = {"quant_method": METHOD, "bits": bits}
+    checkpoint.write(directory, hf, own_state(model))
 
 
 def bits_of(directory):
@@ -223,20 +229,21 @@ def bits_of(directory):
 def load_quantized(directory):
     """The model that `save_quantized` wrote, on the CPU. Raises ValueError for what it would not have written."""
     hf, state = checkpoint.read_json(Path(directory) / "config.json"), checkpoint.all_tensors(directory)
+    state = {name: t.clone() for name, t in state.items()}  # a file has them anywhere, the kernels at 32 bytes
     bits = hf.pop("quantization_config").get("bits")
     with torch.device("meta"):
         model = Llama(checkpoint.config_from_hf(hf, {}))
     if bits not in (4, 8):
         raise ValueError(f"{directory}: bits must be 4 or 8, not {bits!r}")
     pack(model, bits)
-    if model.config.tie_embeddings:
-        state |= {name.replace("lm_head", "model.embed_tokens"): t for name, t in state.items() if "lm_head" in name}
-    want = model.state_dict()
+    want = own_state(model)
     if more := state.keys() - want.keys():
         raise ValueError(f"{directory}: {sorted(more)[0]} is not of this model")
     for name, t in want.items():
         if name not in state or (state[name].shape, state[name].dtype) != (t.shape, t.dtype):
             raise ValueError(f"{directory}: {name} is not {tuple(t.shape)} {t.dtype}, as {bits} bits want it")
+    if model.config.tie_embeddings:
+        state |= {name.replace("lm_head", "model.embed_tokens"): t for name, t in state.items() if "lm_head" in name}
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -502,7 +502,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale.type_as(ctx.saved_tensors[0]), None
+        return ctx.saved_tensors[0].mul_(scale), None  # a second backward pass is an error, which autograd raises
 
 
 # -- the model ---------------------------------------------------------------------------------------------------

@@ -507,6 +507,10 @@ def test_the_loss_of_a_few_rows_at_a_time_is_the_loss(rows, monkeypatch):
     got = gradients(lambda z: sum_of_nats(z, targets), logits)
     torch.testing.assert_close(got, want)
     assert got[0].grad_fn.name() == "CrossEntropyBackward" and not got[1][::4].any()
+    loss = sum_of_nats(logits, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):  # the gradient has been scaled where it lay
+        loss.backward()
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
