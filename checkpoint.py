@@ -352,6 +352,11 @@ def read_tensors(path, prefixes=("",)):
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
 
 
+def all_tensors(directory):
+    """{name: tensor} of all safetensors files of a checkpoint."""
+    return {name: t for path in _weight_files(Path(directory)) for name, t in read_tensors(path).items()}
+
+
 def vision_tensors(directory):
     """{name: tensor} of what a Llama4ForConditionalGeneration sees with, {} where it has no such part."""
     files = _weight_files(Path(directory))

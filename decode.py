@@ -3,15 +3,23 @@
     model = to_decode(Llama.from_pretrained(directory))             weights packed, or quantised to 8 or 4 bits
     answers = decode_all(model, prompts, max_new_tokens=100)        many requests at once, a free row takes the next
 """
+import functools
+import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
+import checkpoint
 import config
 from common import pick_dtype
-from model import KVCache, Linear, Llama, RMSNorm, pick, product_dtype
+from model import KVCache, Linear, Llama, RMSNorm, Sampling, product_dtype
+
+METHOD = "everyllama"  # of rounding, in config.json
+LEAST_BITS = {"router": 32, "lm_head": 8, "v_proj": 8, "down_proj": 8}  # with fewer the loss rises most, for little
+
 
 # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -23,10 +31,15 @@ class PackedLinear(nn.Module):
     """
     WIDTH = 16
 
-    def __init__(self, weight):
+    def __init__(self, panels):
+        """panels (n, in, 16), as `stored` makes them."""
         super().__init__()
-        panels = weight.detach().unflatten(0, (-1, self.WIDTH)).mT.contiguous()  # (n, in, 16)
         self.weight = nn.Parameter(panels)  # with a gradient, or autocast would cast it anew at each call
+
+    @classmethod
+    def stored(cls, weight):
+        """The panels of a matrix (out, in)."""
+        return (weight.unflatten(0, (-1, cls.WIDTH)).mT.contiguous(),)
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -37,18 +50,29 @@ class PackedLinear(nn.Module):
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
+@functools.cache
+def product_units():
+    """The dtype of large products that is fastest on this processor."""
+    return pick_dtype("auto", torch.device("cpu"))[0]
+
+
 class Int8Linear(nn.Module):
     """x W^T with W (out, in) in 8 bits, one scale for each output: W[n] = weight[n] * scale[n]."""
 
-    FEW = 16  # rows; more are one product with the matrix in float32, which is then faster even with making it
+    FEW = 16  # rows; more are one product with the whole matrix, which is then faster even with making it
 
-    def __init__(self, weight):
+    def __init__(self, weight, scale):
+        """weight (out, in) int8, scale (out,) bfloat16, as `stored` makes them."""
         super().__init__()
-        scale = (weight.abs().amax(1) / 127).bfloat16()  # the kernel's; rounded first, so that weight makes up for it
-        scale[scale == 0] = 1
-        q = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.weight = nn.Parameter(q, requires_grad=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
+
+    @staticmethod
+    def stored(weight):
+        """weight and scale for a matrix (out, in)."""
+        scale = (weight.abs().amax(1) / 127).bfloat16()  # the kernel's; rounded first, so that weight makes up for it
+        scale = torch.where(scale == 0, 1, scale)
+        return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
     def whole(self):
         """W (out, in) in float32."""
@@ -61,11 +85,12 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         """x (..., in) -> (..., out). The kernel wants bfloat16 (15 to 30 times as fast as others) at a multiple of 32
         bytes, where a new tensor is, and would crash elsewhere."""
-        rows = x.flatten(0, -2)  # (rows, in)
-        if not 0 < len(rows) <= self.FEW:
-            return nn.functional.linear(x, self.whole().to(x.dtype))
-        rows = rows.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
-        return self.product(rows).to(x.dtype).unflatten(0, x.shape[:-1])
+        rows = x.reshape(-1, x.shape[-1])  # (rows, in)
+        if 0 < len(rows) <= self.FEW:
+            y = self.product(rows.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format))
+        else:
+            y = nn.functional.linear(rows.to(product_units()), self.whole().to(product_units()))
+        return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
 
 
 class Int4Linear(Int8Linear):
@@ -73,27 +98,34 @@ class Int4Linear(Int8Linear):
 
     GROUP = 32  # the smallest the kernel knows, and divides Llama's widths
 
-    def __init__(self, weight):
-        nn.Module.__init__(self)
-        groups = weight.detach().float().unflatten(1, (-1, self.GROUP))  # (out, n, 32)
+    def __init__(self, weight, scale):
+        """weight (out, in / 2) uint8, two inputs in one number; scale (in / 32, out, 2) bfloat16: scale and zero."""
+        super().__init__(weight, scale)
+        self.register_buffer("laid_out", None, persistent=False)  # for this processor, so it is never saved
+
+    @classmethod
+    def stored(cls, weight):
+        """weight and scale for a matrix (out, in)."""
+        groups = weight.float().unflatten(1, (-1, cls.GROUP))  # (out, n, 32)
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
         scale = ((high - low) / 15).bfloat16().float()  # rounded first, as the kernel has both in bfloat16
-        scale[scale == 0] = 1
+        scale = torch.where(scale == 0, 1, scale)
         zero = (low + 8 * scale).bfloat16().float()
         q = ((groups - zero) / scale).round().add(8).clamp(0, 15).flatten(1).to(torch.uint8)  # (out, in)
-        self.weight = nn.Parameter(q[:, ::2] | q[:, 1::2] << 4, requires_grad=False)  # (out, in / 2)
-        sz = torch.cat((scale, zero), 2).transpose(0, 1).bfloat16().contiguous()  # (n, out, 2)
-        self.register_buffer("scale_and_zero", sz)
-        # laid out for this processor, so it is never saved
-        self.register_buffer("laid_out", torch._convert_weight_to_int4pack_for_cpu(q.int(), 1), persistent=False)
+        return q[:, ::2] | q[:, 1::2] << 4, torch.cat((scale, zero), 2).transpose(0, 1).bfloat16().contiguous()
+
+    def unpacked(self):
+        """q (out, in) uint8."""
+        return torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)
 
     def whole(self):
-        q = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)  # (out, in)
-        scale, zero = self.scale_and_zero.float().transpose(0, 1)[..., None].unbind(2)  # (out, n, 1) each
-        return ((q.float().unflatten(1, (-1, self.GROUP)) - 8) * scale + zero).flatten(1)
+        scale, zero = self.scale.float().transpose(0, 1)[..., None].unbind(2)  # (out, n, 1) each
+        return ((self.unpacked().float().unflatten(1, (-1, self.GROUP)) - 8) * scale + zero).flatten(1)
 
     def product(self, x):
-        return torch._weight_int4pack_mm_for_cpu(x, self.laid_out, self.GROUP, self.scale_and_zero)
+        if self.laid_out is None:
+            self.laid_out = torch._convert_weight_to_int4pack_for_cpu(self.unpacked().int(), 1)
+        return torch._weight_int4pack_mm_for_cpu(x, self.laid_out, self.GROUP, self.scale)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -101,7 +133,8 @@ class QuantizedEmbedding(nn.Module):
 
     def __init__(self, head):
         super().__init__()
-        self.weight, self.scale = head.weight, head.scale
+        self.weight = head.weight
+        self.register_buffer("scale", head.scale)
 
     def forward(self, idx):
         """idx (...) -> (..., in)."""
@@ -134,32 +167,30 @@ class QuickNorm(nn.Module):
         return x / torch.hypot(length, self.least) * self.scale
 
 
-def packed(linear, bits):
-    """What takes a Linear's place in decoding: of so many bits, or of more where its shape allows no fewer."""
-    weight = linear.weight.detach()
-    outputs, inputs = weight.shape
+def kind_for(name, shape, bits):
+    """The class that takes the place of a Linear called `name` in decoding: of so many bits, or of more where that
+    costs little time and much of the loss, or where its shape (out, in) allows no fewer. None: leave it."""
+    outputs, inputs = shape
+    bits = max(bits, LEAST_BITS.get(name, 4))
     if bits == 4 and inputs % Int4Linear.GROUP == 0 and outputs % 16 == 0:
-        return Int4Linear(weight)
+        return Int4Linear
     if bits <= 8 and inputs % 16 == 0:  # the kernel crashes with others
-        return Int8Linear(weight)
-    return PackedLinear(weight) if outputs % PackedLinear.WIDTH == 0 else linear
+        return Int8Linear
+    return PackedLinear if outputs % PackedLinear.WIDTH == 0 else None
 
 
 def pack(model, bits=32):
     """Replace norms and matrices of a float32 model on a CPU; it is then no longer fit for training or saving.
 
-    bits 8 or 4: the matrices are rounded, but for embedding and head to no fewer than 8 bits, which cost most of the
-    loss, and for routers and routed experts not at all.
+    bits 8 or 4: the matrices are rounded, but for routed experts.
     """
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
                 setattr(module, name, QuickNorm(child))
-            elif isinstance(child, Linear):
-                least = {"router": 32, "lm_head": 8}.get(name, 4)
-                setattr(module, name, packed(child, max(bits, least)))
-    if tied and isinstance(model.lm_head, (PackedLinear, Int8Linear)):
+            elif isinstance(child, Linear) and (kind := kind_for(name, child.weight.shape, bits)):
+                setattr(module, name, kind(*kind.stored(child.weight.detach())))
+    if model.config.tie_embeddings and isinstance(model.lm_head, (PackedLinear, Int8Linear)):
         kind = PackedEmbedding if isinstance(model.lm_head, PackedLinear) else QuantizedEmbedding
         model.model.embed_tokens = kind(model.lm_head)
 
@@ -169,8 +200,55 @@ def check_quantize(device):
     here = torch.backends.cpu.get_cpu_capability()
     if device.type != "cpu" or here not in ("AVX2", "AVX512"):
         what = f"this one is {here}" if device.type == "cpu" else f"not on {device.type}: add --device=cpu"
-        raise config.Mistake(f"--quantize wants an x86 processor with AVX2; {what}")
+        raise config.Mistake(f"rounded weights want an x86 processor with AVX2; {what}")
 
+
+# -- rounded weights in a directory ------------------------------------------------------------------------------
+
+def own_state(model):
+    """The model's state_dict, tied weights once."""
+    tied = "model.embed_tokens." if model.config.tie_embeddings else "nothing"
+    return {name: t for name, t in model.state_dict().items() if not name.startswith(tied)}
+
+
+def save_quantized(model, bits, directory):
+    """Write a model that `pack` has rounded to so many bits. Its config.json says so, and only `load_quantized` reads
+    it."""
+    hf = checkpoint.config_to_hf(model.config, "float32")
+    hf["quantization_config"] = {"quant_method": METHOD, "bits": bits}
+    checkpoint.write(directory, hf, own_state(model))
+
+
+def bits_of(directory):
+    """Of how many bits the weights in a directory are that `save_quantized` has written; 0 where it was not that."""
+    file = Path(directory) / "config.json"
+    how = checkpoint.read_json(file).get("quantization_config") if file.exists() else None
+    return how.get("bits") if isinstance(how, dict) and how.get("quant_method") == METHOD else 0
+
+
+def load_quantized(directory):
+    """The model that `save_quantized` wrote, on the CPU. Raises ValueError for what it would not have written."""
+    hf, state = checkpoint.read_json(Path(directory) / "config.json"), checkpoint.all_tensors(directory)
+    state = {name: t.clone() for name, t in state.items()}  # a file has them anywhere, the kernels at 32 bytes
+    bits = hf.pop("quantization_config").get("bits")
+    with torch.device("meta"):
+        model = Llama(checkpoint.config_from_hf(hf, {}))
+    if bits not in (4, 8):
+        raise ValueError(f"{directory}: bits must be 4 or 8, not {bits!r}")
+    pack(model, bits)
+    want = own_state(model)
+    if more := state.keys() - want.keys():
+        raise ValueError(f"{directory}: {sorted(more)[0]} is not of this model")
+    for name, t in want.items():
+        if name not in state or (state[name].shape, state[name].dtype) != (t.shape, t.dtype):
+            raise ValueError(f"{directory}: {name} is not {tuple(t.shape)} {t.dtype}, as {bits} bits want it")
+    if model.config.tie_embeddings:
+        state |= {name.replace("lm_head", "model.embed_tokens"): t for name, t in state.items() if "lm_head" in name}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+# -- a compiled step ---------------------------------------------------------------------------------------------
 
 def pinned(cache):
     """cache, whose tensors stay where they are, as a CUDA graph wants."""
@@ -185,14 +263,14 @@ class CachePool:
     def __init__(self, model):
         self.model, self.free = model, {}
 
-    def stream(self, idx=None, max_new_tokens=1, *args, embeds=None, cache=None, **more):
+    def stream(self, prompt, max_new_tokens=1, eos_id=None, mask=None, cache=None, **sampling):
         """`Llama.stream` with a cache of the pool where none is given."""
         def stream(cache):
-            return Llama.stream(self.model, idx, max_new_tokens, *args, embeds=embeds, cache=cache, **more)
+            return Llama.stream(self.model, prompt, max_new_tokens, eos_id, mask, cache, **sampling)
         if cache is not None:
             yield from stream(pinned(cache))
             return
-        prompt, weight = idx if embeds is None else embeds, self.model.lm_head.weight
+        weight = self.model.lm_head.weight
         size = max(256, min(prompt.shape[1] + max_new_tokens, self.model.config.context))
         key = len(prompt), power_of_two(size), weight.device, product_dtype(weight)
         cache = self.free.pop(key, None) or pinned(KVCache(self.model.config, *key))
@@ -223,25 +301,43 @@ def compile_step(model):
     model.stream = model.cache_pool.stream
 
 
-def to_decode(model, compile=False, bits=32):
-    """Make a Llama's generation fast; returns the model.
+def to_decode(model, compile=False, bits=32, rows=0):
+    """Make a Llama's generation fast; returns the model, which may be another one.
 
-    On a CPU float32 matrices are packed: 1.5 to 1.8 times the speed of plain float32, and on processors with
-    bfloat16 units 0.8 to 1.4 times that of plain bfloat16, which packing would halve. compile: see `compile_step`.
-    bits: see `pack`.
+    On a CPU float32 matrices are packed; or, with rows, they are made bfloat16 if a step of so many rows takes less
+    time then, on this processor. compile: see `compile_step`. bits: see `pack`.
     """
     weight, ready = model.lm_head.weight, isinstance(model.lm_head, (PackedLinear, Int8Linear))
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and not ready:
+        half = bfloat16_copy(model) if rows and bits == 32 and product_units() == torch.bfloat16 else None
         pack(model, bits)
+        if half and seconds_of_step(half, rows) < seconds_of_step(model, rows):
+            model = half
     if compile:
         compile_step(model)
     return model
 
 
+def bfloat16_copy(model):
+    """A Llama with the same weights in bfloat16."""
+    with torch.device("meta"):
+        half = Llama(model.config)
+    half.load_state_dict({name: t.bfloat16() for name, t in model.state_dict().items()}, assign=True)
+    if model.config.tie_embeddings:
+        half.lm_head.weight = half.model.embed_tokens.weight
+    return half.eval()
+
+
+def seconds_of_step(model, rows):
+    """The least time of a few steps of so many rows."""
+    times = [time.perf_counter() for _ in model.stream(torch.zeros(rows, 1, dtype=torch.long), 6, temperature=0)]
+    return min((after - before for before, after in zip(times, times[1:])), default=0.0)
+
+
 def dtype_to_decode(name, device):
-    """(torch.dtype of products, why), as `pick_dtype`, for a model that only generates."""
+    """(torch.dtype to read weights in, why), as `pick_dtype`, for a model that only generates."""
     if name == "auto" and device.type == "cpu":
-        return torch.float32, "packed: as fast as bfloat16 where there are units for that, far faster elsewhere"
+        return torch.float32, "to be packed, or made bfloat16 where that is faster"
     return pick_dtype(name, device)
 
 
@@ -260,11 +356,7 @@ class Request:
     prompt: object  # ids, or a tensor (T, D) of embeddings, as a text with pictures has
     max_new_tokens: int
     stop_ids: frozenset = frozenset()  # a token of these is the last
-    temperature: float = 1.0  # this and the next three: see `model.pick`
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0  # same seed, same tokens, whatever runs beside it (but for rounding)
+    sampling: Sampling = Sampling(seed=0)  # same seed, same tokens, whatever runs beside it (but for rounding)
     new: list = field(default_factory=list)  # ids so far, with the one of stop_ids
     done: bool = False
 
@@ -286,13 +378,14 @@ class Batch:
         self.cache = new_cache(model, rows, self.size)
         self.waiting, self.running = deque(), [None] * rows  # a request for each row of the cache
 
-    def add(self, *args, **kwargs):
-        """Queue a `Request` of these fields; returns it. Raises ValueError for a prompt that leaves it no room."""
-        request = Request(*args, **kwargs)
+    def add(self, prompt, max_new_tokens, stop_ids=frozenset(), seed=0, **sampling):
+        """Queue a `Request`, with fields of `Sampling`; returns it. Raises ValueError for a prompt that leaves it no
+        room."""
+        request = Request(prompt, max_new_tokens, stop_ids, Sampling(seed=seed, **sampling))
         if not 0 < len(request.prompt) < self.size:
             raise ValueError(f"a prompt of {len(request.prompt)} tokens: it takes 1 to {self.size - 1} here")
         request.max_new_tokens = min(request.max_new_tokens, self.size - len(request.prompt))
-        request.generator = torch.Generator(self.cache.lengths.device).manual_seed(request.seed)
+        request.generator = request.sampling.generator(self.cache.lengths.device)
         request.done = request.max_new_tokens < 1
         if not request.done:
             self.waiting.append(request)
@@ -351,11 +444,10 @@ class Batch:
     def draw(requests, logits):
         """[(request, its next token), ...] from logits (n, V). Requests with the same settings are drawn together."""
         alike, picked = {}, []
-        for row, r in enumerate(requests):
-            alike.setdefault((r.temperature, r.top_k, r.top_p, r.min_p), []).append(row)
-        for how, rows in alike.items():
-            wanted = logits if len(rows) == len(logits) else logits[rows]
-            tokens = pick(wanted.float(), *how, [requests[row].generator for row in rows])
+        for row, request in enumerate(requests):
+            alike.setdefault(request.sampling, []).append(row)
+        for sampling, rows in alike.items():
+            tokens = sampling.pick(logits[rows], [requests[row].generator for row in rows])
             picked += zip((requests[row] for row in rows), tokens.tolist())
         for request, token in picked:
             request.new.append(token)
@@ -366,7 +458,7 @@ class Batch:
 def decode_all(model, prompts, max_new_tokens, rows=16, seed=0, **how):
     """The continuation of each prompt (ids, or embeddings (T, D)), as a list of ids with the end token, if it came.
 
-    rows: how many run at a time. The i-th prompt has seed + i. how: stop_ids, temperature and so on, as in `Request`.
+    rows: how many run at a time. The i-th prompt has seed + i. how: stop_ids, and fields of `Sampling`.
     """
     size = max(map(len, prompts), default=1) + max_new_tokens
     batch = Batch(model, min(rows, len(prompts)), size)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import config
 
+BITS = {"none": 32, "int8": 8, "int4": 4}
+
 
 @dataclass
 class SampleConfig:
@@ -38,10 +40,13 @@ class SampleConfig:
     compile: bool = False  # a token's step as one graph, on a GPU one CUDA graph: pays after thousands of tokens
     dtype: str = "auto"  # {auto, float32, bfloat16, float16} auto takes what is fast here
     quantize: str = "none"  # {none, int8, int4} bits of the matrices, on an x86 processor: faster, less exact
+    save: str | None = None  # with --quantize: folder to write the rounded model to, instead of sampling
 
     def __post_init__(self):
         if self.quantize != "none" and (self.compile or self.dtype not in ("auto", "float32")):
             raise ValueError("--quantize goes with neither --compile nor --dtype: what is not rounded stays in float32")
+        if self.save and self.quantize == "none":
+            raise ValueError("--save writes rounded weights: it wants --quantize")
         if self.quantize != "none" and self.trace:
             raise ValueError("--trace counts whole weights: leave --quantize out")
         if self.chat and (self.start or self.trace):
@@ -56,10 +61,10 @@ if __name__ == "__main__":  # read the arguments before torch is imported: a typ
 import torch  # noqa: E402
 
 import adapter  # noqa: E402
+import decode  # noqa: E402
 import lora  # noqa: E402
 from checkpoint import find_checkpoint  # noqa: E402
 from common import pick_device  # noqa: E402
-from decode import check_quantize, dtype_to_decode, new_cache, PackedLinear, power_of_two, to_decode  # noqa: E402
 from model import Attention, Experts, Linear, Llama  # noqa: E402
 
 
@@ -82,19 +87,26 @@ def read_prompt(text):
         return Path(text[len("FILE:"):]).read_text(encoding="utf-8")
 
 
-def load(cfg):
-    """(model, tokenizer, directory) ready to sample on the device and in the dtype asked for."""
+def load(cfg, rows=1):
+    """(model, tokenizer, directory) ready to sample so many rows at once, on the device and in the dtype asked for."""
     directory = Path(cfg.init_from) if cfg.init_from else newest_run()
-    device, bits = pick_device(cfg.device), {"none": 32, "int8": 8, "int4": 4}[cfg.quantize]
-    if bits < 32:
-        check_quantize(device)
-    dtype, _ = dtype_to_decode(cfg.dtype, device)
+    device, bits = pick_device(cfg.device), BITS[cfg.quantize]
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(directory)
-        model = adapter.load(directory, dtype, device)
-        if dtype == torch.float32:  # a narrower one would round away much of what an adapter changes
-            lora.merge(model)
-        model = to_decode(model, cfg.compile, bits)
+        rounded = decode.bits_of(directory)
+        if bits < 32 or rounded:
+            decode.check_quantize(device)
+        if rounded:
+            if bits < 32 or cfg.trace or cfg.dtype not in ("auto", "float32"):
+                raise config.Mistake(f"{directory} has weights of {rounded} bits: leave --quantize, --dtype and "
+                                     "--trace out")
+            model = decode.load_quantized(directory)
+        else:
+            dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
+            model = adapter.load(directory, dtype, device)
+            if dtype == torch.float32:  # a narrower one would round away much of what an adapter changes
+                lora.merge(model)
+        model = decode.to_decode(model, cfg.compile, bits, rows if cfg.dtype == "auto" else 0)
     tok = adapter.load_tokenizer(directory)
     if tok.vocab_size > model.config.vocab_size:
         raise config.Mistake(f"{directory}: the tokenizer has {tok.vocab_size} tokens, the model "
@@ -117,8 +129,8 @@ def write(model, tok, ids, cfg, seed, cache=None, held=0):
     """Generate after ids and print each piece as it comes; returns the new ids. cache: has the first `held` ids."""
     text, new, stops = tok.stream(after=ids), [], tok.stop_ids | set(model.config.eos_ids)
     idx = torch.tensor([ids[held:]], device=model.lm_head.weight.device)
-    for token in model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, stops, seed,
-                              cache=cache):
+    for token in model.stream(idx, cfg.max_new_tokens, stops, cache=cache, temperature=cfg.temperature, top_k=cfg.top_k,
+                              top_p=cfg.top_p, min_p=cfg.min_p, seed=seed):
         new.append(token.item())
         print(text.feed(new[-1]) if new[-1] not in stops else "", end="", flush=True)
     print(text.end(), flush=True)
@@ -155,7 +167,7 @@ class Conversation:
 
     def __init__(self, model):
         self.model, self.ids = model, []
-        self.cache = new_cache(model, 1, 256)
+        self.cache = decode.new_cache(model, 1, 256)
 
     def reply(self, tok, ids, cfg, seed):
         """`write` after the conversation ids, as they are now; returns the new ids."""
@@ -165,7 +177,7 @@ class Conversation:
         held = self.cache.rewind(same)
         size = min(len(ids) + cfg.max_new_tokens, self.model.config.context)
         if size > self.cache.size:
-            self.cache.grow(power_of_two(size))  # seldom, and never back
+            self.cache.grow(decode.power_of_two(size))  # seldom, and never back
         new = write(self.model, tok, ids, cfg, seed, self.cache, held)
         self.ids = (ids + new)[:-1]  # the last one was never read
         return new
@@ -217,7 +229,7 @@ def steps_of(model, ids):
             weights = list(module.parameters())
             new = [p for p in weights if p not in seen]
             seen.update(new)
-            used = sum(p.numel() for p in weights) if isinstance(module, (Linear, PackedLinear, Experts)) else 0
+            used = sum(p.numel() for p in weights) if isinstance(module, (Linear, decode.PackedLinear, Experts)) else 0
             used //= cfg.n_experts if isinstance(module, Experts) else 1  # a row goes to one of them
             note = f"chose {output.topk(cfg.top_k).indices.tolist()}" if name.endswith(".router") else ""
             steps.append((name, output.shape, sum(p.numel() for p in new), 2 * used * output.shape[:-1].numel(), note))
@@ -265,6 +277,13 @@ def main(cfg):
             parameters = Llama(model.config).counts()[0]  # two of 4 bits share a number
         if parameters < 10e6:  # they stay in the caches of one core; two would mostly wait for each other
             torch.set_num_threads(1)
+        if cfg.save:
+            if Path(cfg.save).is_dir() and any(Path(cfg.save).iterdir()):
+                raise config.Mistake(f"--save: {cfg.save} is not empty")
+            decode.save_quantized(model, BITS[cfg.quantize], cfg.save)
+            tok.save(cfg.save)
+            print(f"{cfg.save}: {parameters:,} parameters as {cfg.quantize}")
+            return
         talk = chat if cfg.chat else trace if cfg.trace else complete
         talk(model, tok, cfg, f"{os.path.relpath(directory)}: {parameters:,} parameters")
 

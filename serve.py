@@ -155,8 +155,8 @@ class Service:
         limit = asked.max_tokens or asked.max_completion_tokens or self.cfg.context
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         with config.mistakes(ValueError):  # a prompt that is too long
-            return self.engine.add(asked.ids(self.tok), limit, self.stop_ids, asked.temperature, top_p=asked.top_p,
-                                   seed=seed)
+            return self.engine.add(asked.ids(self.tok), limit, self.stop_ids, seed, temperature=asked.temperature,
+                                   top_p=asked.top_p)
 
     async def pieces(self, asked, request):
         """Yield (text, None) of an answer, and at its end (text, "stop" or "length")."""
@@ -280,7 +280,7 @@ def with_page(app, service):
 def main(cfg):
     import uvicorn
     machine = {key: getattr(cfg, key) for key in ("init_from", "device", "dtype", "quantize")}
-    model, tok, directory = sample.load(config.make(sample.SampleConfig, machine))
+    model, tok, directory = sample.load(config.make(sample.SampleConfig, machine), cfg.rows)
     with config.mistakes(OSError, prefix=f"cannot listen at {cfg.host}:{cfg.port}: "):
         listener = socket.create_server((cfg.host, cfg.port))
     app = make_app(Service(cfg, model, tok, directory.resolve().name))

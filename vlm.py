@@ -690,8 +690,7 @@ def reply(run, ids, features, show=True):
     text, new, stops = run.tok.stream(), [], run.tok.stop_ids
     with torch.no_grad(), run.autocast:
         embeds = run.vlm.embed(torch.from_numpy(ids)[None].to(run.device), features)
-        for token in run.vlm.llama.stream(embeds=embeds, max_new_tokens=run.cfg.sample_tokens, temperature=0,
-                                          eos_id=stops):
+        for token in run.vlm.llama.stream(embeds, run.cfg.sample_tokens, stops, temperature=0):
             if token.item() not in stops:
                 new.append(token.item())
                 print(text.feed(new[-1]) if show else "", end="", flush=True)

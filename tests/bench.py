@@ -565,21 +565,23 @@ def memory(cfg):
 @row
 def decode(cfg):
     """Greedy decoding, random weights: 256 tokens one by one, many rows at once, and a long prompt. On a GPU through
-    CUDA graphs."""
+    CUDA graphs. transformers has its weights in the dtype whose products are fastest here, ours are as sample.py takes
+    them."""
     import torch
 
     import decode
     from model import PRESETS, Llama
     device, dtype, _ = precision(cfg.device)
     gpu = device.type == "cuda"
-    dtype = dtype if gpu else torch.float32  # as sample.py takes it
     for name in ("smollm2-135m", "llama-3.2-1b") if gpu else ("stories15m", "smollm2-135m"):
         forget(cfg.device)
         torch.manual_seed(0)
         new = 240 if name == "stories15m" else 256  # with the prompt, what stories15m's context holds
-        model = Llama(PRESETS[name]).to(device, dtype).eval()
+        model = Llama(PRESETS[name]).to(device, dtype if gpu else torch.float32).eval()
         theirs, weights = twin(model).to(dtype).eval(), sum(p.numel() for p in model.parameters())
-        decode.to_decode(model, compile=gpu)
+        whole = {name: t.clone() for name, t in model.state_dict().items()}
+        model = decode.to_decode(model, compile=gpu, rows=1)
+        ours_in = str(model.lm_head.weight.dtype).removeprefix("torch.")
         if gpu:
             check_graphs(model)
         prompt = torch.randint(model.config.vocab_size, (1, min(2048, model.config.context - 1)), device=device)
@@ -592,17 +594,19 @@ def decode(cfg):
 
         def generate(idx=idx, theirs=theirs, new=new):
             theirs.generate(idx, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-        memory = torch.randn(weights, device=device).to(dtype)
+        memory = torch.randn(weights, device=device).to(model.lm_head.weight.dtype)
 
         def read(memory=memory, new=new):
             for _ in range(new):
                 memory.sum()
             wait(device)
-        kind = f"{name}, {new} tokens one by one, {str(dtype).removeprefix('torch.')}: "
-        yield Pair(kind + "against transformers.generate", ours, generate, 2.5, runs=3)
+        kind = f"{name}, {new} tokens one by one, {ours_in}: "
+        bare = "against transformers.generate in " + str(dtype).removeprefix("torch.")
+        yield Pair(kind + bare, ours, generate, 2.0, runs=3)
         yield Pair(kind + "against reading the weights once a token", ours, read, 0.6 if gpu else 0.7, runs=3)
         yield Pair(f"{name}: {rows} rows at once against {rows} one after another",
                    lambda: ours(many), lambda: rows * seconds(ours), 20.0 if gpu else 10.0, runs=3)
+        yield Pair(f"{name}: {rows} rows at once {bare}", lambda: ours(many), lambda: generate(many), 2.0, runs=3)
         head = 2 * model.config.vocab_size * model.config.dim  # which only the last position needs
         yield Pair(f"{name}: a prompt of {length} tokens against nothing but products of its FLOPs",
                    lambda: ours(prompt, new=1),
@@ -610,12 +614,12 @@ def decode(cfg):
         small = name == "stories15m"
         for bits, goal in () if gpu else ((8, 2.5 if small else 3.0), (4, 2.5 if small else 3.5)):
             rounded = Llama(model.config)
-            rounded.load_state_dict(theirs.state_dict())
+            rounded.load_state_dict(whole)
             decode.to_decode(rounded.eval(), bits=bits)
-            yield Pair(f"{name}, {new} tokens one by one, --quantize=int{bits}: against transformers.generate",
+            yield Pair(f"{name}, {new} tokens one by one, --quantize=int{bits}: {bare}",
                        partial(ours, model=rounded), generate, goal, runs=3)
         if not gpu:
-            yield from llama_cpp(model.config, theirs.state_dict(), idx, new, kind, ours)
+            yield from llama_cpp(model.config, whole, idx, new, kind, ours)
 
 
 @row
@@ -630,9 +634,8 @@ def requests(cfg):
     import decode
     from model import PRESETS, Llama
     device, dtype, _ = precision(cfg.device)
-    dtype = dtype if device.type == "cuda" else torch.float32  # as sample.py takes it
-    model = Llama(replace(PRESETS["stories15m"], context=600)).to(device, dtype).eval()
-    decode.to_decode(model)
+    dtype = dtype if device.type == "cuda" else torch.float32  # of which decode.py takes what is faster
+    model = decode.to_decode(Llama(replace(PRESETS["stories15m"], context=600)).to(device, dtype).eval(), rows=16)
     rng = random.Random(0)
     asked = [([rng.randrange(model.config.vocab_size) for _ in range(rng.randint(30, 300))], rng.randint(30, 300))
              for _ in range(64)]

@@ -4,13 +4,16 @@ Each test names the mistake that it would catch; parity with transformers is in 
 """
 import math
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import PRESETS, Decoder, Head, KVCache, Llama, LlamaConfig, MoE, pick, rope_angles, rope_frequencies
+import model as model_file
+from model import (PRESETS, CrossEntropy, Decoder, Head, KVCache, Llama, LlamaConfig, MoE, RMSNorm, Sampling, attend,
+                   attend_by_products, rope_angles, rope_frequencies, sum_of_nats)
 from decode import PackedLinear, to_decode
 
 VOCAB = 29
@@ -469,6 +472,60 @@ def test_losses_at_some_places_are_those_of_the_whole_with_one_call_of_the_head(
     assert isinstance(model.lm_head, Head) and "lm_head.weight" in model.state_dict()
 
 
+def gradients(function, *inputs):
+    """A function's output and the gradients of its weighted sum."""
+    y = function(*inputs)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return [y, *torch.autograd.grad((y * weights).sum(), inputs)]
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("T", (1, 2, 33))
+def test_attention_by_products_is_attention(heads, kv_heads, T):
+    q, k, v = (torch.randn(2, T, n, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
+               for n in (heads, kv_heads, kv_heads))
+    want = gradients(partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True), q, k, v)
+    torch.testing.assert_close(gradients(attend_by_products, q, k, v), want)
+
+
+def test_short_rows_in_training_in_bfloat16_take_products(monkeypatch):
+    taken = []
+    monkeypatch.setattr(model_file, "attend_by_products", lambda q, k, v: taken.append(q.shape))
+    for T, dtype, learns in [(512, torch.bfloat16, True), (513, torch.bfloat16, True), (512, torch.float32, True),
+                             (512, torch.bfloat16, False)]:
+        attend(*(torch.zeros(1, 2, T, 4, dtype=dtype, requires_grad=learns) for _ in range(3)))
+    assert taken == [(1, 2, 512, 4)]
+
+
+@pytest.mark.parametrize("rows", (1, 2, 7, 100))
+def test_the_loss_of_a_few_rows_at_a_time_is_the_loss(rows, monkeypatch):
+    monkeypatch.setattr(CrossEntropy, "CACHED", 11 * rows)
+    logits, targets = torch.randn(30, 11), torch.randint(11, (30,))
+    logits[3, targets[3]] = -1e4  # a probability that is 0 in float32
+    targets[::4], logits = -100, logits.requires_grad_()
+    want = gradients(lambda z: F.cross_entropy(z, targets, reduction="sum"), logits)
+    got = gradients(lambda z: sum_of_nats(z, targets), logits)
+    torch.testing.assert_close(got, want)
+    assert got[0].grad_fn.name() == "CrossEntropyBackward" and not got[1][::4].any()
+    loss = sum_of_nats(logits, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):  # the gradient has been scaled where it lay
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("eps", (1e-5, 1.0))
+def test_the_norm_in_training_is_the_norm(dtype, eps):
+    norm, x = RMSNorm(24, eps).to(dtype), (3 * torch.randn(5, 7, 24)).to(dtype).requires_grad_()
+    torch.nn.init.normal_(norm.weight)
+    got = gradients(lambda x, w: norm(x), x, norm.weight)
+    want = gradients(lambda x, w: F.rms_norm(x, (24,), w, eps), *(t.detach().double().requires_grad_()
+                                                                  for t in (x, norm.weight)))
+    accuracy = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.01}[dtype]
+    for ours, exact in zip(got, want):
+        assert ours.dtype == dtype and (ours.double() - exact).norm() < accuracy * exact.norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny", "scout-128m"))
 def test_documents_in_a_row_do_not_see_each_other(name):
@@ -540,7 +597,7 @@ def test_embeddings_may_replace_tokens():
     model, idx = build(tiny("llama4-tiny")), tokens(2, 12)
     torch.testing.assert_close(model(embeds=model.model.embed_tokens(idx))[0], model(idx)[0])
     text = list(model.stream(idx, 9, temperature=0))
-    seen = list(model.stream(embeds=model.model.embed_tokens(idx), max_new_tokens=9, temperature=0))
+    seen = list(model.stream(model.model.embed_tokens(idx), 9, temperature=0))
     assert torch.equal(torch.stack(text), torch.stack(seen))
 
 
@@ -578,7 +635,7 @@ def test_sampling_draws_from_the_cut_distribution():
     generator = torch.Generator().manual_seed(0)
 
     def share(**how):
-        return pick(logits, generator=generator, **how).bincount(minlength=5) / 40000
+        return Sampling(**how).pick(logits, generator).bincount(minlength=5) / 40000
     cases = [({}, p), (dict(top_k=2), p * (p > 0.2001)), (dict(top_k=99), p), (dict(top_p=0.6), p * (p > 0.2001)),
              (dict(top_p=0.66), p * (p > 0.1001)), (dict(top_p=1.0), p), (dict(top_p=1e-9), p * (p > 0.3)),
              (dict(min_p=0.26), p * (p > 0.0999) * (p != 0.1)), (dict(temperature=0.5), p * p),
@@ -607,7 +664,7 @@ def test_no_setting_within_its_range_draws_nonsense(scale, hidden):
         for top_k in (None, 0, 1, 3, 11, 12, 2**30):
             for top_p in (None, 0.0, 1e-9, 0.5, 1.0):
                 for min_p in (None, 0.0, 0.5, 1.0):
-                    token = pick(logits, temperature, top_k, top_p, min_p, generator)
+                    token = Sampling(temperature, top_k, top_p, min_p).pick(logits, generator)
                     how = temperature, top_k, top_p, min_p
                     assert torch.isfinite(logits.gather(1, token[:, None])).all(), how
                     if temperature <= 1e-9 or top_k == 1 or top_p in (0.0, 1e-9) or min_p == 1.0 and temperature < 1e3:

@@ -379,24 +379,33 @@ def exact(layer):
     """W (out, in) in float64 by the definition of each format, element by element from what is stored."""
     if isinstance(layer, Int4Linear):
         q = torch.stack((layer.weight % 16, layer.weight // 16), 2).flatten(1).double()
-        scale, zero = (t.T.repeat_interleave(32, 1) for t in layer.scale_and_zero.double().unbind(2))
+        scale, zero = (t.T.repeat_interleave(32, 1) for t in layer.scale.double().unbind(2))
         return (q - 8) * scale + zero
     return layer.weight.double() * layer.scale.double()[:, None]
+
+
+@pytest.fixture(params=(torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def units(request, monkeypatch):
+    """The dtype of large products, as on a processor with or without units for bfloat16."""
+    monkeypatch.setattr(decode, "product_units", lambda: request.param)
+    return request.param
 
 
 @quantized
 @torch.no_grad()
 @pytest.mark.parametrize("kind, error", [(Int8Linear, 0.01), (Int4Linear, 0.09)])
 @pytest.mark.parametrize("rows", (1, 2, 5, 16, 17, 40))
-def test_rounded_matrices_multiply_as_in_float64(kind, error, rows):
+def test_rounded_matrices_multiply_as_in_float64(kind, error, rows, units):
     torch.manual_seed(rows)
     weight, x = torch.randn(48, 96), torch.randn(rows, 96)
     weight[5] = 0  # its scale would be 0
     weight[7] = 3.25
-    layer = kind(weight)
+    layer = kind(*kind.stored(weight))
     want, W = x.bfloat16().double() @ exact(layer).T, exact(layer)
     rounding = 0.003 if rows <= kind.FEW else 1e-6  # the kernel's answer is bfloat16
-    if rows > kind.FEW:
+    if rows > kind.FEW and units == torch.bfloat16:
+        want, rounding = x.bfloat16().double() @ W.bfloat16().double().T, 0.003
+    elif rows > kind.FEW:
         want = x.double() @ W.T
     got = layer(x)
     assert got.dtype == torch.float32 and got.shape == (rows, 48)
@@ -411,16 +420,17 @@ FUZZ = """
 import sys, torch
 sys.path.insert(0, {root!r})
 from model import Linear
-from decode import packed
+from decode import kind_for
 with torch.no_grad():
     for outputs in 1, 3, 15, 16, 17, 32, 80:
         for inputs in 1, 8, 16, 17, 24, 32, 48, 96, 100:
             linear = Linear(inputs, outputs)
             torch.nn.init.normal_(linear.weight)
             for bits in 4, 8:
-                layer = packed(linear, bits)
                 if inputs % 16:
                     continue  # not rounded
+                kind = kind_for("", linear.weight.shape, bits)
+                layer = kind(*kind.stored(linear.weight))
                 for rows in 0, 1, 2, 3, 5, 17:
                     for start in 0, 1, 3:  # slices, whose memory begins anywhere, and strides
                         for step in 1, 2:
@@ -445,8 +455,9 @@ def test_no_shape_ends_the_process():
 @torch.no_grad()
 @pytest.mark.parametrize("bits", (8, 4))
 @pytest.mark.parametrize("name", distinct())
-def test_a_quantised_model_computes_what_its_rounded_weights_say(name, bits):
+def test_a_quantised_model_computes_what_its_rounded_weights_say(name, bits, monkeypatch):
     """Every structure, against a plain model in whose matrices the rounded weights stand."""
+    monkeypatch.setattr(decode, "product_units", lambda: torch.float32)
     model = build(tiny(name, vocab_size=48, dim=32, n_head=4, head_dim=8, ffn_dim=64, expert_dim=32))
     plain, idx = copy.deepcopy(model), torch.randint(48, (1, 30), generator=torch.Generator().manual_seed(0))
     to_decode(model, bits=bits)
@@ -467,6 +478,87 @@ def test_a_quantised_model_computes_what_its_rounded_weights_say(name, bits):
     run_all(batch)
     assert batch.cache.keys[0].dtype == torch.float32 and all(len(r.new) == 6 for r in requests)
     assert len(model.generate(idx[:, :4], 5)[0]) == 9
+
+
+@quantized
+@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("name", distinct())
+def test_rounded_weights_are_saved_and_read(name, bits, tmp_path):
+    """Bit for bit, in a directory that says what it is, which transformers and `from_pretrained` refuse."""
+    model = build(tiny(name, vocab_size=48, dim=32, n_head=4, head_dim=8, ffn_dim=64, expert_dim=32))
+    idx = torch.randint(48, (2, 9))
+    to_decode(model, bits=bits)
+    decode.save_quantized(model, bits, tmp_path)
+    assert decode.bits_of(tmp_path) == bits
+    read = to_decode(decode.load_quantized(tmp_path), bits=32)  # rounds nothing anew
+    with torch.no_grad():
+        assert torch.equal(read(idx)[0], model(idx)[0]) and torch.equal(read(idx[:1, :1])[0], model(idx[:1, :1])[0])
+    assert {type(m) for m in read.modules()} == {type(m) for m in model.modules()}
+    with pytest.raises(ValueError, match="quantization_config"):
+        Llama.from_pretrained(tmp_path)
+
+
+@quantized
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state.pop("lm_head.scale"), "lm_head.scale"),
+    (lambda state: state.update({"lm_head.weight": state["lm_head.weight"].float()}), "lm_head.weight"),
+    (lambda state: state.update({"lm_head.scale": state["lm_head.scale"][:-1].clone()}), "lm_head.scale"),
+    (lambda state: state.update(more=torch.zeros(1)), "more")])
+def test_rounded_weights_that_do_not_fit_are_named(change, words, tmp_path):
+    """A kernel that got them would read beyond their end."""
+    from safetensors.torch import load_file, save_file
+    model = build(tiny("llama-3.2-1b", vocab_size=48, dim=32, n_head=4, head_dim=8, ffn_dim=64))
+    to_decode(model, bits=4)
+    decode.save_quantized(model, 4, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        decode.load_quantized(tmp_path)
+
+
+@quantized
+def test_sample_saves_rounded_weights_and_samples_from_them(tmp_path, capsys, monkeypatch):
+    plain, rounded = str(tmp_path / "a"), str(tmp_path / "b")
+    Llama(LlamaConfig(vocab_size=258, n_layer=1, n_head=2, dim=32, ffn_dim=32, context=64)).save_pretrained(plain)
+    tokenizer.byte().save(tmp_path / "a")
+    how = dict(start=("ab",), max_new_tokens=9, temperature=0.0, device="cpu")
+    sample.main(SampleConfig(init_from=plain, quantize="int4", **how))
+    want = capsys.readouterr().out
+    sample.main(SampleConfig(init_from=plain, quantize="int4", save=rounded, device="cpu"))
+    capsys.readouterr()
+    sample.main(SampleConfig(init_from=rounded, **how))
+    assert capsys.readouterr().out == want
+    for wrong in dict(quantize="int8"), dict(dtype="bfloat16"):
+        with pytest.raises(config.Mistake, match="4 bits"):
+            sample.main(SampleConfig(init_from=rounded, **how, **wrong))
+    with pytest.raises(config.Mistake, match="not empty"):
+        sample.main(SampleConfig(init_from=plain, quantize="int4", save=plain, device="cpu"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(config.Mistake, match="AVX2; this one is DEFAULT"):
+        sample.main(SampleConfig(init_from=rounded, **how))
+    with pytest.raises(ValueError, match="--save"):
+        SampleConfig(save="there")
+
+
+@pytest.mark.parametrize("faster", (True, False))
+def test_auto_takes_the_faster_of_packed_float32_and_bfloat16(faster, monkeypatch):
+    monkeypatch.setattr(decode, "product_units", lambda: torch.bfloat16)
+    monkeypatch.setattr(decode, "seconds_of_step",
+                        lambda model, rows: 1.0 + faster * (model.lm_head.weight.dtype == torch.float32))
+    plain, prompt = talker(**DENSE), torch.tensor([[5, 6, 7]])
+    taken = to_decode(copy.deepcopy(plain), rows=1)
+    assert taken.lm_head.weight.dtype == (torch.bfloat16 if faster else torch.float32)
+    want = copy.deepcopy(plain).bfloat16() if faster else plain
+    assert torch.equal(taken.generate(prompt, 8, temperature=0), want.generate(prompt, 8, temperature=0))
+    monkeypatch.setattr(decode, "product_units", lambda: torch.float32)  # where bfloat16 crawls it is not tried
+    monkeypatch.setattr(decode, "seconds_of_step", None)
+    assert to_decode(plain, rows=1) is plain
+
+
+def test_a_token_is_timed():
+    assert 0 < decode.seconds_of_step(talker(), 3) < 10
+    assert decode.seconds_of_step(talker(context=2), 1) == 0  # there is one token, and nothing between two
 
 
 def test_quantising_is_refused_in_one_line_where_it_cannot_be(monkeypatch):
