@@ -16,12 +16,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
 
-
 @dataclass
 class Settings:
     """Which run of the stages."""
     seed: int = 1337  # [0, inf) of the weights and of the order of the data
 
+
+if __name__ == "__main__":  # a typo is told before torch is imported
+    settings = config.run(config.load, Settings)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import common  # noqa: E402
+import runs  # noqa: E402
+import train  # noqa: E402
+import vlm  # noqa: E402
+from prepare.shapes import SIDE  # noqa: E402
+from scores import agree  # noqa: E402
 
 STAGES = ("text", "align", "instruct", "prefer")
 COLUMNS = ("stage", "minutes", "captions", "answers", "blank", "wrong picture", "pairs", "margin", "reading order",
@@ -29,31 +41,25 @@ COLUMNS = ("stage", "minutes", "captions", "answers", "blank", "wrong picture", 
 
 
 def train_stages(seed):
-    """Prepare and train each stage that is not there yet -> {stage: its run's directory}."""
-    runs, before = {}, None
+    """Prepare and train what is not there yet, going on where it stopped -> {stage: (its run's directory, minutes)}."""
+    done, before = {}, []
     for stage in STAGES:
+        script, keys = ("vlm.py", "vlm.py:VlmConfig") if before else ("train.py", train.KEYS)
+        file, out = f"config/shapes_{stage}.py", ROOT / f"out/shapes_{stage}_{seed}"
         if not (ROOT / f"data/shapes_{stage}/meta.json").is_file():
             subprocess.run([sys.executable, "prepare/shapes.py", f"--stage={stage}"], cwd=ROOT, check=True)
-        runs[stage] = ROOT / f"out/shapes_{stage}_{seed}"
-        if not (runs[stage] / "minutes").is_file():
-            begin = time.monotonic()
-            script, more = ("vlm.py", [f"--init_from={before}"]) if before else ("train.py", [])
-            subprocess.run([sys.executable, script, f"config/shapes_{stage}.py", f"--out_dir={runs[stage]}",
-                            f"--seed={seed}", *more], cwd=ROOT, check=True)
-            (runs[stage] / "minutes").write_text(f"{(time.monotonic() - begin) / 60:.1f}")
-        before = runs[stage]
-    return runs
+        given, _ = config.load(keys, [file], train.SHAPE_KEYS)
+        log = runs.read_log(out / "log.jsonl")
+        if not log or log[-1]["step"] < given["max_iters"]:
+            begin = ["--init_from=resume"] if log else [file, f"--seed={seed}", *before]
+            subprocess.run([sys.executable, script, f"--out_dir={out}", *begin], cwd=ROOT, check=True)
+            log = runs.read_log(out / "log.jsonl")
+        done[stage], before = (out, log[-1]["seconds"] / 60), [f"--init_from={out}"]
+    return done
 
 
 def see(directory, device):
     """The scores of a Llama that sees, {column: number}."""
-    import numpy as np
-    import torch
-
-    import common
-    import vlm
-    from prepare.shapes import SIDE
-    from scores import agree
     cfg = vlm.VlmConfig(batch_size=64, sample_tokens=40)
     model, tok = vlm.open_run(directory)
     run = vlm.Runner(cfg, model, tok, device, common.pick_dtype("auto", device)[0])
@@ -78,25 +84,22 @@ def see(directory, device):
 
 def text_loss(directory, device):
     """Nats per token of the answers in conversations without a picture."""
-    import train
     cfg = train.TrainConfig(dataset="shapes_text", init_from=str(directory), block_size=64, eval_only=True)
     task = train.Text(cfg, {}, directory, device)
     return task.val_loss(task.model)
 
 
-def main():
-    cfg = config.load(Settings)
-    runs = train_stages(cfg.seed)
-    import common
-    device = common.pick_device("auto")
+def main(cfg):
+    device, begin = common.pick_device("auto"), time.monotonic()
+    done = train_stages(cfg.seed)
+    print(f"{(time.monotonic() - begin) / 60:.1f} minutes for what was not there yet")
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for stage, directory in runs.items():
-        found = {"stage": stage, "minutes": (directory / "minutes").read_text()}
-        found |= see(directory, device) if stage != "text" else {}
-        found["text loss"] = text_loss(directory, device)
-        shown = {k: v if isinstance(v, str) else f"{v:.2f}" if k == "margin" else f"{v:.4f}" for k, v in found.items()}
-        print("| " + " | ".join(shown.get(column, "") for column in COLUMNS) + " |", flush=True)
+    for stage, (out, minutes) in done.items():
+        found = {"minutes": minutes, "text loss": text_loss(out, device)}
+        found |= see(out, device) if stage != "text" else {}
+        shown = [stage, *(f"{found[column]:.4f}" if column in found else "" for column in COLUMNS[1:])]
+        print("| " + " | ".join(shown) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, settings)
