@@ -58,8 +58,8 @@ from prepare.images import (  # noqa: E402
 from prepare.windows import order  # noqa: E402
 from scores import agree, caption_scores  # noqa: E402
 
-STAGES = {"align": ("projector",), "instruct": ("projector", "llama"), "prefer": ("projector", "llama"),
-          "together": ("encoder", "projector", "llama")}  # what learns in each
+STAGES = {"align": ("projector",), "see": ("encoder", "projector"), "instruct": ("projector", "llama"),
+          "prefer": ("projector", "llama"), "together": ("encoder", "projector", "llama")}  # what learns in each
 
 REPLY = 16  # tokens of the context that an answer finds free
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC",
@@ -69,7 +69,7 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro
 @dataclass
 class VlmConfig(train.TrainConfig):
     """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
-    stage: str = "align"  # what learns: "align" the projector; "instruct", "prefer" (DPO) the Llama too; "together" all
+    stage: str = "align"  # what learns: projector; "see": encoder too; "instruct", "prefer": Llama too; "together": all
     encoder: str | None = None  # "vit_b_16" or another of vision.py; None: the checkpoint's, else vit_b_16
     vit_weights: str | None = None  # file of torchvision's ViT weights; None: their download, in stage together none
     pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
@@ -443,13 +443,14 @@ def build(cfg, shape, folder, source):
     with config.mistakes(ValueError, FileNotFoundError):
         source = source and checkpoint.find_checkpoint(source)
         if source and sees(source):
-            begun = cfg.init_from == "resume" and cfg.stage == "together"  # the encoder is no longer that of the file
+            begun = cfg.init_from == "resume" and "encoder" in STAGES[cfg.stage]  # no longer that of the file
             vlm, tok = open_run(source, None if begun else cfg.vit_weights, cfg.beta, **kept)
             for key, have in (("encoder", vlm.encoder.name), ("pixel_shuffle", vlm.pixel_shuffle)):
                 if getattr(cfg, key) not in (None, have):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
         else:
-            encoder = vision.make_encoder(cfg.encoder or "vit_b_16", cfg.vit_weights, cfg.stage != "together")
+            pretrained = "encoder" not in STAGES[cfg.stage]
+            encoder = vision.make_encoder(cfg.encoder or "vit_b_16", cfg.vit_weights, pretrained)
             add, count = (vision.with_frame, len(vision.FRAME) + 1) if encoder.llama4 else (with_image, 1)
             vocab_size = shape.get("vocab_size", 512)
             tok = adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size - count)
@@ -775,7 +776,7 @@ def main(given, shape):
         directory = run_to_use(given.get("out_dir"), given.get("init_from", "scratch"))
         named = given.get("vit_weights")
         given, shape = train.with_run(given, shape, directory, "vlm.py:VlmConfig")
-        if given.get("stage") == "together":
+        if "encoder" in STAGES.get(given.get("stage"), ()):
             given["vit_weights"] = named  # not where its encoder began: it has one of its own now
     cfg = config.make(VlmConfig, given)
     if cfg.caption:

@@ -2,12 +2,16 @@
 
     python prepare/shapes.py                    # writes data/shapes: no download, half a minute
     python prepare/shapes.py --images=50000     # more of them
+    python prepare/shapes.py --stage=text       # writes data/shapes_text, for the first of four stages (see `told`)
 
 A scene holds one or two objects, each with a color, a shape, a size and one of nine positions. Every seventh
 combination of these four is held out (see `held_out`): validation and test scenes are made of such objects
 only, training scenes of the others only. So a model that answers about them has understood how the four go
 together; it cannot have seen the object. Where, how large, how turned and on what background an object
 is drawn varies a little, as do the colors themselves.
+
+In which order two objects are named is left open where stages follow each other: captions come in both orders, and
+preferences are for reading order.
 
 `meta.json` has the chance level: how often the best guess without looking is right, for each kind of question.
 The pictures are rows of one images.npy (N, 48, 48, 3), read through a memory map: no files to open and nothing
@@ -26,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images, shards  # noqa: E402
+from prepare import chat, images, shards, tokenizer  # noqa: E402
 
 COLORS = {"red": (215, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 55), "green": (45, 160, 70),
           "blue": (45, 85, 215), "purple": (135, 50, 170), "black": (20, 20, 20), "white": (248, 248, 248)}
@@ -34,6 +38,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = {"small": (3.75, 4.2), "large": (6.0, 6.75)}  # range of radii, in pixels of SIDE
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 SIDE = 48  # pixels: each of the nine places is one patch of vit_tiny, which sees whole shapes and learns far sooner
+VOCABULARY, LONGEST = 512, 64  # tokens of the text's tokenizer with <image>; of its longest conversation
 SHARP = 4  # drawn so many times larger, then reduced: smooth edges
 
 
@@ -89,9 +94,13 @@ def draw(objects, rng):
 
 
 def describe(objects):
-    """The caption: objects in reading order."""
-    return " and ".join(f"a {size} {color} {shape} at the {place}"
-                        for color, shape, size, place in sorted(objects, key=lambda o: PLACES.index(o[3])))
+    """The caption that names objects in this order."""
+    return " and ".join(f"a {size} {color} {shape} at the {place}" for color, shape, size, place in objects)
+
+
+def captions(objects):
+    """The captions of a scene whose objects come in reading order: that one first and, of two, the other order."""
+    return list(dict.fromkeys((describe(objects), describe(objects[::-1]))))
 
 
 def questions(objects, rng):
@@ -123,24 +132,59 @@ def questions(objects, rng):
 
 
 def scene(rng, held_out=False):
-    """A scene -> (picture, caption, [(question, answer), ...]). rng: random.Random; held_out: made of objects that
-    training never shows, else of objects that validation never shows."""
+    """A scene -> (picture, objects in reading order, [(question, answer), ...]). rng: random.Random; held_out: made of
+    objects that training never shows, else of objects that validation never shows."""
     pool = UNSEEN if held_out else SEEN
     objects = [rng.choice(pool)]
     if rng.random() < 0.5:
         objects.append(rng.choice([o for o in pool if o[3] != objects[0][3]]))
-    return draw(objects, rng), describe(objects), questions(objects, rng)
+    return draw(objects, rng), sorted(objects, key=lambda o: PLACES.index(o[3])), questions(objects, rng)
 
+
+# -- what is told of a scene -------------------------------------------------------------------------------------
+
+def talk(question, answer):
+    """A conversation of one question."""
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def texts(objects, asked, rng):
+    """Conversations without a picture: a scene made up, one said again in any order, and each question about one."""
+    def said():
+        return describe(rng.sample(objects, len(objects)))
+    return [talk("Make up a picture.", said()), talk(said(), said()),
+            *(talk(f"{said()}\n{question}", answer) for question, answer in asked)]
+
+
+def told(stage, row, objects, asked, rng):
+    """The records about a scene whose picture is this row of images.npy, as images.py has them, by the stage that
+    learns them: "text" a Llama without pictures; "align" captions; "instruct" captions, questions and some text, lest
+    it be forgotten; "prefer" two captions; "together" a caption in reading order and questions."""
+    caption, pair = {"image": row, "captions": captions(objects)}, dict(zip(("chosen", "rejected"), captions(objects)))
+    about = [{"image": row} | talk(f"<image>\n{question}", answer) for question, answer in asked]
+    if stage == "text":
+        return texts(objects, asked, rng)
+    if stage == "align":
+        return [caption]
+    if stage == "prefer":
+        return [{"image": row, "question": "<image>"} | pair] * (len(pair) == 2)
+    if stage == "instruct":
+        return [caption, *about, *rng.sample(texts(objects, asked, rng), rng.random() < 0.25)]
+    return [{"image": row, "captions": caption["captions"][:1]}, *about]
+
+
+# -- the script --------------------------------------------------------------------------------------------------
 
 @dataclass
 class Settings:
-    """How many scenes, and where they go."""
+    """How many scenes, for what, and where they go."""
+    stage: str = "together"  # {together, text, align, instruct, prefer} what is to learn from them, see `told`
     images: int = 16000  # [1, inf) training pictures: 110 MB; too many for a small model to learn by heart
     val_images: int = 1000  # [1, inf) validation pictures, of held-out combinations only
     test_images: int = 1000  # [1, inf) test pictures, the same: for figures on what no choice of settings has seen
     questions: int = 8  # [1, inf) about a picture at most, each in a conversation of its own: answers give away others
     seed: int = 1337  # [0, inf) the same seed gives the same files
-    out: str | None = None  # folder to write; None: data/shapes
+    out: str | None = None  # folder to write; None: data/shapes, data/shapes_text and so on
 
 
 def kind(question):
@@ -163,10 +207,26 @@ def chance(train, val):
     return {k: sum(v) / len(v) for k, v in sorted(right.items())} | {"all": sum(map(sum, right.values())) / len(val)}
 
 
-def main():
+def write_text(out, cfg):
+    """Write conversations without pictures as train.py reads them, with a tokenizer that has vlm.py's <image>."""
+    sizes, lines = {"train": cfg.images, "val": cfg.val_images}, {}
+    for split, count in sizes.items():
+        rng = random.Random(f"{cfg.seed} {split} text")
+        lines[split] = [record for _ in range(count) for record in told("text", None, *scene(rng)[1:], rng)]
+    texts = [turn["value"] for record in lines["train"] for turn in record["conversations"]]
+    tok, _ = images.with_image(tokenizer.train_sentencepiece(texts, VOCABULARY - 1))
+    with config.mistakes(OSError):
+        out.mkdir(parents=True, exist_ok=True)
+        for split, records in lines.items():
+            shards.write_text(out / f"{split}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    chat.write(out, tok, chat.Lessons(tok, chat.Settings(), LONGEST), *([out / f"{split}.jsonl"] for split in sizes))
+
+
+def write_pictures(out, cfg):
+    """Write the pictures of all splits and what is told of them, as vlm.py reads them, and meta.json.
+
+    Returns the chance level."""
     from tqdm import tqdm
-    cfg = config.load(Settings)
-    out = shards.own_folder(cfg.out or config.ROOT / "data/shapes", images.FILES)
     sizes = {"train": cfg.images, "val": cfg.val_images, "test": cfg.test_images}
     with config.mistakes(OSError):
         out.mkdir(parents=True, exist_ok=True)
@@ -174,16 +234,13 @@ def main():
     row, asked = 0, {}
     for split, count in sizes.items():
         rng, lines, asked[split] = random.Random(f"{cfg.seed} {split}"), [], []
+        choices = random.Random(f"{cfg.seed} {split} {cfg.stage}")
         for _ in tqdm(range(count), desc=split, unit=" pictures"):
-            image, caption, found = scene(rng, split != "train")
-            pixels[row] = image
-            lines.append(json.dumps({"image": row, "captions": [caption]}) + "\n")
-            for question, answer in found[:cfg.questions]:
-                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-                lines.append(json.dumps({"image": row, "conversations": turns}) + "\n")
+            pixels[row], objects, found = scene(rng, split != "train")
+            lines += told(cfg.stage, row, objects, found[:cfg.questions], choices)
             asked[split] += found
             row += 1
-        (out / f"{split}.jsonl.tmp").write_text("".join(lines), encoding="utf-8")
+        (out / f"{split}.jsonl.tmp").write_text("".join(json.dumps(record) + "\n" for record in lines), "utf-8")
     pixels.flush()
     guess = chance(asked["train"], asked["val"])
     meta = {"name": out.resolve().name, "images": sizes, "seed": cfg.seed, "chance": guess,
@@ -192,6 +249,18 @@ def main():
     (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     for name in ("images.npy", *(f"{split}.jsonl" for split in sizes), "meta.json"):
         os.replace(out / f"{name}.tmp", out / name)
+    return guess
+
+
+def main():
+    cfg = config.load(Settings)
+    name = "shapes" if cfg.stage == "together" else f"shapes_{cfg.stage}"
+    out = shards.own_folder(cfg.out or config.ROOT / "data" / name, f"{images.FILES}|{shards.DATA_FILES}")
+    if cfg.stage == "text":
+        write_text(out, cfg)
+        print(f"{out}: {cfg.images:,} conversations to learn from")
+        return
+    guess = write_pictures(out, cfg)
     print(f"{out}: {cfg.images:,} pictures to learn from, {cfg.val_images:,} and {cfg.test_images:,} of held-out "
           "combinations")
     print("right without looking: " + ", ".join(f"{k} {v:.0%}" for k, v in guess.items()))

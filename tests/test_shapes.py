@@ -9,10 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from prepare import images, shapes  # noqa: E402
+import config  # noqa: E402
+import train  # noqa: E402
+import vlm  # noqa: E402
+from prepare import images, shapes, shards, tokenizer  # noqa: E402
 
 CAPTION = re.compile(r"a (small|large) (\w+) (\w+) at the (\w+(?: (?:left|right))?)(?: and |$)")
 CELL = shapes.SIDE // 3  # pixels of a place
@@ -83,15 +88,15 @@ def decode(pixels, made, flat):
 
 
 def test_pictures_show_what_captions_say():
-    """A decoder with nothing learned reads the caption off the picture."""
+    """A decoder with nothing learned reads the objects off the picture."""
     made, rng = templates(), random.Random(3)
     flat = np.stack([mask.reshape(-1) for _, _, mask in made])
     wrong = []
     for i in range(400):
-        picture, caption, _ = shapes.scene(rng, held_out=i % 2)
+        picture, objects, _ = shapes.scene(rng, held_out=i % 2)
         assert picture.size == (48, 48) and picture.mode == "RGB"
-        if shapes.describe(decode(picture, made, flat)) != caption:
-            wrong.append(caption)
+        if decode(picture, made, flat) != objects:  # in reading order
+            wrong.append(objects)
     assert not wrong
 
 
@@ -125,11 +130,10 @@ def answer(question, objects):
 def test_questions():
     rng, yes, kinds = random.Random(4), Counter(), Counter()
     for i in range(4000):
-        _, caption, asked = shapes.scene(rng, held_out=i % 2)
-        objects = read(caption)
+        _, objects, asked = shapes.scene(rng, held_out=i % 2)
         assert len({shapes.kind(q) for q, _ in asked}) == len(asked) >= 3
         for question, said in asked:
-            assert answer(question, objects) == said, (caption, question, said)
+            assert answer(question, objects) == said, (objects, question, said)
             kinds[shapes.kind(question)] += 1
             yes[shapes.kind(question)] += said == "yes"
     assert set(kinds) == {"How many", "What is", "What color", "What size", "Where is", "Which shape", "Is there",
@@ -150,7 +154,7 @@ def test_held_out_combinations():
     rng, shown = random.Random(5), {False: set(), True: set()}
     for i in range(6000):
         held = bool(i % 2)
-        shown[held] |= set(read(shapes.scene(rng, held)[1]))
+        shown[held] |= set(shapes.scene(rng, held)[1])
     assert shown[False] <= set(shapes.SEEN) and shown[True] == set(shapes.UNSEEN)
 
 
@@ -174,9 +178,10 @@ def test_script(tmp_path, monkeypatch, capsys):
         for record in images.load(tmp_path / "a", split):
             if "captions" in record:
                 assert not left
-                picture, caption, asked = shapes.scene(rng, split != "train")
-                assert record["captions"] == [caption] and np.array_equal(pixels[record["image"]], np.asarray(picture))
-                assert all(shapes.held_out(*o) == (split != "train") for o in read(caption))
+                picture, objects, asked = shapes.scene(rng, split != "train")
+                assert [read(caption) for caption in record["captions"]] == [objects]
+                assert np.array_equal(pixels[record["image"]], np.asarray(picture))
+                assert all(shapes.held_out(*o) == (split != "train") for o in objects)
                 rows.append(record["image"])
                 left = asked[:5]
             else:
@@ -192,6 +197,62 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, tmp_path / "c", "--seed=2")["images.npy"] != files["images.npy"]
 
 
+def lines(folder, split):
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_stages_tell_of_the_same_scenes(monkeypatch, tmp_path):
+    """Captions in both orders to align and to instruct, the same questions as ever, some text among them; pairs prefer
+    reading order."""
+    together = run(monkeypatch, tmp_path / "together")
+    for stage in "align", "instruct", "prefer":
+        files = run(monkeypatch, tmp_path / stage, f"--stage={stage}")
+        assert files["images.npy"] == together["images.npy"]
+    for split in "train", "val", "test":
+        old, align, instruct, prefer = (lines(tmp_path / stage, split) for stage in ("together", "align", "instruct",
+                                                                                      "prefer"))
+        scenes = {r["image"]: read(r["captions"][0]) for r in old if "captions" in r}
+        orders = {row: [objects, objects[::-1]][:len(objects)] for row, objects in scenes.items()}
+        assert [r for r in instruct if "captions" in r] == align
+        assert {r["image"]: [read(caption) for caption in r["captions"]] for r in align} == orders
+        assert [r for r in instruct if "image" in r and "captions" not in r] == [r for r in old if "captions" not in r]
+        assert 0.15 < sum("image" not in r for r in instruct) / len(align) < 0.35
+        assert {r["image"]: [read(r["chosen"]), read(r["rejected"])] for r in prefer} == {
+            row: both for row, both in orders.items() if len(both) == 2}
+        assert {r["question"] for r in prefer} == {"<image>"}
+
+
+def test_text_is_read_alone_and_as_a_picture_is(monkeypatch, tmp_path):
+    """Each answer is in the description before it; only what training shows is told; the order of two is open."""
+    run(monkeypatch, tmp_path, "--stage=text")
+    tok, orders, kinds = tokenizer.load(tmp_path), Counter(), Counter()
+    assert images.IMAGE in tok.added and tok.vocab_size == 512
+    for record in lines(tmp_path, "train") + lines(tmp_path, "val"):
+        human, gpt = (turn["value"] for turn in record["conversations"])
+        told, _, question = human.partition("\n")
+        objects = read(gpt if told == "Make up a picture." else told)
+        if question:
+            assert answer(question, objects) == gpt
+        elif told != "Make up a picture.":
+            assert sorted(read(gpt)) == sorted(objects)
+        assert set(objects) <= set(shapes.SEEN)
+        kinds[bool(question), told == "Make up a picture."] += 1
+        if len(objects) == 2:
+            orders[shapes.PLACES.index(objects[0][3]) < shapes.PLACES.index(objects[1][3])] += 1
+    assert kinds[False, True] == kinds[False, False] == 500 and kinds[True, False] > 2000
+    assert 0.45 < orders[True] / orders.total() < 0.55
+    split = shards.Split(tmp_path, "val")
+    assert split.marks is not None and split.documents == len(lines(tmp_path, "val"))
+
+
+def test_a_preferred_caption_is_asked_for_as_any_caption(tmp_path):
+    tok, image_id = images.with_image(tokenizer.byte())
+    pair = {"image": 0, "question": "<image>", "chosen": "a", "rejected": "b"}
+    caption, = images.rows_of({"image": 0, "captions": ["a"]}, tok, {})
+    chosen, _ = images.rows_of(pair, tok, {})
+    assert chosen.ids.tolist() == caption.ids.tolist() and chosen.learn.tolist() == caption.learn.tolist()
+
+
 def test_chance_is_the_best_guess_without_looking():
     first, second, new = (f"What color is {word}?" for word in ("a", "b", "c"))
     train = [(first, "red")] * 3 + [(first, "blue")] + [(second, "blue")] * 4
@@ -203,3 +264,39 @@ def test_chance_is_the_best_guess_without_looking():
 def test_outlines_fit_their_circle(shape):
     corners = shapes.outline(shape)
     assert corners is None or max(x * x + y * y for x, y in corners) < 1.1
+
+
+def weights(folder):
+    """{part: its tensors} of a run."""
+    return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_each_stage_goes_on_from_the_one_before_and_changes_its_parts_alone(monkeypatch, tmp_path):
+    """The four configs with few scenes and steps: the text's Llama stays as it is until instruct, the encoder after
+    align; whatever sees is scored by train.py too, on the same text."""
+    before, few = None, ("--images=40", "--val_images=8", "--test_images=1")
+    for stage in "text", "align", "instruct", "prefer":
+        data, out = tmp_path / f"data_{stage}", tmp_path / stage
+        run(monkeypatch, data, f"--stage={stage}", *few)
+        words = [f"config/shapes_{stage}.py", f"--dataset={data}", f"--out_dir={out}", "--max_iters=2",
+                 "--batch_size=4", "--sample_images=2", "--device=cpu", "--dtype=float32"]
+        keys = train.KEYS if stage == "text" else "vlm.py:VlmConfig"
+        given, shape = config.load(keys, words, train.SHAPE_KEYS)
+        if stage == "text":
+            train.main(config.make(train.TrainConfig, given), shape)
+        else:
+            assert given["init_from"] == f"out/shapes_{before}"
+            vlm.main(given | {"init_from": str(tmp_path / before)}, shape)
+        before = stage
+    text, align, instruct, prefer = (weights(tmp_path / stage) for stage in ("text", "align", "instruct", "prefer"))
+    assert same(align["model"], text["model"]) and not same(instruct["model"], align["model"])
+    assert same(instruct["encoder"], align["encoder"]) and same(prefer["encoder"], align["encoder"])
+    assert not same(instruct["projector"], align["projector"]) and not same(prefer["model"], instruct["model"])
+    cfg = train.TrainConfig(dataset=str(tmp_path / "data_text"), block_size=64, init_from=str(tmp_path / "prefer"),
+                            eval_only=True, device="cpu", dtype="float32")
+    task = train.Text(cfg, {}, tmp_path / "prefer", torch.device("cpu"))
+    assert 0 < task.val_loss(task.model) < 10

@@ -1,0 +1,105 @@
+r"""The four stages on the built-in shapes, and a table of what each gains and costs: two cores, 20 minutes.
+
+    python tests/chain.py                 # prepares the data, trains what is not there yet, prints the table
+    python tests/chain.py --seed=1        # another run of all stages, in out/shapes_*_1
+
+Captions, answers and preferences are about the test pictures, which show held-out combinations only; a caption may name
+its objects in either order. The text loss is that of conversations without a picture.
+"""
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import config  # noqa: E402
+
+@dataclass
+class Settings:
+    """Which run of the stages."""
+    seed: int = 1337  # [0, inf) of the weights and of the order of the data
+
+
+if __name__ == "__main__":  # a typo is told before torch is imported
+    settings = config.run(config.load, Settings)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import common  # noqa: E402
+import runs  # noqa: E402
+import train  # noqa: E402
+import vlm  # noqa: E402
+from prepare.shapes import SIDE  # noqa: E402
+from scores import agree  # noqa: E402
+
+STAGES = ("text", "align", "instruct", "prefer")
+COLUMNS = ("stage", "minutes", "captions", "answers", "blank", "wrong picture", "pairs", "margin", "reading order",
+           "text loss")
+
+
+def train_stages(seed):
+    """Prepare and train what is not there yet, going on where it stopped -> {stage: (its run's directory, minutes)}."""
+    done, before = {}, []
+    for stage in STAGES:
+        script, keys = ("vlm.py", "vlm.py:VlmConfig") if before else ("train.py", train.KEYS)
+        file, out = f"config/shapes_{stage}.py", ROOT / f"out/shapes_{stage}_{seed}"
+        if not (ROOT / f"data/shapes_{stage}/meta.json").is_file():
+            subprocess.run([sys.executable, "prepare/shapes.py", f"--stage={stage}"], cwd=ROOT, check=True)
+        given, _ = config.load(keys, [file], train.SHAPE_KEYS)
+        log = runs.read_log(out / "log.jsonl")
+        if not log or log[-1]["step"] < given["max_iters"]:
+            begin = ["--init_from=resume"] if log else [file, f"--seed={seed}", *before]
+            subprocess.run([sys.executable, script, f"--out_dir={out}", *begin], cwd=ROOT, check=True)
+            log = runs.read_log(out / "log.jsonl")
+        done[stage], before = (out, log[-1]["seconds"] / 60), [f"--init_from={out}"]
+    return done
+
+
+def see(directory, device):
+    """The scores of a Llama that sees, {column: number}."""
+    cfg = vlm.VlmConfig(batch_size=64, sample_tokens=40)
+    model, tok = vlm.open_run(directory)
+    run = vlm.Runner(cfg, model, tok, device, common.pick_dtype("auto", device)[0])
+    pairs, = run.read(ROOT / "data/shapes_prefer", "test")
+    chosen, rejected = run.log_probs(pairs, np.arange(len(pairs)))
+    found = {"pairs": (chosen > rejected).float().mean(), "margin": (chosen - rejected).mean()}
+    data, = run.read(ROOT / "data/shapes_instruct", "test")
+    rows = [row for row in data.questions() if row.pictures]
+    captions, answers = ([row for row in rows if row.kind == kind] for kind in ("caption", "answer"))
+    said = run.answers(captions)
+    found |= {"captions": agree(said, captions), "answers": agree(run.answers(answers), answers)}
+    two = [text == row.answers[0] for text, row in zip(said, captions) if len(row.answers) == 2]
+    found["reading order"] = sum(two) / len(two)
+    pictures, n = run.pictures, len(run.pictures.names)
+    blank = model.encoder.cut(np.full((SIDE, SIDE, 3), 128, np.uint8))[0].to(device)
+    for column, others in (("wrong picture", lambda which: pictures([(i + n // 2) % n for i in which])),
+                           ("blank", lambda which: torch.cat([blank] * len(which)))):
+        run.pictures = others
+        found[column] = agree(run.answers(answers[::4]), answers[::4])
+    return found
+
+
+def text_loss(directory, device):
+    """Nats per token of the answers in conversations without a picture."""
+    cfg = train.TrainConfig(dataset="shapes_text", init_from=str(directory), block_size=64, eval_only=True)
+    task = train.Text(cfg, {}, directory, device)
+    return task.val_loss(task.model)
+
+
+def main(cfg):
+    device, begin = common.pick_device("auto"), time.monotonic()
+    done = train_stages(cfg.seed)
+    print(f"{(time.monotonic() - begin) / 60:.1f} minutes for what was not there yet")
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for stage, (out, minutes) in done.items():
+        found = {"minutes": minutes, "text loss": text_loss(out, device)}
+        found |= see(out, device) if stage != "text" else {}
+        shown = [stage, *(f"{found[column]:.4f}" if column in found else "" for column in COLUMNS[1:])]
+        print("| " + " | ".join(shown) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    config.run(main, settings)
