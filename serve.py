@@ -43,6 +43,7 @@ def read_settings(argv):
 if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
     settings = config.run(read_settings, sys.argv[1:])
 
+import html  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import secrets  # noqa: E402
@@ -138,9 +139,10 @@ async def answer(request: Request):
 
 def turns_of(messages):
     """gradio's messages, several for a turn with pictures, as `Engine.read` takes a chat."""
-    return [(role, [part["text"] if "text" in part else Path(part["file"]["path"]).read_bytes()
-                    for message in same for part in message["content"]])
-            for role, same in groupby(messages, lambda message: message["role"])]
+    for role, same in groupby(messages, lambda message: message["role"]):
+        said = ([{"text": m["content"]}] if isinstance(m["content"], str) else m["content"] for m in same)
+        yield role, [Path(part["file"]["path"]).read_bytes() if "file" in part else
+                     html.unescape(part["text"]) if role == "assistant" else part["text"] for parts in said for part in parts]
 
 
 def add_page(app, engine, limit):
@@ -154,20 +156,19 @@ def add_page(app, engine, limit):
         said = {"role": "user", "content": [{"text": text}, *({"file": {"path": path}} for path in files)]}
         shown = "" if chats else text
         try:
-            prompt = await (engine.recent(turns_of([*history, said])) if chats else engine.read(text))
-            wanted = Asked(model=engine.name, max_tokens=engine.size // 4)
-            async with aclosing(engine.write(prompt, wanted)) as pieces:
+            prompt = await (engine.recent(list(turns_of([*history, said]))) if chats else engine.read(text))
+            async with aclosing(engine.write(prompt, Asked(model=engine.name, max_tokens=engine.size // 4))) as pieces:
                 async for piece, *_ in pieces:
                     shown += piece
-                    yield shown
+                    yield html.escape(shown, quote=False)  # the page would take it for HTML
         except config.Mistake as e:
             raise gradio.Error(str(e), print_exception=False) from e
     page = gradio.ChatInterface(
         chat, multimodal=sees, title=engine.name, description="Drop a picture and ask about it." if sees else hint,
-        chatbot=gradio.Chatbot(render_markdown=False, height="70vh"),  # what a model says is text, no HTML
+        chatbot=gradio.Chatbot(render_markdown=False, height="65vh", show_label=False, buttons=["copy", "copy_all"]),
         textbox=gradio.MultimodalTextbox(file_types=["image"], file_count="multiple") if sees else None,
-        concurrency_limit=engine.rows, analytics_enabled=False)
-    gradio.mount_gradio_app(app, page, "/", max_file_size=limit)
+        concurrency_limit=engine.rows, analytics_enabled=False, show_progress="hidden")  # or an error hides the chat
+    gradio.mount_gradio_app(app, page, "/", max_file_size=limit, footer_links=["gradio"])
 
 
 def make_app(engine, cfg):

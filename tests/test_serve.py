@@ -339,7 +339,8 @@ def test_what_is_no_picture_is_said(eyes, url, status, words):
 
 def test_pictures_that_have_no_place(eyes, served):
     for address, request, words in (
-            (eyes[1], about(*[uri()] * 30), "a prompt of "), (eyes[1], about(uri(), text="<image>"), "leave it out"),
+            (eyes[1], about(*[uri()] * 30), "a prompt of "),
+            (eyes[1], about(uri(), text="<image> <image>"), "leave it out"),
             (served[1], about(uri()) | {"model": "tiny"}, "reads text alone")):
         answer = httpx.post(address + "/v1/chat/completions", json=request)
         assert answer.status_code == 400 and words in answer.json()["error"]["message"]
@@ -403,6 +404,7 @@ def test_the_page_talks(tmp_path):
             assert "gradio" in httpx.get(address).text
             client = gradio_client.Client(address, verbose=False)
             assert all(len(client.predict(text, api_name="/chat")) > 3 for text in map(str, range(6)))  # 64 tokens each
+            assert not any("<" in client.predict(f"<b>{i}</b>", api_name="/chat") for i in range(3))  # text, no HTML
             assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "run"
         finally:
             process.terminate()
