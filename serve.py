@@ -142,7 +142,8 @@ def turns_of(messages):
     for role, same in groupby(messages, lambda message: message["role"]):
         said = ([{"text": m["content"]}] if isinstance(m["content"], str) else m["content"] for m in same)
         yield role, [Path(part["file"]["path"]).read_bytes() if "file" in part else
-                     html.unescape(part["text"]) if role == "assistant" else part["text"] for parts in said for part in parts]
+                     html.unescape(part["text"]) if role == "assistant" else part["text"]
+                     for parts in said for part in parts]
 
 
 def add_page(app, engine, limit):
@@ -150,7 +151,6 @@ def add_page(app, engine, limit):
     import gradio
     chats, sees = bool(engine.tok.chat_template), bool(engine.eyes)
     hint = None if chats else "Begin a text, and the model goes on with it."
-
     async def chat(new, history):
         text, files = (new["text"], new["files"]) if sees else (new, ())
         said = {"role": "user", "content": [{"text": text}, *({"file": {"path": path}} for path in files)]}
