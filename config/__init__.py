@@ -266,7 +266,7 @@ def load(cls, argv=None, also=None):
     while argv and argv[0].endswith(".py") and not argv[0].startswith("--"):  # config files come first
         values |= _from_file(argv.pop(0), known)
     flags = _from_args(argv, known)
-    values |= flags
+    values = {k: v for k, v in values.items() if k not in flags} | flags  # in the order in which they are said
     parts = [Given((k, v) for k, v in values.items() if (k in own) == ours) for ours in (True, False)]
     for part in parts:
         part.flags = flags.keys() & part.keys()
