@@ -1,51 +1,221 @@
-"""Requests that come at any time and leave at any time, decoded as one batch: what serve.py needs of a model."""
+"""What may be asked of a run, in OpenAI's words, and the batch that answers it all: serve.py without HTTP."""
 import asyncio
+import base64
+import io
+import secrets
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
 
+import torch
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, model_validator
+
+import config
+import sample
+import vlm
+from checkpoint import find_checkpoint
 from decode import Batch
+from prepare.images import IMAGE, with_pictures
+
+
+# -- what may be asked -------------------------------------------------------------------------------------------
+
+def picture(uri):
+    """The bytes of a picture's file, which is written as data:image/...;base64,..."""
+    kind, _, data = str(uri).partition(";base64,")
+    if not kind.startswith("data:image/"):
+        raise ValueError("a picture comes as data:image/...;base64,...: no address is fetched")
+    return base64.b64decode(data, validate=True)
+
+
+class Url(BaseModel):
+    """Where a picture is: within the request."""
+    url: Annotated[bytes, BeforeValidator(picture)]
+
+
+class Text(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Picture(BaseModel):
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class Message(BaseModel):
+    """A turn of a chat; what is only a text is one part."""
+    role: str
+    content: Annotated[list[Annotated[Text | Picture, Field(discriminator="type")]], BeforeValidator(
+        lambda said: [{"type": "text", "text": said}] if isinstance(said, str) else said)]
+
+
+class Asked(BaseModel):
+    """What is read of a request. What would change the answer and is not known here is refused, not ignored."""
+    model: str
+    messages: list[Message] = []  # of a chat
+    prompt: str = ""  # of a completion
+    stream: bool = False
+    stream_options: dict = {}
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4),
+                    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = []
+    limit: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
+    temperature: float | None = Field(None, ge=0, le=2)  # None: that of sample.py; 0, as in vlm.py, of what sees
+    top_p: float = Field(sample.SampleConfig.top_p, ge=0, le=1)
+    seed: int = Field(default_factory=lambda: secrets.randbits(62), ge=0, lt=2**63)
+    n: Literal[1] = 1
+    logprobs: Literal[False, 0] = False
+    tools: list = Field([], max_length=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, fields):
+        """To clients, null means not given."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
+    def turns(self):
+        """The chat as `Engine.read` takes it."""
+        return [(message.role, [part.text if part.type == "text" else part.image_url.url for part in message.content])
+                for message in self.messages]
+
+
+# -- answers -----------------------------------------------------------------------------------------------------
+
+class TooLong(config.Mistake):
+    """A prompt that leaves no room for an answer."""
 
 
 class Engine:
-    """A `Batch` that is stepped as long as it holds requests, in a thread beside the event loop that uses it."""
+    """A model, its tokenizer, and a `Batch` that a thread beside the event loop steps while requests are there."""
 
-    def __init__(self, model, rows, size):
-        self.make_batch = lambda: Batch(model, rows, size)
+    def __init__(self, name, model, tok, rows, size, eyes=None):
+        """rows: requests that are decoded together; size: tokens of the longest, prompt included; eyes: the vlm.Runner
+        of a run that sees."""
+        self.name, self.model, self.tok, self.rows, self.eyes = name, model, tok, rows, eyes
+        self.size = min(size, model.config.context)
+        self.stop_ids = frozenset(tok.stop_ids | set(model.config.eos_ids))
+        self.autocast = eyes.autocast if eyes else nullcontext()
         self.batch, self.thread = self.make_batch(), ThreadPoolExecutor(1)
-        self.task, self.left = None, []  # what runs `decode`; requests that nobody waits for any more
+        self.reading, self.task, self.left = 0, None, []  # prompts in the making; what runs `decode`; who has gone
 
-    def requests(self):
-        """Those that run or wait."""
-        return [r for r in (*self.batch.running, *self.batch.waiting) if r and not r.done]
+    @classmethod
+    def load(cls, cfg):
+        """That of a serve.ServeConfig."""
+        machine = {key: getattr(cfg, key) for key in ("init_from", "device", "dtype", "quantize")}
+        with config.mistakes(ValueError, FileNotFoundError):
+            machine["init_from"] = str(find_checkpoint(Path(cfg.init_from) if cfg.init_from else sample.newest_run()))
+        name = Path(machine["init_from"]).resolve().name
+        if not vlm.sees(Path(machine["init_from"])):
+            model, tok, _ = sample.load(config.make(sample.SampleConfig, machine), cfg.rows)
+            return cls(name, model, tok, cfg.rows, cfg.context)
+        if machine.pop("quantize") != "none":
+            raise config.Mistake("--quantize is for runs that read text alone; this one sees")
+        eyes = vlm.load(config.make(vlm.VlmConfig, machine))
+        return cls(name, eyes.vlm.llama, eyes.tok, cfg.rows, cfg.context, eyes)
 
-    def add(self, *args, **kwargs):
-        """A new request, as `Batch.add` makes it; its tokens come by `tokens`."""
-        request = self.batch.add(*args, **kwargs)
+    def make_batch(self):
+        with self.autocast:
+            return Batch(self.model, self.rows, self.size)
+
+    def held(self):
+        """Requests that run, or wait for a row, or whose prompt is in the making."""
+        return self.reading + sum(bool(r) and not r.done for r in (*self.batch.running, *self.batch.waiting))
+
+    async def read(self, said, room=1):
+        """The prompt, ids or with pictures embeddings (T, D), that asks for the next turn of a chat, [(role, [a text or
+        the bytes of a picture's file, ...]), ...], or for what follows a text, and leaves room for so many tokens.
+        Raises `Mistake`."""
+        self.reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, self.prompt, said, room)
+        finally:
+            self.reading -= 1
+
+    async def recent(self, turns):
+        """`read` of a chat with room for an answer, without its oldest turns where it has grown too long."""
+        while True:
+            try:
+                return await self.read(turns, self.size // 4)
+            except TooLong:
+                if len(turns) < 3:
+                    raise
+                turns = turns[2:]
+
+    def prompt(self, said, room):
+        if isinstance(said, str):
+            ids = self.tok.encode(said, bos=self.tok.adds_bos or not said) or self.tok.encode("\n")
+            return self.fitting(ids, room)
+        turns, files = [], []
+        for role, parts in said:
+            pictures = [io.BytesIO(part) for part in parts if isinstance(part, bytes)]
+            text = "".join(part for part in parts if isinstance(part, str))
+            turns.append({"role": role, "content": with_pictures(text, len(pictures)) if pictures else text})
+            files += pictures
+        ids = self.tok.chat(turns)
+        if not self.eyes:
+            if files:
+                raise config.Mistake("this run reads text alone: leave the pictures out")
+            return self.fitting(ids, room)
+        run, sees = self.eyes, self.eyes.vlm
+        if ids.count(sees.mark) != len(files):
+            raise config.Mistake(f"{IMAGE} in a text stands for a picture: leave it out")
+        self.fitting(ids + len(files) * (sees.image_tokens - 1) * [0], room)  # before any is looked at
+        if not files:
+            return ids
+        _, features, canvases = zip(*vlm.look(run, files, need_all=True))
+        ids = self.fitting(torch.from_numpy(sees.spread(ids, iter(canvases))), room)
+        with torch.no_grad(), self.autocast:
+            return sees.embed(ids[None].to(run.device), torch.cat(features))[0]
+
+    def fitting(self, prompt, room):
+        if len(prompt) > self.size - room:
+            raise TooLong(f"a prompt of {len(prompt)} tokens: it may have {self.size - room} here")
+        return prompt
+
+    async def write(self, prompt, asked):
+        """Yield (text, its tokens so far, None) of an answer as `Asked` says, and at its end (text, tokens, "stop" or
+        "length"). It takes a row when the first piece is asked for, and frees it when no more are. Raises what a step
+        raised."""
+        usual = 0 if self.eyes else sample.SampleConfig.temperature
+        request = self.batch.add(prompt, asked.limit or self.size, self.stop_ids, top_p=asked.top_p, seed=asked.seed,
+                                 temperature=usual if asked.temperature is None else asked.temperature)
         request.queue = asyncio.Queue()
         if self.task is None or self.task.done():
             self.task = asyncio.create_task(self.decode())
-        return request
+        text, held = self.tok.stream(after=() if torch.is_tensor(prompt) else prompt), ""
+        try:
+            for count in range(1, request.max_new_tokens + 1):
+                token = await request.queue.get()
+                if isinstance(token, Exception):
+                    raise token
+                ended = token in self.stop_ids
+                last = ended or count == request.max_new_tokens
+                held += ("" if ended else text.feed(token)) + (text.end() if last else "")
+                found = [held.index(stop) for stop in asked.stop if stop in held]
+                if found or last:
+                    yield held[:min(found, default=None)], count, "stop" if found or ended else "length"
+                    return
+                begun = max((n for stop in asked.stop for n in range(1, len(stop)) if held.endswith(stop[:n])),
+                            default=0)
+                yield held[:len(held) - begun], count, None  # the rest may become a stop
+                held = held[len(held) - begun:]
+        finally:
+            self.left.append(request)
 
     async def decode(self):
         """Step until there is nothing to do. Requests enter at any time, and leave between two steps."""
         while self.batch.busy:
             try:
-                found = await asyncio.get_running_loop().run_in_executor(self.thread, self.batch.step)
+                found = await asyncio.get_running_loop().run_in_executor(self.thread, self.step)
             except Exception as e:  # such as too little memory: those that are here fail, later ones need not
-                found = [(request, e) for request in self.requests()]
+                found = [(r, e) for r in (*self.batch.running, *self.batch.waiting) if r and not r.done]
                 self.batch = self.make_batch()
             for request, token in found:
                 request.queue.put_nowait(token)
             while self.left:
                 self.batch.drop(self.left.pop())
 
-    async def tokens(self, request):
-        """Yield (id, whether it is the last) of a request. Raises what a step has raised. Who stops listening frees the
-        row."""
-        try:
-            for left in reversed(range(request.max_new_tokens)):
-                token = await request.queue.get()
-                if isinstance(token, Exception):
-                    raise token
-                yield token, left == 0 or token in request.stop_ids
-        finally:
-            self.left.append(request)
+    def step(self):
+        with self.autocast:
+            return self.batch.step()

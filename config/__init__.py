@@ -50,10 +50,11 @@ def mistakes(*kinds, prefix=""):
 
 def run(main, *args):
     """Call main(*args). A `Mistake` ends the program with one line on stderr and exit code 2, Ctrl-C with 130, and a
-    reader of its output that leaves, as `| head` does, with 141 and no word.
-
-    Characters that the terminal lacks, or that it sends in another encoding, are replaced: they end no run."""
-    sys.excepthook = _one_line_for_ctrl_c  # while torch is being imported, outside of main
+    reader of its output that leaves, as `| head` does, with 141 and no word. What the terminal's encoding lacks is
+    replaced."""
+    def last_word(kind, *rest):  # while torch is being imported, outside of main
+        print("interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+    sys.excepthook = last_word
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None without a terminal, another class within a test
             stream.reconfigure(errors="replace")
@@ -73,16 +74,11 @@ def run(main, *args):
         sys.exit(141)
 
 
-def _one_line_for_ctrl_c(kind, error, traceback):
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
 # -- keys --------------------------------------------------------------------------------------------------------
 
 COMMENT = re.compile(r"# (?P<limits>[\[(]\S+, \S+[\])] |\{.*?\} )?(?P<why>.*)")
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+KINDS = {"int": int, "float": float, "bool": bool, "str": str}
 
 
 @dataclass
@@ -95,6 +91,27 @@ class Key:
     why: str
     limits: str = ""
     group: str = ""
+
+    def read(self, value, where):
+        """value in this key's type. Text is read for what it means, a Python value is checked. Raises `Mistake`."""
+        name, found = self.type.removesuffix(" | None"), value
+        if name != self.type and value in (None, "None", "none"):
+            return None
+        if name.startswith("tuple["):
+            item = replace(self, type=name[len("tuple["):].split(",")[0])
+            values = value if isinstance(value, (tuple, list)) else [value]
+            if item.type != "str" and len(values) == 1 and isinstance(values[0], str):
+                values = values[0].split(",")  # 8,1,4,8192
+            return tuple(item.read(v, where) for v in values)
+        with contextlib.suppress(ValueError, SyntaxError, OverflowError):
+            if isinstance(value, str) and name != "str":
+                found = BOOLS.get(value.lower(), value) if name == "bool" else ast.literal_eval(value)
+            if type(found) in (int, float) and name in ("int", "float") and KINDS[name](found) == found:
+                found = KINDS[name](found)  # 1 for a float, and 1e6 for an int
+        if type(found) is not KINDS[name]:
+            raise Mistake(f"{where}: {self.name} takes {self.type}, not {value!r}")
+        self.check(found, where)
+        return found
 
     def check(self, value, where):
         """Raise `Mistake` for a value outside of the limits."""
@@ -127,51 +144,12 @@ def keys_of(cls):
     return keys
 
 
-# -- values ------------------------------------------------------------------------------------------------------
-
-BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
-def _number(text):
-    """Text as an int, or else as a float: 1e6 reads better than 1000000."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-KINDS = {"int": (int, _number), "float": (float, _number), "bool": (bool, lambda text: BOOLS[text.lower()]),
-         "str": (str, str)}  # and how each is read from the command line
-
-
-def _typed(key, value, where):
-    """`value` as key's type. Text from the command line is read; a Python value is checked."""
-    name, found = key.type.removesuffix(" | None"), value
-    if name != key.type and value in (None, "None", "none"):
-        return None
-    if name.startswith("tuple["):
-        item = replace(key, type=name[len("tuple["):].split(",")[0])
-        values = value if isinstance(value, (tuple, list)) else [value]
-        if item.type != "str" and len(values) == 1 and isinstance(values[0], str):
-            values = values[0].split(",")  # 8,1,4,8192
-        return tuple(_typed(item, v, where) for v in values)
-    kind, read = KINDS[name]
-    with contextlib.suppress(ValueError, KeyError, OverflowError):
-        found = read(value) if isinstance(value, str) else value
-        if type(found) in (int, float) and kind in (int, float) and kind(found) == found:
-            found = kind(found)  # 1 for a float, and 1e6 for an int
-    if type(found) is not kind:
-        raise Mistake(f"{where}: {key.name} takes {key.type}, not {value!r}")
-    key.check(found, where)
-    return found
-
-
-OTHER_NAMES = {"prompt": "start", "data": "dataset", "steps": "max_iters"}  # said elsewhere
+OTHER_NAMES = {"prompt": "start", "data": "dataset", "steps": "max_iters", "lr": "learning_rate"}  # said elsewhere
 
 
 def _find(known, name, where):
     """The Key called `name`, or an error that names the one that was meant: by another name that it has elsewhere, its
-    initials (lr), its beginning (lora), or its letters."""
+    initials (bs), its beginning (lora), or its letters."""
     if name in known:
         return known[name]
     meant = [k for k in known if k == OTHER_NAMES.get(name)]
@@ -181,10 +159,17 @@ def _find(known, name, where):
     raise Mistake(f"{where}: unknown key '{name}'; {hint}")
 
 
+# -- files and words ---------------------------------------------------------------------------------------------
+
+def _files():
+    """{name: path} of the config files of this project, as seen from here."""
+    return {path.stem: os.path.relpath(path) for path in sorted((ROOT / "config").glob("[!_]*.py"))}
+
+
 def _from_file(path, known):
     """{key: value} from a file of Python assignments; modules and functions in it are its own."""
     if not Path(path).is_file():
-        raise Mistake(f"no config file {path}; there are {', '.join(map(str, _config_files()))}")
+        raise Mistake(f"no config file {path}; there are {', '.join(_files().values())}")
     try:
         left = runpy.run_path(str(path))
     except SyntaxError as e:
@@ -197,44 +182,43 @@ def _from_file(path, known):
             if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type))}
     if left.keys() - known and script and script[1] != Path(sys.argv[0]).name:
         raise Mistake(f"{path} is for {script[1]}")
-    return {name: _typed(_find(known, name, path), value, path) for name, value in left.items()}
-
-
-def _config_files():
-    """The config files of this project, as seen from here."""
-    return [os.path.relpath(path) for path in sorted((ROOT / "config").glob("[!_]*.py"))]
-
-
-def _no_key(word):
-    """A `Mistake` that says what a word of the command line should have been."""
-    if word.endswith(".py"):
-        return Mistake(f"command line: {word} comes too late: config files stand before --keys")
-    near = difflib.get_close_matches(Path(word).stem, files := {Path(f).stem: f for f in _config_files()}, 1)
-    hint = f"did you mean {files[near[0]]}?" if near else "-h shows what is"
-    return Mistake(f"command line: '{word}' is neither a config file (*.py) nor --key=value; {hint}")
+    return {name: _find(known, name, path).read(value, path) for name, value in left.items()}
 
 
 def _from_args(args, known):
     """{key: value} from --key=value, --key value, --flag, and --list a b c."""
-    values, args = {}, list(args)
+    values, args, where = {}, list(args), "command line"
     while args:
-        if not args[0].startswith("--"):
-            raise _no_key(args[0])
-        name, equals, value = args.pop(0)[2:].partition("=")
-        key = _find(known, name.replace("-", "_"), "command line")
+        word = args.pop(0)
+        if not word.startswith("--"):
+            if word.endswith(".py"):
+                raise Mistake(f"{where}: {word} comes too late: config files stand before --keys")
+            near = difflib.get_close_matches(Path(word).stem, _files(), 1)
+            hint = f"did you mean {_files()[near[0]]}?" if near else "-h shows what is"
+            raise Mistake(f"{where}: '{word}' is neither a config file (*.py) nor --key=value; {hint}")
+        name, equals, value = word[2:].partition("=")
+        key = _find(known, name.replace("-", "_"), where)
         if not equals:
             words = list(itertools.takewhile(lambda word: not word.startswith("--"), args))
             if key.type.startswith("bool") and (not words or words[0].lower() not in BOOLS):
                 value, words = True, []
             elif not words:
-                raise Mistake(f"command line: --{name} needs a value ({key.type})")
+                raise Mistake(f"{where}: --{name} needs a value ({key.type})")
             elif key.type.startswith("tuple["):
                 value = tuple(words)
             else:
                 value, words = words[0], words[:1]
             args = args[len(words):]
-        values[key.name] = _typed(key, value, "command line")
+        values[key.name] = key.read(value, where)
     return values
+
+
+def names_first(argv, known, kind):
+    """(the names that argv begins with, the rest of argv); raises `Mistake` for a name that is not in `known`."""
+    names = list(itertools.takewhile(lambda a: not a.startswith("-"), argv))
+    if unknown := [n for n in names if n not in known]:
+        raise Mistake(f"no {kind} '{unknown[0]}'; there are {', '.join(known)}")
+    return names, argv[len(names):]
 
 
 # -- loading -----------------------------------------------------------------------------------------------------
@@ -247,35 +231,29 @@ def _presets():
 
 
 def _help(doc, keys):
-    """Print every key with its default, its limits and its reason, in groups."""
+    """Print every key with its default, its limits and its reason, in groups; of model the presets too."""
     print(textwrap.dedent(doc or "").strip())
-    groups = {}
-    for key in keys.values():
-        groups.setdefault(key.group, []).append(key)
-    for group, members in groups.items():
+    for group in dict.fromkeys(key.group for key in keys.values()):
         print(f"\n{group}:")
-        for key in members:
-            why = f"{key.limits} {key.why}" if key.limits else key.why
+        for key in (key for key in keys.values() if key.group == group):
+            why = f"{key.limits} {key.why}".strip()
             if key.name == "model":
                 why += ": " + ", ".join(_presets())
             print(textwrap.fill(why, 120, initial_indent=f"  --{key.name}={key.default!r}".ljust(40) + " ",
                                 subsequent_indent=" " * 41, break_on_hyphens=False))
 
 
-def names_first(argv, known, kind):
-    """(the names that argv begins with, the rest of argv); raises `Mistake` for a name that is not in `known`."""
-    names = list(itertools.takewhile(lambda a: not a.startswith("-"), argv))
-    if unknown := [n for n in names if n not in known]:
-        raise Mistake(f"no {kind} '{unknown[0]}'; there are {', '.join(known)}")
-    return names, argv[len(names):]
+class Given(dict):
+    """{key: value} of what was given; flags: the keys that the command line gave, the others are from config files."""
+    flags = frozenset()
 
 
 def load(cls, argv=None, also=None):
     """Settings of dataclass `cls` from its defaults, the config files (*.py) and --keys in argv (default: sys.argv).
 
     also: "file.py:Class", a dataclass (read without importing it) whose fields are accepted too. cls may be given
-    in this way as well, where its bases are slow to import; then {field: value given} stands for the instance.
-    Returns cls(...), or (cls(...), {field of the other class: value given}) when `also` is set. Values
+    in this way as well, where its bases are slow to import; then a `Given` stands for the instance.
+    Returns cls(...), or (cls(...), `Given` of the other class) when `also` is set. Values
     that `cls.__post_init__` refuses with ValueError, unknown keys and wrong types raise `Mistake`;
     -h prints the keys and exits.
     """
@@ -284,14 +262,16 @@ def load(cls, argv=None, also=None):
     if {"-h", "--help"} & set(argv):
         _help(sys.modules["__main__" if isinstance(cls, str) else cls.__module__].__doc__, own | other)
         sys.exit(0)
-    known = other | own
-    values = {}
+    known, values = other | own, {}
     while argv and argv[0].endswith(".py") and not argv[0].startswith("--"):  # config files come first
         values |= _from_file(argv.pop(0), known)
-    values |= _from_args(argv, known)
-    given = {k: v for k, v in values.items() if k in own}
-    settings = given if isinstance(cls, str) else make(cls, given)
-    return (settings, {k: v for k, v in values.items() if k not in own}) if also else settings
+    flags = _from_args(argv, known)
+    values = {k: v for k, v in values.items() if k not in flags} | flags  # in the order in which they are said
+    parts = [Given((k, v) for k, v in values.items() if (k in own) == ours) for ours in (True, False)]
+    for part in parts:
+        part.flags = flags.keys() & part.keys()
+    settings = parts[0] if isinstance(cls, str) else make(cls, parts[0])
+    return (settings, parts[1]) if also else settings
 
 
 def make(cls, given):
@@ -314,5 +294,5 @@ def of_run(directory, cls, also):
         facts = json.loads(path.read_text(encoding="utf-8"))
         found = []
         for part, keys in (facts["settings"], keys_of(cls)), (facts["model"], keys_of(also)):
-            found.append({name: _typed(keys[name], value, path) for name, value in part.items() if name in keys})
+            found.append({name: keys[name].read(value, path) for name, value in part.items() if name in keys})
     return found

@@ -1,17 +1,19 @@
 r"""From a bigram model to Llama 4, one idea a rung: equal data and steps, and from GPT-2 up equal active parameters.
 
-    python prepare/tales.py && python tests/ladder.py                                # two cores: 20 minutes
+    python prepare/tales.py && python tests/ladder.py                                # two cores: under 20 minutes
     python prepare/shakespeare.py && python tests/ladder.py config/shakespeare.py    # characters of Shakespeare
     python tests/ladder.py config/tales.py --dataset=tinystories --n_layer=8 --n_head=8 --dim=512 --ffn_dim=1408 \
         --block_size=256 --batch_size=64 --max_iters=1000 --dropout=0.1              # a GPU: some minutes
 
 Takes what train.py takes; the shape is that of Llama 1. Each rung keeps what the ones before it added. Prints a table
 whose links lead to the code of each idea, and a text by each; draws ladder.png. Runs lie in out/ladder_DATASET/, and
-one that is complete is not made again: for other settings give another --out_dir.
+one that is complete is not made again: for other settings give another --out_dir. Ctrl-C stops it, and the same command
+goes on with the rung it was at. Without any words it also keeps its figures in ladder.json, and README's table of them.
 """
 import inspect
 import json
 import math
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,18 +25,23 @@ import config  # noqa: E402
 if __name__ == "__main__":  # a typo is told before torch is imported
     words = sys.argv[1:]
     if not words or words[0].startswith("--"):
-        words = ["config/tales.py", "--max_iters=400", "--eval_interval=100", *words]
+        words = ["config/tales.py", "--max_iters=300", "--eval_interval=100", *words]
     settings = config.run(config.load, "train.py:TrainConfig", words, "model.py:LlamaConfig")
 
 import torch  # noqa: E402
 from safetensors.torch import save_model  # noqa: E402
 
 import before_llama as before  # noqa: E402
+import bench  # noqa: E402
 import model  # noqa: E402
+import records  # noqa: E402
 import runs  # noqa: E402
 import train  # noqa: E402
 from common import keep_freed_memory, pick_device  # noqa: E402
 from prepare.shards import write_text  # noqa: E402
+
+KEPT = ROOT / "tests/ladder.json"
+MARKS = "<!-- ladder: written by tests/ladder.py -->\n", "<!-- end of the ladder -->\n"
 
 
 @dataclass
@@ -153,11 +160,39 @@ def draw(found, path):
     runs.write_figure(figure, path)
 
 
-def main(settings, shape):
+def table(found, links=None):
+    """{name: facts} as a table; links: {name: what leads to its code}, where that is wanted."""
+    lines = ["| rung | " + "code | " * bool(links) + "parameters | active | bits/byte | seconds | cache, KiB |",
+             "|---" * (6 + bool(links)) + "|"]
+    for name, facts in found.items():
+        sizes = f"{facts['parameters']:,} | {facts['active']:,} | {facts['bits']:.4f} | {facts['seconds']:.0f}"
+        code = f"{links[name]} | " if links else ""
+        lines.append(f"| {name} | {code}{sizes} | {facts['cache'] / 1024:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme(kept):
+    """What README says of ladder.json."""
+    machine = kept["machine"]
+    return f"{table(kept['rungs'])}\nOne seed each, on {records.machine(machine)}, {machine['date'].split()[0]}.\n"
+
+
+def keep(found, device):
+    """Write ladder.json, and what README says of it."""
+    machine, figures = bench.hardware(device), ("parameters", "active", "bits", "seconds", "cache")
+    kept = {"machine": {key: machine[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")},
+            "rungs": {name: {key: facts[key] for key in figures} for name, facts in found.items()}}
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    records.write_readme(readme(kept), MARKS)
+
+
+def main(settings, shape, words=("some",)):
     with config.mistakes(ValueError, KeyError, prefix="the shape of Llama 1: "):
         cfg = train.TrainConfig(**settings)
         ladder = rungs(train.shape_from(model.PRESETS[cfg.model], shape), cfg.block_size)
     keep_freed_memory()
+    if cfg.dtype == "auto" and pick_device(cfg.device).type == "cpu":
+        cfg = replace(cfg, dtype="float32")  # what auto measures there may differ from rung to rung
     top, found = Path(cfg.out_dir or ROOT / "out").absolute() / f"ladder_{Path(cfg.dataset).name}", {}
     for number, rung in enumerate(ladder, 1):
         out = top / f"{number:02}"
@@ -166,13 +201,13 @@ def main(settings, shape):
     draw(found, top / "ladder.png")
     for rung in ladder:
         print(f"\n{rung.name}\n  | " + found[rung.name]["text"].replace("\n", "\n  | "))
-    print("\n| rung | code | parameters | active | bits/byte | seconds | cache, KiB |\n|---|---|---|---|---|---|---|")
-    for rung in ladder:
-        facts = found[rung.name]
-        print(f"| {rung.name} | {rung.links} | {facts['parameters']:,} | {facts['active']:,} | {facts['bits']:.4f} | "
-              f"{facts['seconds']:.0f} | {facts['cache'] / 1024:.1f} |")
-    print(f"\nfloor {facts['floor']}" * bool(facts["floor"]), f"{top / 'ladder.png'}", sep="\n")
+    print("\n" + table(found, {rung.name: rung.links for rung in ladder}), end="")
+    if not words:
+        keep(found, pick_device(cfg.device).type)
+        shutil.copy(top / "ladder.png", ROOT / ".ci/ladder.png")
+    floor = found[ladder[0].name]["floor"]
+    print(f"\nfloor {floor}" * bool(floor), f"{top / 'ladder.png'}", sep="\n")
 
 
 if __name__ == "__main__":
-    config.run(main, *settings)
+    config.run(main, *settings, sys.argv[1:])

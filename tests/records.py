@@ -4,6 +4,7 @@ r"""The trained figures of the README, each made again by one call, kept in reco
     python tests/records.py tales shakespeare shapes photos    # two cores: about two hours
     python tests/records.py scout flickr8k                     # a GPU: some minutes each
     python tests/records.py scout --max_iters=3 --device=cpu   # a trial, not kept: what follows goes to each training
+    python tests/records.py tales out/tales out/tales_2        # from runs of this machine that are there, one a seed
     python tests/records.py --readme                           # write README's table from records.json
 
 Runs lie in out/records/. A script whose data has not been prepared says how that is done.
@@ -72,10 +73,17 @@ def commands(name, more, seed=1337):
     """The words of each command of a record, `more` added to those that train."""
     record, before = RECORDS[name], ()
     for number, stage in enumerate(record.stages, 1):
-        words, out = [record.script, *shlex.split(stage)], ROOT / f"out/records/{name}_{seed}_{number}"
-        yield [*words, *before, f"--out_dir={out}", f"--seed={seed}", *more]
+        out = ROOT / f"out/records/{name}_{seed}_{number}"
+        yield [record.script, *shlex.split(stage), *before, f"--out_dir={out}", f"--seed={seed}", *more]
         before = f"--init_from={out / 'best'}",
-    yield [*words, *before, f"--out_dir={out / 'best'}", *record.score.split()]
+    yield scoring(name, out)
+
+
+def scoring(name, out):
+    """The words of the command that scores the best weights of a run."""
+    record = RECORDS[name]
+    return [record.script, *shlex.split(record.stages[-1]), f"--init_from={out / 'best'}", f"--out_dir={out / 'best'}",
+            *record.score.split()]
 
 
 def run(words):
@@ -91,25 +99,70 @@ def run(words):
     return "".join(lines)
 
 
+def score(name, words):
+    """{unit: figure} of what a scoring command prints."""
+    printed, found = run(words), {}
+    for unit, pattern in RECORDS[name].figures.items():
+        figure = re.search(pattern, printed)
+        if not figure:
+            raise config.Mistake(f"{name}: the last command printed no {pattern}; it says why, and can be run again "
+                                 "alone")
+        found[unit] = float(figure[1])
+    return found
+
+
 def measure(name, more, seeds):
-    """Train and score a record with so many seeds -> {"figures": {unit: values}, "minutes": of one training, ...}."""
-    values, minutes = {unit: [] for unit in RECORDS[name].figures}, []
+    """Train and score a record with so many seeds, as `summary` has it."""
+    scores, minutes = [], []
     for seed in range(1337, 1337 + seeds):
         start = time.perf_counter()
-        *training, scoring = commands(name, more, seed)
+        *training, last = commands(name, more, seed)
         for words in training:
             run(words)
         minutes.append((time.perf_counter() - start) / 60)
-        printed = run(scoring)
-        for unit, pattern in RECORDS[name].figures.items():
-            figure = re.search(pattern, printed)
-            if not figure:
-                raise config.Mistake(f"{name}: the last command printed no {pattern}; it says why, "
-                                     "and can be run again alone")
-            values[unit].append(float(figure[1]))
+        scores.append(score(name, last))
+    return summary(name, scores, minutes, "cuda" if any("cuda" in word for word in more) else "cpu")
+
+
+OF_NO_WEIGHT = {"out_dir", "init_from", "seed", "device", "dtype", "compile", "log_interval", "sample_tokens",
+                "sample_images", "tensorboard"}  # settings that a run may have otherwise, and still be of a record
+
+
+def from_runs(name, directories):
+    """The record of runs that are there, as `summary` has it. Raises `Mistake` for one that was trained otherwise."""
+    record, scores, minutes, seeds = RECORDS[name], [], [], set()
+    if len(record.stages) > 1:
+        raise config.Mistake(f"{name} has {len(record.stages)} stages, of which a run does not tell: train it anew")
+    settings = f"{record.script}:{record.script[:-3].capitalize()}Config"
+    given, shape = config.load(settings, shlex.split(record.stages[0]), "model.py:LlamaConfig")
+    wanted = {key.name: key.default for key in config.keys_of(settings).values()} | given
+    for out in map(Path, directories):
+        with config.mistakes(OSError, ValueError, KeyError, prefix=f"{out} is no run: "):
+            facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
+            has, model = ({k: tuple(v) if isinstance(v, list) else v for k, v in facts[part].items()}
+                          for part in ("settings", "model"))
+            log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            other = [k for k, v in wanted.items() if k not in OF_NO_WEIGHT and has[k] != v]
+            other += [k for k, v in shape.items() if model[k] != v]
+        if other:
+            raise config.Mistake(f"{out} has another {', '.join(other)} than the record {name}")
+        if log[-1]["step"] < has["max_iters"] or has["seed"] in seeds:
+            raise config.Mistake(f"{out} is not finished, or has the seed of another one")
+        seeds.add(has["seed"])
+        minutes.append(log[-1]["seconds"] / 60)
+        scores.append(score(name, scoring(name, out.absolute())))
+    commit, dirty = facts["git_commit"][:7], "-dirty" * facts["git_commit"].endswith("-dirty")
+    return summary(name, scores, minutes, "cuda" if facts["gpu"] else "cpu") | {
+        "commit": commit + dirty, "torch": facts["torch"].split("+")[0],
+        "date": facts["started"].replace("T", " ")[:16]}
+
+
+def summary(name, scores, minutes, device):
+    """{"figures": {unit: values}, "minutes": of one training, commit, command, machine and so on}."""
     commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    facts = hardware("cuda" if any("cuda" in word for word in more) else "cpu")
-    return {"figures": values, "minutes": round(statistics.median(minutes), 1), "commit": commit.stdout.strip(),
+    facts = hardware(device)
+    return {"figures": {unit: [found[unit] for found in scores] for unit in scores[0]},
+            "minutes": round(statistics.median(minutes), 1), "commit": commit.stdout.strip(),
             "command": " && ".join(" ".join(["python", RECORDS[name].script, stage]) for stage in RECORDS[name].stages)
             } | {key: facts[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")}
 
@@ -137,27 +190,28 @@ def table(kept):
     return "\n".join(lines) + "\n"
 
 
-def write_readme(kept):
-    """Put the table between its marks in README.md."""
+def write_readme(text, marks=MARKS):
+    """Put a table between its marks in README.md."""
     path = ROOT / "README.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    path.write_text(before + MARKS[0] + table(kept) + MARKS[1] + after, encoding="utf-8")
+    before, _, rest = path.read_text(encoding="utf-8").partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    path.write_text(before + marks[0] + text + marks[1] + after, encoding="utf-8")
 
 
 def main(argv):
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     if argv == ["--readme"]:
-        return write_readme(kept)
-    names, more = config.names_first(argv, RECORDS, "record")
+        return write_readme(table(kept))
+    there = [word for word in argv[1:] if Path(word).is_dir()]
+    names, more = config.names_first([word for word in argv if word not in there], RECORDS, "record")
     for name in names:
-        made = measure(name, more, 1 if more else RECORDS[name].seeds)
+        made = from_runs(name, there) if there else measure(name, more, 1 if more else RECORDS[name].seeds)
         if more:  # a trial
             print(f"\n{name}: {made['figures']} in {made['minutes']} minutes")
         else:
             kept.setdefault(name, {})[machine(made)] = made
             KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-            write_readme(kept)
+            write_readme(table(kept))
     if not names:
         print(*(f"{name:<12} {record.what}, beside {record.beside}" for name, record in RECORDS.items()), sep="\n")
 

@@ -57,7 +57,8 @@ class Settings:
     (["--lora=1"], None, "did you mean 'lora_rank'"),
     (["--optimizer=adamw"], "optimizer", "adamw"),
     (["--optimizer=sgd"], None, "optimizer must be one of muon, adamw, not 'sgd'"),
-    (["--learning_rate=nan"], None, "learning_rate must lie in (0, 1], not nan"),
+    (["--learning_rate=nan"], None, "learning_rate takes float, not 'nan'"),
+    (["--batch_size=[8]"], None, "batch_size takes int, not '[8]'"),
     (["--learning_rate=0"], None, "learning_rate must lie in (0, 1], not 0.0"),
     (["--learning_rate=1"], "learning_rate", 1.0),
     (["tales"], None, "did you mean config/tales.py"),
@@ -84,6 +85,7 @@ def test_command_line(argv, name, value):
     ("batch_size = 1e3\n", {"batch_size": 1000}),
     ("batch_size = 1.5\n", "batch_size takes int, not 1.5"),
     ("learning_rate = 2.0\n", "learning_rate must lie in"),
+    ("learning_rate = float('nan')\n", "learning_rate must lie in"),
     ("batch_size = 64 // 8\n", {"batch_size": 8}),
     ("batch_size = True\n", "batch_size takes int, not True"),
     ("batch_size = 'eight'\n", "batch_size takes int"),
@@ -124,6 +126,21 @@ def test_command_line_beats_file_beats_default(tmp_path):
     (tmp_path / "c.py").write_text("batch_size = 8\ndataset = 'b'\n")
     cfg = config.load(Settings, [str(tmp_path / "c.py"), "--batch_size=16"])
     assert (cfg.batch_size, cfg.dataset, cfg.learning_rate) == (16, "b", 1e-3)
+
+
+def test_what_was_given_says_where(tmp_path):
+    (tmp_path / "c.py").write_text("batch_size = 8\ndataset = 'b'\nn_layer = 3\n")
+    words = [str(tmp_path / "c.py"), "--batch_size=16", "--max-iters", "5", "--n_head=2"]
+    given, shape = config.load("train.py:TrainConfig", words, "model.py:LlamaConfig")
+    assert given == {"batch_size": 16, "dataset": "b", "max_iters": 5} and given.flags == {"batch_size", "max_iters"}
+    assert shape == {"n_layer": 3, "n_head": 2} and shape.flags == {"n_head"}
+
+
+@pytest.mark.parametrize("word, meant", [("lr", "learning_rate"), ("lora", "lora_rank"), ("steps", "max_iters"),
+                                         ("bs", "batch_size"), ("layers", "n_layer"), ("gpus", None)])
+def test_training_knows_what_was_meant(word, meant):
+    with pytest.raises(config.Mistake, match=f"did you mean '{meant}'" if meant else "-h lists them all"):
+        config.load("train.py:TrainConfig", [f"--{word}=1"], "model.py:LlamaConfig")
 
 
 def test_keys_of_another_class():

@@ -1,4 +1,5 @@
 """tests/ladder.py: rungs that differ in nothing but what they add, and what came before Llama 1 against an oracle."""
+import json
 import re
 import subprocess
 import sys
@@ -108,6 +109,20 @@ def test_links_lead_to_their_lines():
                 code = getattr(code, part)
             assert ladder.link(code).endswith(f"({file}#L{start}-L{end})"), f"{name}: {ladder.link(code)}"
     assert len(links.splitlines()) == 11
+
+
+def test_readme_says_what_was_measured(tmp_path, monkeypatch):
+    """The table in README is that of ladder.json, and `keep` writes both."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    between = readme.partition(ladder.MARKS[0])[2].partition(ladder.MARKS[1])[0]
+    kept = json.loads(ladder.KEPT.read_text()) if ladder.KEPT.exists() else {}
+    assert between == (ladder.readme(kept) if kept else "") and ladder.MARKS[1] in readme
+    (tmp_path / "README.md").write_text(readme)
+    monkeypatch.setattr(ladder, "KEPT", tmp_path / "ladder.json")
+    monkeypatch.setattr(ladder.records, "ROOT", tmp_path)
+    ladder.keep({"GPT-2": dict(parameters=1200, active=1100, bits=0.3, seconds=2.4, cache=2048, curve=[])}, "cpu")
+    assert "| GPT-2 | 1,200 | 1,100 | 0.3000 | 2 | 2.0 |\n" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "ladder.json").read_text())["rungs"]["GPT-2"]["cache"] == 2048
 
 
 @pytest.mark.slow

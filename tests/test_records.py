@@ -1,4 +1,5 @@
 """tests/records.py: commands that the scripts accept, a figure at their end, and README's table."""
+import dataclasses
 import json
 import shutil
 
@@ -46,3 +47,40 @@ def test_a_record_ends_in_its_figure(project, tmp_path):
                          "--device=cpu")
     figure = float(printed.splitlines()[-1].split("[")[1].split("]")[0])
     assert 2 < figure < 4  # two steps from knowing nothing: nearly log2(1536) bits a token
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """made(name, **settings): a run directory as tales leave it, whose score is 0.23 plus its seed in millionths."""
+    monkeypatch.setattr(records, "run", lambda words: f"loss {words[2].split('seed')[1].split('/')[0]} bits/byte")
+
+    def made(seed, step=850, **settings):
+        words = ["config/tales.py", f"--seed={seed}"]
+        given, shape = config.load("train.py:TrainConfig", words, "model.py:LlamaConfig")
+        out = tmp_path / f"seed0.{seed}"
+        out.mkdir()
+        (out / "run.json").write_text(json.dumps({
+            "settings": dataclasses.asdict(train.TrainConfig(**given | settings)), "model": shape, "gpu": None,
+            "git_commit": "0123456789abcdef-dirty", "torch": "2.13.0+cpu", "started": "2026-11-27T10:11:12Z"}))
+        (out / "log.jsonl").write_text("".join(json.dumps({"step": n, "seconds": n / 5}) + "\n" for n in (0, step)))
+        return str(out)
+    return made
+
+
+def test_a_record_of_runs_that_are_there(finished):
+    made = records.from_runs("tales", [finished(2301, dtype="bfloat16"), finished(2303)])
+    assert made["figures"] == {"bits/byte": [0.2301, 0.2303]} and made["minutes"] == 2.8
+    assert made["commit"] == "0123456-dirty" and made["date"] == "2026-11-27 10:11" and made["torch"] == "2.13.0"
+    assert records.table({"tales": {"here": made}}).count("| 0.2302 ± 0.0001 bits/byte | 2 |") == 1
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"weight_decay": 0.2}, "has another weight_decay"), ({"max_iters": 900}, "has another max_iters"),
+    ({"step": 170}, "not finished")])
+def test_a_run_of_something_else_is_no_record(finished, changes, words):
+    with pytest.raises(config.Mistake, match=words):
+        records.from_runs("tales", [finished(2301, **changes)])
+    with pytest.raises(config.Mistake, match="is no run"):
+        records.from_runs("tales", ["tests"])
+    with pytest.raises(config.Mistake, match="2 stages"):
+        records.from_runs("flickr8k", ["tests"])

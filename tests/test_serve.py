@@ -1,6 +1,9 @@
 """serve.py: OpenAI's own client, and clients that break the rules, against a real server with a tiny random model."""
+import asyncio
+import base64
 import concurrent.futures
 import contextlib
+import io
 import json
 import os
 import random
@@ -12,6 +15,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("fastapi", reason="needs the packages of [serve]")
 openai = pytest.importorskip("openai", reason="needs openai")
@@ -20,34 +24,37 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs the packages of [serve]")
 
 import config  # noqa: E402
 import serve  # noqa: E402
+import vision  # noqa: E402
+import vlm  # noqa: E402
 from conftest import PATIENCE, ROOT  # noqa: E402
-from prepare import tokenizer  # noqa: E402
+from prepare import images, tokenizer  # noqa: E402
 from test_model import build, tiny  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
 VOCABULARY = 97
 
 
-def characters():
-    """A tokenizer of 94 characters, BOS and EOS, with a chat template."""
-    tok = tokenizer.char("".join(map(chr, range(32, 126))) + "é", ("<s>", "</s>"))
+def characters(more=""):
+    """A tokenizer of 95 characters and more, BOS and EOS, with a chat template."""
+    tok = tokenizer.char("".join(map(chr, range(32, 126))) + "é" + more, ("<s>", "</s>"))
     return tokenizer.Tokenizer(tok.spec, tok.settings | {"chat_template": TEMPLATE})
 
 
 @contextlib.contextmanager
-def serving(endless=False, **settings):
-    """(service, address) of a server in a thread, its model tiny and random. endless: no text ends by itself."""
+def serving(endless=False, engine=None, **settings):
+    """(Engine, address) of a server in a thread, its model tiny and random. endless: no text ends by itself."""
     cfg = serve.ServeConfig(**{"page": False, "context": 3000} | settings)
     model = build(tiny("llama4-tiny", vocab_size=VOCABULARY, context=4096, chunk=64))
-    service = serve.Service(cfg, model, characters(), "tiny")
-    service.stop_ids = frozenset() if endless else service.stop_ids
+    engine = engine or serve.Engine("tiny", model, characters(), cfg.rows, cfg.context)
+    engine.stop_ids = frozenset() if endless else engine.stop_ids
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(serve.make_app(service), log_level="warning", timeout_graceful_shutdown=1))
+    app = serve.make_app(engine, cfg)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     until(lambda: server.started)
     try:
-        yield service, f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield engine, f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
@@ -63,23 +70,22 @@ def until(condition):
 
 @pytest.fixture(scope="module")
 def served():
-    with serving(rows=4, context=600) as (service, address):
-        yield service, address, openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
+    with serving(rows=4, context=600) as (engine, address):
+        yield engine, address, openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
 
 
-def greedy(service, ids, count):
+def greedy(engine, ids, count):
     """What the model says after ids by itself, (text, finish)."""
-    model = service.engine.batch.model
-    new = model.generate(torch.tensor([ids]), count, 0, eos_id=service.stop_ids)[0, len(ids):].tolist()
-    return service.tok.decode(new), "stop" if new[-1] in service.stop_ids else "length"
+    new = engine.model.generate(torch.tensor([ids]), count, 0, eos_id=engine.stop_ids)[0, len(ids):].tolist()
+    return engine.tok.decode(new), "stop" if new[-1] in engine.stop_ids else "length"
 
 
 def test_a_completion_is_what_the_model_says(served):
-    service, _, client = served
+    engine, _, client = served
     for prompt in "Once upon", "é", "":
         done = client.completions.create(model="tiny", prompt=prompt, max_tokens=20, temperature=0)
-        ids = service.tok.encode(prompt, bos=True)
-        assert (done.choices[0].text, done.choices[0].finish_reason) == greedy(service, ids, 20)
+        ids = engine.tok.encode(prompt, bos=True)
+        assert (done.choices[0].text, done.choices[0].finish_reason) == greedy(engine, ids, 20)
         assert done.usage.prompt_tokens == len(ids) and done.usage.total_tokens == len(ids) + 20
         parts = list(client.completions.create(model="tiny", prompt=prompt, max_tokens=20, temperature=0, stream=True))
         assert "".join(part.choices[0].text for part in parts) == done.choices[0].text
@@ -87,9 +93,9 @@ def test_a_completion_is_what_the_model_says(served):
 
 
 def test_a_chat_goes_by_its_template(served):
-    service, address, client = served
+    engine, address, client = served
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    expect, finish = greedy(service, service.tok.encode("[system: be kind][user: hi]", bos=False), 12)
+    expect, finish = greedy(engine, engine.tok.encode("[system: be kind][user: hi]", bos=False), 12)
     done = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=12, temperature=0)
     assert (done.choices[0].message.content, done.choices[0].finish_reason) == (expect, finish)
     assert done.choices[0].message.role == "assistant" and done.object == "chat.completion"
@@ -104,8 +110,8 @@ def test_a_chat_goes_by_its_template(served):
 
 
 def test_a_stop_ends_the_text_before_it(served):
-    service, _, client = served
-    text, _ = greedy(service, service.tok.encode("abc", bos=True), 60)
+    engine, _, client = served
+    text, _ = greedy(engine, engine.tok.encode("abc", bos=True), 60)
     for stop in (text[20:23], [text[30], "never to be seen"], text[-2:]):
         at = min(text.index(s) for s in ([stop] if isinstance(stop, str) else stop[:1]))
         ask = dict(model="tiny", prompt="abc", max_tokens=60, temperature=0, stop=stop)
@@ -115,12 +121,12 @@ def test_a_stop_ends_the_text_before_it(served):
 
 
 def test_the_end_token_is_a_stop_and_no_text(served):
-    service, _, client = served
-    service.stop_ids, before = frozenset(range(256)), service.stop_ids
+    engine, _, client = served
+    engine.stop_ids, before = frozenset(range(256)), engine.stop_ids
     try:
         done = client.completions.create(model="tiny", prompt="abc", temperature=0).choices[0]
     finally:
-        service.stop_ids = before
+        engine.stop_ids = before
     assert (done.text, done.finish_reason) == ("", "stop")
 
 
@@ -161,7 +167,7 @@ GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2}
     ({"stop": 3}, 400, "stop"),
     ({"stop": ["a"] * 5}, 400, "stop"), ({"stop": ""}, 400, "stop"), ({"stop": "a" * 1000}, 400, "stop"),
     ({"stream": "perhaps"}, 400, "stream"),
-    ({"stream_options": 3}, 400, "stream_options"), ({"prompt": "x" * 2**20}, 413, "more than 1000000 bytes"),
+    ({"stream_options": 3}, 400, "stream_options"), ({"prompt": "x" * 21_000_000}, 413, "more than 20000000 bytes"),
     ({"messages": [{"role": "user", "content": "x"}]}, 400, "a prompt"),
 ])
 @pytest.mark.parametrize("stream", [False, True])
@@ -192,7 +198,7 @@ def test_bodies_that_are_no_json_do_no_harm(served):
             assert answer.status_code == 200 or answer.status_code in (400, 404) and answer.json()["error"]["message"]
         for body in (b"", b"[" * 100000, b'{"a":' * 100000, b"\xff\xfe", b"null", b"NaN"):
             assert http.post(address + "/v1/completions", content=body).json()["error"]["message"]
-        assert http.post(address + "/v1/completions", content=iter([b"x" * 2**19] * 3)).status_code == 413
+        assert http.post(address + "/v1/completions", content=iter([b"x" * 2**23] * 3)).status_code == 413
     assert client.completions.create(**GOOD).usage.completion_tokens == 2
 
 
@@ -201,21 +207,21 @@ def test_a_name_that_leads_here_from_elsewhere_is_no_way_in(served):
 
 
 def test_a_client_that_leaves_frees_its_row():
-    with serving(True, rows=1, waiting=1) as (service, address), httpx.Client(timeout=PATIENCE) as http:
+    with serving(True, rows=1, waiting=1) as (engine, address), httpx.Client(timeout=PATIENCE) as http:
         long = GOOD | {"max_tokens": 2900}
         with http.stream("POST", address + "/v1/completions", json=long | {"stream": True}) as answer:
             next(answer.iter_lines())
-            running = service.engine.batch.running[0]
+            running = engine.batch.running[0]
         until(lambda: running.done)
         assert len(running.new) < 2900
         with pytest.raises(httpx.ReadTimeout):  # nothing comes before the whole is there
             http.post(address + "/v1/completions", json=long, timeout=0.3)
-        until(lambda: not service.engine.batch.busy)
+        until(lambda: not engine.batch.busy)
         assert http.post(address + "/v1/completions", json=GOOD).status_code == 200
 
 
 def test_a_full_queue_asks_to_come_again():
-    with serving(True, rows=1, waiting=1) as (service, address), httpx.Client(timeout=PATIENCE) as http:
+    with serving(True, rows=1, waiting=1) as (engine, address), httpx.Client(timeout=PATIENCE) as http:
         ask = dict(url=address + "/v1/completions", method="POST", json=GOOD | {"max_tokens": 2900, "stream": True})
         with http.stream(**ask) as first, http.stream(**ask) as second:
             lines = first.iter_lines()  # kept: httpx closes a stream whose reader is gone
@@ -223,22 +229,124 @@ def test_a_full_queue_asks_to_come_again():
             client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
             with pytest.raises(openai.RateLimitError) as e:
                 client.completions.create(**GOOD)
-            assert e.value.code == "queue_full" and second.status_code == 200
-        until(lambda: not service.engine.batch.busy)
+            assert "come again" in str(e.value) and second.status_code == 200
+        until(lambda: not engine.batch.busy)
         assert client.completions.create(**GOOD).usage.completion_tokens == 2
 
 
 def test_a_step_that_fails_ends_no_later_request():
-    with serving() as (service, address):
+    with serving() as (engine, address):
         def fail():
             raise RuntimeError("out of memory")
-        service.engine.batch.step = fail
+        engine.batch.step = fail
         assert httpx.post(address + "/v1/completions", json=GOOD).json()["error"]["message"].endswith("out of memory")
-        service.engine.batch.step = fail
+        engine.batch.step = fail
         lines = httpx.post(address + "/v1/completions", json=GOOD | {"stream": True}).text.splitlines()
         assert json.loads(lines[0].removeprefix("data: "))["error"]["type"] == "server_error"
         assert httpx.post(address + "/v1/completions", json=GOOD).status_code == 200
 
+
+def test_a_client_that_leaves_before_its_stream_begins_keeps_no_row():
+    """It hangs up between its request and the first byte of the answer: the server finds that out when it sends."""
+    cfg = serve.ServeConfig(page=False, rows=1, context=3000)
+    engine = serve.Engine("tiny", build(tiny("stories15m", vocab_size=VOCABULARY, context=4096)), characters(), 1, 3000)
+    engine.stop_ids = frozenset()
+    body = json.dumps(GOOD | {"max_tokens": 2900, "stream": True}).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"host", b"localhost")],
+             "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("localhost", 80)}
+
+    async def leave(version):
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            return messages.pop() if messages else {"type": "http.disconnect"}
+
+        async def send(_):
+            raise OSError("the client has gone")
+        with contextlib.suppress(Exception):
+            await serve.make_app(engine, cfg)(scope | {"asgi": {"version": "3.0", "spec_version": version}}, receive,
+                                              send)
+        for _ in range(20):  # steps, in which a row is freed
+            await asyncio.sleep(0.01)
+        return engine.held()
+    for version in "2.3", "2.4":  # by which Starlette listens for it, or waits for an error
+        assert asyncio.run(leave(version)) == 0
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------
+
+def uri(width=20, height=30, color="red", kind="png"):
+    """A picture as a data URI."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(file, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def about(*urls, text="what?"):
+    """A request for a chat about pictures."""
+    parts = [{"type": "image_url", "image_url": {"url": url, "detail": "low"}} for url in urls]
+    return {"model": "eyes", "max_tokens": 12, "messages": [
+        {"role": "user", "content": [*parts, {"type": "text", "text": text}]}]}
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory):
+    """(Engine, address) of a run that sees, its weights random."""
+    torch.manual_seed(0)
+    tok, image_id = images.with_image(characters("\n"))
+    llama = build(tiny("stories15m", vocab_size=tok.vocab_size, context=200))
+    model = vlm.Vlm(llama, vision.make_encoder("vit_tiny", None, False), image_id).freeze(("encoder",))
+    run = tmp_path_factory.mktemp("out") / "eyes"
+    model.save_pretrained(run, tok)
+    engine = serve.Engine.load(serve.ServeConfig(init_from=str(run), device="cpu", rows=4))
+    with serving(engine=engine) as served:
+        yield served
+
+
+def test_an_answer_about_pictures_is_the_models(eyes):
+    """As vlm.py --ask has it, one after another and all at once; each picture counts."""
+    engine, address = eyes
+    engine.eyes.cfg.sample_tokens = 12
+
+    def expected(*urls):
+        files = [io.BytesIO(base64.b64decode(url.partition(",")[2])) for url in urls]
+        _, features, canvases = zip(*vlm.look(engine.eyes, files))
+        _, ids = vlm.fitting(engine.eyes, [{"role": "user", "content": "what?"}], canvases)
+        return vlm.reply(engine.eyes, ids, torch.cat(features), show=False)
+    asked = [(uri(),), (uri(color="blue"),), (uri(), uri(color="blue")), (uri(50, 8, "green", "webp"),)]
+    client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
+
+    def say(urls):
+        done = client.chat.completions.create(**about(*urls))
+        assert done.usage.prompt_tokens > 9 * len(urls)
+        return done.choices[0].message.content
+    alone = [say(urls) for urls in asked]
+    assert alone == [expected(*urls) for urls in asked] and len(set(alone)) > 1
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(say, asked * 3)) == alone * 3
+
+
+@pytest.mark.parametrize("url, status, words", [
+    ("http://127.0.0.1:1/a.png", 400, "no address is fetched"), ("file:///etc/passwd", 400, "no address is fetched"),
+    ("data:text/plain;base64,aGk=", 400, "data:image/"), ("data:image/png;base64,###", 400, "image_url.url"),
+    ("data:image/png;base64,aGVsbG8=", 400, "it is not a picture"), ("data:image/png;base64,", 400, "not a picture"),
+    (uri()[:62], 400, "a picture: "), (uri(20000, 5001), 400, "20000 x 5001 pixels are more than"),
+    ("data:image/png;base64," + "A" * 2**25, 413, "more than 20000000 bytes")])
+def test_what_is_no_picture_is_said(eyes, url, status, words):
+    answer = httpx.post(eyes[1] + "/v1/chat/completions", json=about(url), timeout=PATIENCE)
+    assert answer.status_code == status and words in answer.json()["error"]["message"]
+
+
+def test_pictures_that_have_no_place(eyes, served):
+    for address, request, words in (
+            (eyes[1], about(*[uri()] * 30), "a prompt of "),
+            (eyes[1], about(uri(), text="<image> <image>"), "leave it out"),
+            (served[1], about(uri()) | {"model": "tiny"}, "reads text alone")):
+        answer = httpx.post(address + "/v1/chat/completions", json=request)
+        assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+
+
+# -- the program ------------------------------------------------------------------------------------------------
 
 def test_a_port_that_is_taken_is_one_line(tmp_path):
     build(tiny("stories15m", vocab_size=VOCABULARY)).save_pretrained(tmp_path)
@@ -258,8 +366,8 @@ def test_missing_packages_are_one_line(monkeypatch):
 @pytest.mark.slow
 def test_a_thousand_requests_lose_nothing_and_leave_memory_flat():
     resident = psutil_of_this_process()
-    with serving(rows=8) as (service, address), httpx.Client(timeout=PATIENCE) as http:
-        expect = {f"prompt {i}": greedy(service, service.tok.encode(f"prompt {i}", bos=True), 5 + i)[0]
+    with serving(rows=8) as (engine, address), httpx.Client(timeout=PATIENCE) as http:
+        expect = {f"prompt {i}": greedy(engine, engine.tok.encode(f"prompt {i}", bos=True), 5 + i)[0]
                   for i in range(20)}
 
         def ask(i):
@@ -274,7 +382,7 @@ def test_a_thousand_requests_lose_nothing_and_leave_memory_flat():
             assert all(pool.map(ask, range(300)))
             before = resident()
             assert all(pool.map(ask, range(1000)))
-        assert resident() - before < 16 * 2**20 and not service.engine.batch.busy and not service.engine.batch.waiting
+        assert resident() - before < 16 * 2**20 and not engine.batch.busy and not engine.batch.waiting
 
 
 def psutil_of_this_process():
@@ -283,7 +391,6 @@ def psutil_of_this_process():
     return lambda: psutil.Process().memory_info().rss
 
 
-@pytest.mark.slow
 def test_the_page_talks(tmp_path):
     """As it is started, and used through gradio's own client."""
     gradio_client = pytest.importorskip("gradio_client", reason="needs the packages of [serve]")  # gradio brings it
@@ -297,6 +404,7 @@ def test_the_page_talks(tmp_path):
             assert "gradio" in httpx.get(address).text
             client = gradio_client.Client(address, verbose=False)
             assert all(len(client.predict(text, api_name="/chat")) > 3 for text in map(str, range(6)))  # 64 tokens each
+            assert not any("<" in client.predict(f"<b>{i}</b>", api_name="/chat") for i in range(3))  # text, no HTML
             assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "run"
         finally:
             process.terminate()
