@@ -288,7 +288,8 @@ def load(cls, argv=None, also=None):
     values = {}
     while argv and argv[0].endswith(".py") and not argv[0].startswith("--"):  # config files come first
         values |= _from_file(argv.pop(0), known)
-    values |= _from_args(argv, known)
+    last = _from_args(argv, known)
+    values = {k: v for k, v in values.items() if k not in last} | last  # in the order in which they are said
     given = {k: v for k, v in values.items() if k in own}
     settings = given if isinstance(cls, str) else make(cls, given)
     return (settings, {k: v for k, v in values.items() if k not in own}) if also else settings
