@@ -18,7 +18,6 @@ meta-llama/llama-models `models/llama4` and transformers `modeling_llama4.py`.
 """
 import copy
 import hashlib
-import inspect
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -284,13 +283,13 @@ def attend(q, k, v, mask=None, chunk=0):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+VARLEN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # in 2.10 `varlen_attn` had no grouped heads
+
+
 def takes_starts(x, head_dim):
-    """Whether `varlen_attn` is to be had for x: on GPUs from Ampere on, in 16 bits; torch 2.10's has no grouped heads.
-    """
-    if not x.is_cuda or product_dtype(x).itemsize > 2 or head_dim % 8 or torch.cuda.get_device_capability() < (8, 0):
-        return False
-    from torch.nn.attention.varlen import varlen_attn
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    """Whether `attend` can take `Decoder.starts` for x: on GPUs from Ampere on, in 16 bits."""
+    return (VARLEN and x.is_cuda and product_dtype(x).itemsize == 2 and head_dim % 8 == 0
+            and torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
 class Attention(nn.Module):

@@ -464,6 +464,22 @@ def build_model(cfg, shape, data, tok, out, place):
     return llama
 
 
+def open_data(folder, cfg):
+    """(training split, validation split, tokenizer) of a data set of text; to evaluate, both are that of validation."""
+    if (folder / "train.jsonl").is_file() and not (folder / "meta.json").is_file():
+        raise config.Mistake(f"{folder} holds pictures, which are for vlm.py")
+    val, tok = shards.Split(folder, "val"), tokenizer.load(folder)
+    data = val if cfg.eval_only else shards.Split(folder, "train")
+    if tok.fingerprint != data.tokenizer["fingerprint"]:
+        raise config.Mistake(f"{folder} was made with another tokenizer than the tokenizer.json in it: prepare the "
+                             "data again")
+    if (cfg.doc_mask or cfg.whole_docs) and tok.bos_id is None and not data.marks:
+        raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
+    if len(data) < 2 * cfg.block_size and not cfg.eval_only and not data.marks:
+        raise config.Mistake(f"the training split has {len(data)} tokens, too few for block_size={cfg.block_size}")
+    return data, val, tok
+
+
 class Text:
     """A Llama and the data set of text that it learns from: what `fit` trains, and what --eval_only scores."""
 
@@ -472,19 +488,7 @@ class Text:
         self.dtype, self.why_dtype = pick_dtype(cfg.dtype, device)
         self.autocast = autocast_to(self.dtype, device)
         self.folder = folder_of(cfg)
-        if (self.folder / "train.jsonl").is_file() and not (self.folder / "meta.json").is_file():
-            raise config.Mistake(f"{self.folder} holds pictures, which are for vlm.py")
-        self.val = shards.Split(self.folder, "val")
-        self.data = self.val if cfg.eval_only else shards.Split(self.folder, "train")
-        self.tok = tokenizer.load(self.folder)
-        if self.tok.fingerprint != self.data.tokenizer["fingerprint"]:
-            raise config.Mistake(f"{self.folder} was made with another tokenizer than the tokenizer.json in it: "
-                                 "prepare the data again")
-        if (cfg.doc_mask or cfg.whole_docs) and self.tok.bos_id is None and not self.data.marks:
-            raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
-        if len(self.data) < 2 * cfg.block_size and not cfg.eval_only and not self.data.marks:
-            raise config.Mistake(f"the training split has {len(self.data)} tokens, too few for "
-                                 f"block_size={cfg.block_size}")
+        self.data, self.val, self.tok = open_data(self.folder, cfg)
         self.windows = windows_of(self.data, cfg, self.tok.bos_id)
         self.val_windows = windows_of(self.val, cfg, self.tok.bos_id)
         if cfg.epochs:
