@@ -39,6 +39,7 @@ import torch  # noqa: E402
 import checkpoint  # noqa: E402
 import lora  # noqa: E402
 from common import RANK, atomic_write  # noqa: E402
+from model import put  # noqa: E402
 from prepare import tokenizer  # noqa: E402
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # not the router: peft cannot
@@ -53,8 +54,8 @@ DEFAULTS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogon
 # -- which matrices, of which rank -----------------------------------------------------------------------------------
 
 def begin(llama, rank, alpha, base, seed):
-    """Freeze a Llama that was read from `base`, a directory or hub name, and give it a new adapter. One that has an
-    adapter goes on with it; raises ValueError where that has another rank or alpha."""
+    """Freeze a Llama of `base`, a directory or hub name, and give it a new adapter, which on the meta device is not
+    drawn yet. One that has an adapter goes on with it; raises ValueError where that has another rank or alpha."""
     if hasattr(llama, "adapter"):
         if (have := (llama.adapter["r"], llama.adapter["lora_alpha"])) != (rank, alpha):
             raise ValueError(f"{base} is an adapter of rank {have[0]} and alpha {have[1]}, not {rank} and {alpha}: "
@@ -65,7 +66,8 @@ def begin(llama, rank, alpha, base, seed):
                      "target_parameters": EXPERTS if llama.config.n_experts else None, "bias": "none",
                      "lora_dropout": 0.0, "inference_mode": True, "peft_version": "0.21.2"}  # whose layout this is
     lora.attach(llama, paths(llama, llama.adapter))
-    lora.draw(llama, seed)
+    if not llama.lm_head.weight.is_meta:
+        lora.draw(llama, seed)
 
 
 def paths(llama, settings):
@@ -141,23 +143,38 @@ def from_peft(A, B, module, version):
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
-def load(name, dtype=None, device="cpu", split=None, **overrides):
+def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
     """The Llama of a checkpoint, or of an adapter and its base model: a directory or a hub name.
 
-    dtype is that of the base model; A and B are float32. The rest, and the errors, are as for `checkpoint.load`; an
-    adapted model is not split here."""
+    dtype is that of the base model; A and B are float32. new: what `begin` takes after llama, for a new adapter. The
+    rest, and the errors, are as for `checkpoint.load`."""
     directory = checkpoint.find_checkpoint(name)
-    if not is_adapter(directory):
+    settings = read_settings(directory) if is_adapter(directory) else None
+    if not settings and not new:
         return checkpoint.load(directory, dtype, device, split, **overrides)
-    settings = read_settings(directory)
-    llama = checkpoint.load(base_of(directory), dtype, device, **overrides)
-    try:
-        lora.attach(llama, paths(llama, settings))
-    except (re.error, TypeError) as e:
-        raise ValueError(f"{directory / 'adapter_config.json'}: target_modules and patterns must be lists of names or "
-                         f"regular expressions: {e}") from None
-    read_tensors(llama, directory / "adapter_model.safetensors", settings)
-    llama.adapter = settings
+
+    def attach(llama):
+        if settings:
+            try:
+                lora.attach(llama, paths(llama, settings))
+            except (re.error, TypeError) as e:
+                raise ValueError(f"{directory / 'adapter_config.json'}: target_modules and patterns must be lists of "
+                                 f"names or regular expressions: {e}") from None
+            llama.adapter = settings
+        if new:
+            begin(llama, *new)
+
+    def attach_and_split(llama):  # on the meta device
+        attach(llama)
+        split(llama)
+    base = base_of(directory) if settings else directory
+    llama = checkpoint.load(base, dtype, device, split and attach_and_split, **overrides)
+    if not split:
+        attach(llama)
+    if settings:
+        read_tensors(llama, directory / "adapter_model.safetensors", settings)
+    elif split:
+        lora.draw(llama, new[-1])
     return llama
 
 
@@ -210,6 +227,7 @@ def portable(source):
     return str(path.relative_to(config.ROOT) if config.ROOT in path.parents else path)
 
 
+@torch.no_grad()
 def read_tensors(llama, path, settings):
     """Read A and B of every module. Raises ValueError for tensors that are missing, mis-shaped or have no place."""
     if not path.is_file():
@@ -225,7 +243,7 @@ def read_tensors(llama, path, settings):
             for own, t in zip((module.lora_A, module.lora_B), from_peft(*pair, module, version), strict=True):
                 if own.shape != t.shape or not t.is_floating_point():
                     raise ValueError
-                own.data.copy_(t)
+                put(own, t)
         except (ValueError, RuntimeError, IndexError):
             wrong.append(f"{place} {[tuple(t.shape) for t in pair]}")
     for what, odd in (("missing", names - tensors.keys()), ("not supported", tensors.keys() - names),

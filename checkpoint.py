@@ -25,10 +25,10 @@ from model import Llama, LlamaConfig
 def load(name, dtype=None, device="cpu", split=None, **overrides):
     """A Llama from a directory or a Hugging Face hub name: config.json and *.safetensors, whole or in parts.
 
-    dtype None keeps the file's; overrides replace fields of the config (dropout=0.1). split(llama) splits the empty
-    model over all processes (`shard.Place.split`): each then reads its own part, as dtype. Raises FileNotFoundError
-    where there is nothing to read, and ValueError, naming it, for what is not supported and for missing, unexpected or
-    mis-shaped tensors.
+    dtype None keeps the file's; overrides replace fields of the config (dropout=0.1). split(llama) splits the model,
+    still on the meta device, over all processes (`shard.Place.split`): each then reads its own part, as dtype. Raises
+    FileNotFoundError where there is nothing to read, and ValueError, naming it, for what is not supported and for
+    missing, unexpected or mis-shaped tensors.
     """
     directory = find_checkpoint(name)
     if (directory / "adapter_config.json").exists():
@@ -52,7 +52,7 @@ def load(name, dtype=None, device="cpu", split=None, **overrides):
         llama.load_state_dict(state, assign=True)
         if cfg.tie_embeddings:
             llama.lm_head.weight = llama.model.embed_tokens.weight
-    return llama.to(device).requires_grad_(True).eval()
+    return llama.to(device).eval()
 
 
 def save(llama, directory, state=None, max_shard_size="5GB"):
@@ -442,7 +442,7 @@ def _read_tensors(files, dtype, device):
 def _fill_parts(llama, files):
     """Read into each parameter the part of it that this process has, and nothing else."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    parameters = dict(llama.named_parameters())
+    parameters = {name.replace(".base_layer", ""): p for name, p in llama.named_parameters()}  # of an adapted one
     for path, names in files.items():
         with _opened(path) as file:
             for name, ours in names:

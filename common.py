@@ -158,15 +158,16 @@ def autocast_to(dtype, device):
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
-def keep_freed_memory():
+def keep_freed_memory(keep=True):
     """Have glibc keep the blocks that torch frees: giving them back and faulting them in anew costs a CPU a tenth of a
-    training step."""
-    if sys.platform != "linux":
+    training step. keep False: give large ones back at once, for a host whose memory many processes share."""
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
         return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
+    if keep:
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which ends when it is freed
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top is kept too
+    else:  # by itself glibc raises this threshold to 32 MiB, and keeps what is smaller
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: blocks from a MiB on have a mapping of their own
 
 
 class IdleThreads:

@@ -141,9 +141,8 @@ class Feedback:
         cfg = self.cfg
         print0(f"model      {self.llama.counts()[0]:,} parameters")
         print0(f"data       {self.folder.name}: {len(self.questions):,} questions, {len(self.val):,} validation")
-        print0(f"schedule   {cfg.max_iters:,} steps of {train.sequences_per_step(cfg)} questions, {cfg.objective}, "
-               f"{cfg.optimizer}, lr {cfg.learning_rate:g}")
-        print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why_dtype})")
+        print0(f"step       {train.sequences_per_step(cfg)} questions, {cfg.objective}")
+        train.print_schedule(self, len(self.questions))
 
     def batch(self, drawn):
         """This process's micro-batches of the step that begins after `drawn` questions."""

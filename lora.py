@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Experts, Head, Linear, draw_normal, grouped_mm, product_dtype
+from model import Experts, Head, Linear, draw_normal, grouped_mm, product_dtype, put
 
 
 # -- the second path -------------------------------------------------------------------------------------------------
@@ -110,11 +110,14 @@ def attach(llama, paths):
     llama.train(llama.training)
 
 
+@torch.no_grad()
 def draw(llama, seed):
-    """Draw every A, as spread as peft's (uniform within ±1/sqrt(size of A's last axis)). B stays zero."""
+    """Draw every A, as spread as peft's (uniform within ±1/sqrt(size of A's last axis)); every B is zero."""
     for name, p in llama.named_parameters():
         if name.endswith(".lora_A"):
-            p.data = draw_normal(p.shape, (3 * p.shape[-1]) ** -0.5, seed, name, p.device)
+            put(p, draw_normal(p.shape, (3 * p.shape[-1]) ** -0.5, seed, name, p.device))
+        elif name.endswith(".lora_B"):
+            p.zero_()
 
 
 def float32_stream(llama):

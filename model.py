@@ -284,11 +284,17 @@ class Normalize(torch.autograd.Function):
 def attend(q, k, v, mask=None, chunk=0):
     """Attention of q (B, H, T, d) to k, v (B, K, S, d), each shared by H/K query heads -> (B, H, T, d).
 
-    With mask (B, 1, T, S) each query sees what it shows, and chunk is not looked at. Without one, S is T and each query
-    sees the keys up to its own position, or, where chunk > 0, those of them that lie in its own chunk.
+    With mask (B, 1, T, S) each query sees what it shows, and chunk is not looked at; mask may also be (n + 1,), see
+    `Decoder.starts`. Without one, S is T and each query sees the keys up to its own position, or, where chunk > 0,
+    those of them that lie in its own chunk.
     """
     B, H, T, _ = q.shape
     groups = H // k.shape[1]
+    if mask is not None and mask.dim() == 1:
+        from torch.nn.attention.varlen import varlen_attn  # not above: it loads torch's compiler, for seconds
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B·T, H, d)
+        y = varlen_attn(q, k, v, mask, mask, T, T, window_size=(-1, 0), enable_gqa=groups > 1)
+        return y.unflatten(0, (B, T)).transpose(1, 2)  # (B, H, T, d)
     if mask is None and chunk and T > chunk:  # chunks beside each other on the batch axis, the last one padded
         n = -(-T // chunk)
         q, k, v = (F.pad(t, (0, 0, 0, n * chunk - T)).unflatten(2, (n, chunk)).transpose(1, 2).flatten(0, 1)
@@ -317,6 +323,15 @@ def attend_by_products(q, k, v):
     q, k, v = q.reshape(-1, groups * T, d), k.flatten(0, 1), v.flatten(0, 1)  # (B·K, H/K·T, d), (B·K, T, d) twice
     scores = torch.baddbmm(hidden, q, k.mT, alpha=d ** -0.5)  # (B·K, H/K·T, T)
     return torch.bmm(scores.softmax(-1), v).view(B, H, T, d)
+
+
+VARLEN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # in 2.10 `varlen_attn` had no grouped heads
+
+
+def takes_starts(x, head_dim):
+    """Whether `attend` can take `Decoder.starts` for x: on GPUs from Ampere on, in 16 bits."""
+    return (VARLEN and x.is_cuda and product_dtype(x).itemsize == 2 and head_dim % 8 == 0
+            and torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
 class Attention(nn.Module):
@@ -462,18 +477,29 @@ class Block(nn.Module):
 
 class Head(Linear):
     """Logits of hidden states, or the loss of each."""
+    WHOLE = 2**28  # logits that are made and kept at once: a GiB in float32, of which the loss wants three
+    ROWS = 1024  # of more, those of so many rows are made at a time, and again in the backward pass
 
-    def forward(self, x, targets=None):
-        """x (..., D) -> logits (..., V). With targets (M,) of x (M, D): nats of each target, (M,) float32.
+    def forward(self, x, targets=None, reduction="none"):
+        """x (..., D) -> logits (..., V). With targets (N,) of x (N, D), -100 where none counts: their nats in float32,
+        (N,), or () with reduction "sum".
 
-        For targets the logits of 256 rows are made at a time, as they are large, but within this one call: FSDP
-        gathers the weight at each call, and all processes must call equally often, however many targets they have.
+        All within this one call: FSDP gathers the weight at each call, and all processes must call equally often,
+        however many targets they have.
         """
         if targets is None:
             return super().forward(x)
-        parts = zip(x.split(256), targets.split(256))
-        return torch.cat([F.cross_entropy(super(Head, self).forward(rows).float(), wanted, reduction="none")
-                          for rows, wanted in parts])
+
+        def nats(x, targets):
+            logits = F.linear(x, self.weight)  # (N, V)
+            if reduction == "sum":
+                return sum_of_nats(logits, targets)
+            return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction=reduction)
+        if len(x) * self.out_features <= self.WHOLE:
+            return nats(x, targets)
+        parts = [checkpoint(nats, rows, wanted, use_reentrant=False, preserve_rng_state=False)
+                 for rows, wanted in zip(x.split(self.ROWS), targets.split(self.ROWS))]
+        return torch.stack(parts).sum() if reduction == "sum" else torch.cat(parts)
 
 
 def sum_of_nats(logits, targets):
@@ -539,8 +565,16 @@ class Decoder(nn.Module):
         same = chunk[:, :, None] == chunk[:, None]
         return full[:, None], (full & same)[:, None]
 
-    def forward(self, idx=None, embeds=None, positions=None, cache=None, lengths=None):
-        """Hidden states (B, T, D) and the balancing loss, summed over layers. See Llama.forward."""
+    def starts(self, positions):
+        """What `masks` says, for positions (B, T) that only ever begin again at 0: where each document begins in rows
+        laid flat, and each chunk of one, and in the end B·T: (n + 1,) int32 each. Positions 0 1 2 0 1: 0, 3, 5."""
+        flat = positions.flatten()  # (B·T,)
+        found = (flat == 0).nonzero(), (flat % (self.cfg.chunk or self.cfg.context) == 0).nonzero()  # (n, 1)
+        return tuple(F.pad(places.squeeze(1), (0, 1), value=len(flat)).int() for places in found)
+
+    def forward(self, idx=None, embeds=None, positions=None, cache=None, lengths=None, documents=False):
+        """Hidden states (B, T, D) and the balancing loss, summed over layers. documents: positions only ever begin
+        again at 0, which a GPU need not make a mask of. See Llama.forward."""
         x = self.embed_tokens(idx) if embeds is None else embeds
         if positions is not None and cache is not None or lengths is not None and cache is None:
             raise ValueError("a cache knows its own positions, and only a cache takes lengths")
@@ -548,7 +582,8 @@ class Decoder(nn.Module):
             return self.append(x, cache, lengths), 0.0
         if positions is None:
             return self.blocks(x, torch.arange(x.shape[1], device=x.device))
-        return self.blocks(x, positions, self.masks(positions))
+        starts = documents and takes_starts(x, self.cfg.head_dim)
+        return self.blocks(x, positions, self.starts(positions) if starts else self.masks(positions))
 
     def append(self, x, cache, lengths=None):
         """Hidden states of x (B, T, D), which follow the tokens in cache and are added to it.
@@ -632,19 +667,19 @@ class Llama(nn.Module):
 
         idx (B, T) int64, or embeds (B, T, D) in its place. targets (B, T): the token that follows each position,
         -100 if it does not count. positions (B, T): restart at 0 with each document, which then sees no earlier one
-        (`Decoder.masks` has the whole rule). cache: a KVCache; the new tokens continue those in it and are appended.
-        lengths (B,): the real lengths of right-padded prompts, for an empty cache only. Raises ValueError if the
-        tokens do not fit the cache.
+        (`Decoder.masks` has the whole rule, of which targets want no more than this). cache: a KVCache; the new tokens
+        continue those in it and are appended. lengths (B,): the real lengths of right-padded prompts, for an empty
+        cache only. Raises ValueError if the tokens do not fit the cache.
         The loss is the mean over the targets that count, in nats, 0 if none does. In training, router_aux times the
         balancing loss is added.
         """
-        x, balance = self.model(idx, embeds, positions, cache, lengths)
+        x, balance = self.model(idx, embeds, positions, cache, lengths, documents=targets is not None)
         if targets is None:
             return self.lm_head(x), None
         x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, D), (B·T,)
         if self.few_targets:
             x, targets = x[targets != -100], targets[targets != -100]  # (M, D), (M,)
-        loss = sum_of_nats(self.lm_head(x), targets) / (targets != -100).sum().clamp(min=1)
+        loss = self.lm_head(x, targets, "sum") / (targets != -100).sum().clamp(min=1)
         if self.training and self.config.router_aux:
             loss = loss + self.config.router_aux * balance
         return None, loss

@@ -173,14 +173,16 @@ def write_figure(figure, path):
 class Log:
     """log.jsonl and loss.png of a run, and TensorBoard's files where they are asked for."""
 
-    def __init__(self, out, entries, tensorboard=False):
-        self.out, self.entries, self.curves = out, entries, {"training": [], "validation": []}
+    def __init__(self, out, step, tensorboard=False):
+        """step: after which a run goes on, 0 for a new one."""
+        self.out, self.curves = out, {"training": [], "validation": []}
+        self.entries = [entry for entry in read_log(out / "log.jsonl") if entry["step"] <= step]
         self.board, self.make_board = None, None
         if tensorboard:  # an extra; what is missing is said before the run
             with config.mistakes(ImportError, prefix="--tensorboard: pip install tensorboard: "):
                 from torch.utils.tensorboard import SummaryWriter
             self.make_board = SummaryWriter
-        for entry in entries:
+        for entry in self.entries:
             self.add_to_curves(entry)
 
     def add_to_curves(self, entry):
@@ -255,7 +257,8 @@ def held(out):
 
 
 def start_directory(out, facts, log):
-    """Make the run directory, or move an earlier run out of the way; write run.json and the log so far."""
+    """Make the run directory, or move an earlier run out of the way; write run.json and the log so far. Returns
+    run.json, locked."""
     with config.mistakes(OSError, prefix="cannot write the run directory: "):
         if facts["settings"]["init_from"] != "resume" and latest(out):
             aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
@@ -270,6 +273,7 @@ def start_directory(out, facts, log):
             if new:
                 shutil.rmtree(out, ignore_errors=True)
             raise
+    return held(out)
 
 
 def command_to_resume(out):

@@ -1,9 +1,134 @@
-"""What answers and captions are worth beside those that people gave: exact matches, CIDEr-D and BLEU-4."""
+"""What a model is worth: its loss on held-out text, the endings of HellaSwag that it finds likeliest, and answers and
+captions beside those that people gave (exact matches, CIDEr-D, BLEU-4)."""
 import math
 import re
+import time
 import unicodedata
 
-from common import print0
+import numpy as np
+import torch
+
+from common import RANK, WORLD, IdleThreads, all_reduce_sum, print0, to_device
+from prepare import hellaswag
+
+
+# -- loss --------------------------------------------------------------------------------------------------------
+
+def track(batches, what, total):
+    """The batches, with a bar on the first process."""
+    from tqdm import tqdm
+    return tqdm(batches, what, total, unit="batch", leave=False, disable=RANK > 0)
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, autocast):
+    """The mean of model(*args)[1] over batches [(count, args), ...], weighted by count, over all processes."""
+    was_training, total, targets = model.training, 0.0, 0
+    model.eval()
+    with IdleThreads(device) as threads:
+        for count, args in batches:
+            begin = time.perf_counter()
+            with autocast:
+                loss = model(*to_device(device, *args))[1].item()
+            total += loss * count
+            targets += count
+            threads.adapt(time.perf_counter() - begin)
+    model.train(was_training)
+    total, targets = all_reduce_sum(total, targets)
+    return total / targets
+
+
+def eval_spans(windows, device, limit=0):
+    """[start, end) of the windows of a split that this process evaluates, (n, 2).
+
+    limit: take about this many tokens, spread evenly and always the same; 0: each token but the first, exactly once.
+    """
+    cfg, spans = windows.cfg, windows.in_order()
+    wanted = -(-limit // cfg.block_size) if limit else len(spans)
+    if wanted < len(spans):
+        spans = spans[np.linspace(0, len(spans) - 1, wanted).astype(int)]
+    # All processes need the same number of batches, since those that share a model compute together. What is missing
+    # is filled with (0, 0), which has no target. On a GPU all batches are full: a smaller one would be compiled anew.
+    multiple = WORLD * (cfg.batch_size if device.type == "cuda" else 1)
+    filler = np.zeros((-len(spans) % multiple, 2))
+    return np.concatenate((spans, filler)).astype(int)[RANK::WORLD]
+
+
+def micro_batch(windows, spans):
+    """(targets, (x, y, positions)) of these windows, as `evaluate` and `fit` take them."""
+    x, y, positions = windows.read(spans)
+    return int((y != -100).sum()), (x, y, positions)
+
+
+def eval_batches(windows, spans):
+    """A `micro_batch` of cfg.batch_size windows after the other, each read when it is asked for."""
+    for i in range(0, len(spans), windows.cfg.batch_size):
+        yield micro_batch(windows, spans[i:i + windows.cfg.batch_size])
+
+
+def bits_per_byte(loss, windows):
+    """Nats per token over these windows -> bits per byte of the text, which does not depend on the tokenizer."""
+    return loss / math.log(2) * (np.diff(windows.in_order()) - 1).sum().item() / windows.split.bytes
+
+
+# -- HellaSwag ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def log_likelihoods(model, rows, device, tokens):
+    """Log-probability in nats of each ending of HellaSwag after its context: a list of floats for each row.
+
+    rows: of `hellaswag.rows`; tokens: positions of a batch, whose rows have similar lengths. Each process computes its
+    share of the batches, and leaves None for the other rows."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # what takes most memory comes first
+    batches, scores, was_training = [], [None] * len(rows), model.training
+    while order:
+        count = max(tokens // len(rows[order[0]].ids), 1)
+        batches.append(order[:count])
+        order = order[count:]
+    mine = range(RANK, -(-len(batches) // WORLD) * WORLD, WORLD)  # as many for each: they may share one model
+    model.eval()
+    for number in track(mine, "HellaSwag", len(mine)):
+        batch = batches[number % len(batches)]
+        part = [rows[i] for i in batch]
+        T = len(part[0].ids)
+        ids = [row.ids + [0] * (T - len(row.ids)) for row in part]  # (B, T)
+        positions = [row.positions + [0] * (T - len(row.ids)) for row in part]  # (B, T): padding sees itself alone
+        source = [i * T + place for i, row in enumerate(part) for place in row.source]  # (M,)
+        target = [token for row in part for token in row.target]  # (M,)
+        tensors = (torch.tensor(values, device=device) for values in (ids, positions, source, target))
+        nats = model.losses(*tensors).double().cpu().split([size for row in part for size in row.sizes])
+        sums = iter([-ending.sum().item() for ending in nats])
+        if number < len(batches):  # else a batch that was repeated, to have as many as the others
+            for i, row in zip(batch, part):
+                scores[i] = [next(sums) for _ in row.sizes]
+    model.train(was_training)
+    return scores
+
+
+class HellaSwag:
+    """The scores of a model on HellaSwag, of which each process takes a share.
+
+    Reads and tokenizes the items at once, so that what is wrong with them shows before a long run."""
+
+    def __init__(self, cfg, tok, context):
+        self.items = hellaswag.load(cfg.hellaswag_items)
+        self.rows = hellaswag.rows(self.items, tok, context)
+        self.tokens = cfg.batch_size * cfg.block_size
+
+    def __call__(self, model, device, autocast):
+        """{name: value} for the log."""
+        tokens = 256 if device.type == "cpu" else self.tokens  # what stays in cache, or fits in memory
+        with autocast:
+            scores = log_likelihoods(model, self.rows, device, tokens)
+        count = len(self.items)
+        acc, norm = (right / count for right in all_reduce_sum(*hellaswag.correct(self.items, scores)))
+        error = [math.sqrt(p * (1 - p) / max(count - 1, 1)) for p in (acc, norm)]
+        print0(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  "
+               f"over {count:,} items")
+        return {"hellaswag_acc": acc, "hellaswag_acc_norm": norm, "hellaswag_items": count}
+
+
+# -- answers and captions ----------------------------------------------------------------------------------------
 
 WORD = re.compile(r"""
     \d+(?:[.,:]\d+)+ | (?:[^\W\d_]\.){2,}               # 3.5 1,000 10:30, u.s.

@@ -112,7 +112,7 @@ def with_run(given, shape, directory, keys=KEYS):
 def read_settings():
     """(TrainConfig, shape of the model) that the command line asks for."""
     given, shape = config.load(KEYS, also=SHAPE_KEYS)
-    if given.get("epochs") and any(word.startswith("--max_iters") for word in sys.argv):
+    if given.get("epochs") and [key for key in given if key in ("epochs", "max_iters")][-1] == "max_iters":
         raise config.Mistake(f"epochs={given['epochs']:g} says how long to train: with --max_iters give --epochs=0")
     source = given.get("init_from", "scratch")
     if source == "resume":
@@ -141,122 +141,14 @@ from common import (  # noqa: E402
     RANK, WORLD, IdleThreads, all_reduce_sum, autocast_to, cleanup, in_company, init_distributed,
     keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
 from model import PRESETS, put  # noqa: E402
-from prepare import hellaswag, shards, tokenizer  # noqa: E402
+from prepare import shards, tokenizer  # noqa: E402
 from prepare.windows import rng_for, windows_of  # noqa: E402
+from scores import HellaSwag, bits_per_byte, eval_batches, eval_spans, evaluate, micro_batch, track  # noqa: E402
 from shard import Place, can_compile, data_parallel  # noqa: E402
 
 CHATS, SHOWN = 2, 1000  # held-out conversations that are sampled at each evaluation; characters of a sample's end
 PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
               "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12}  # bf16, dense
-
-
-# -- evaluation --------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def evaluate(model, batches, device, autocast):
-    """The mean of model(*args)[1] over batches [(count, args), ...], weighted by count, over all processes."""
-    was_training, total, targets = model.training, 0.0, 0
-    model.eval()
-    with IdleThreads(device) as threads:
-        for count, args in batches:
-            begin = time.perf_counter()
-            with autocast:
-                loss = model(*to_device(device, *args))[1].item()
-            total += loss * count
-            targets += count
-            threads.adapt(time.perf_counter() - begin)
-    model.train(was_training)
-    total, targets = all_reduce_sum(total, targets)
-    return total / targets
-
-
-def eval_spans(windows, device, limit=0):
-    """[start, end) of the windows of a split that this process evaluates, (n, 2).
-
-    limit: take about this many tokens, spread evenly and always the same; 0: each token but the first, exactly once.
-    """
-    cfg, spans = windows.cfg, windows.in_order()
-    wanted = -(-limit // cfg.block_size) if limit else len(spans)
-    if wanted < len(spans):
-        spans = spans[np.linspace(0, len(spans) - 1, wanted).astype(int)]
-    # All processes need the same number of batches, since those that share a model compute together. What is missing
-    # is filled with (0, 0), which has no target. On a GPU all batches are full: a smaller one would be compiled anew.
-    multiple = WORLD * (cfg.batch_size if device.type == "cuda" else 1)
-    filler = np.zeros((-len(spans) % multiple, 2))
-    return np.concatenate((spans, filler)).astype(int)[RANK::WORLD]
-
-
-def eval_batches(windows, spans):
-    """(targets, (x, y, positions)) of these windows, a batch at a time, each read when it is asked for."""
-    for i in range(0, len(spans), windows.cfg.batch_size):
-        x, y, positions = windows.read(spans[i:i + windows.cfg.batch_size])
-        yield int((y != -100).sum()), (x, y, positions)
-
-
-def bits_per_byte(loss, windows):
-    """Nats per token over these windows -> bits per byte of the text, which does not depend on the tokenizer."""
-    return loss / math.log(2) * (np.diff(windows.in_order()) - 1).sum().item() / windows.split.bytes
-
-
-@torch.no_grad()
-def log_likelihoods(model, rows, device, tokens):
-    """Log-probability in nats of each ending of HellaSwag after its context: a list of floats for each row.
-
-    rows: of `hellaswag.rows`; tokens: positions of a batch, whose rows have similar lengths. Each process computes its
-    share of the batches, and leaves None for the other rows."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # what takes most memory comes first
-    batches, scores, was_training = [], [None] * len(rows), model.training
-    while order:
-        count = max(tokens // len(rows[order[0]].ids), 1)
-        batches.append(order[:count])
-        order = order[count:]
-    mine = range(RANK, -(-len(batches) // WORLD) * WORLD, WORLD)  # as many for each: they may share one model
-    model.eval()
-    for number in track(mine, "HellaSwag", len(mine)):
-        batch = batches[number % len(batches)]
-        part = [rows[i] for i in batch]
-        T = len(part[0].ids)
-        ids = [row.ids + [0] * (T - len(row.ids)) for row in part]  # (B, T)
-        positions = [row.positions + [0] * (T - len(row.ids)) for row in part]  # (B, T): padding sees itself alone
-        source = [i * T + place for i, row in enumerate(part) for place in row.source]  # (M,)
-        target = [token for row in part for token in row.target]  # (M,)
-        tensors = (torch.tensor(values, device=device) for values in (ids, positions, source, target))
-        nats = model.losses(*tensors).double().cpu().split([size for row in part for size in row.sizes])
-        sums = iter([-ending.sum().item() for ending in nats])
-        if number < len(batches):  # else a batch that was repeated, to have as many as the others
-            for i, row in zip(batch, part):
-                scores[i] = [next(sums) for _ in row.sizes]
-    model.train(was_training)
-    return scores
-
-
-def track(batches, what, total):
-    """The batches, with a bar on the first process."""
-    from tqdm import tqdm
-    return tqdm(batches, what, total, unit="batch", leave=False, disable=RANK > 0)
-
-
-class HellaSwag:
-    """The scores of a model on HellaSwag, of which each process takes a share.
-
-    Reads and tokenizes the items at once, so that what is wrong with them shows before a long run."""
-
-    def __init__(self, cfg, tok, context):
-        self.items = hellaswag.load(cfg.hellaswag_items)
-        self.rows = hellaswag.rows(self.items, tok, context)
-        self.tokens = cfg.batch_size * cfg.block_size
-
-    def __call__(self, model, device, autocast):
-        """{name: value} for the log."""
-        tokens = 256 if device.type == "cpu" else self.tokens  # what stays in cache, or fits in memory
-        with autocast:
-            scores = log_likelihoods(model, self.rows, device, tokens)
-        count = len(self.items)
-        acc, norm = (right / count for right in all_reduce_sum(*hellaswag.correct(self.items, scores)))
-        error = [math.sqrt(p * (1 - p) / max(count - 1, 1)) for p in (acc, norm)]
-        print0(f"hellaswag acc {acc:.4f} ± {error[0]:.3f}  acc_norm {norm:.4f} ± {error[1]:.3f}  "
-               f"over {count:,} items")
-        return {"hellaswag_acc": acc, "hellaswag_acc_norm": norm, "hellaswag_items": count}
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------
@@ -273,20 +165,16 @@ def fit(task, cfg, out):
     sharded, autocast = hasattr(model, "unshard"), autocast_to(task.dtype, device)
     optimizers = optim.make_optimizers(model, cfg, device, task.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=task.dtype == torch.float16)
-    state = {"step": 0, "sequences": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
-    log = runs.Log(out, [], cfg.tensorboard)
     if RANK == 0:
         runs.check_writable(cfg, out)
+    state = {"step": 0, "sequences": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
     if cfg.init_from == "resume":
         state = resume(task, cfg, out, optimizers, scaler)
-        entries = [entry for entry in runs.read_log(out / "log.jsonl") if entry["step"] <= state["step"]]
-        log = runs.Log(out, entries, cfg.tensorboard)
+    log = runs.Log(out, state["step"], cfg.tensorboard)
     compiles = can_compile(cfg, device)
     compiled_model = torch.compile(model) if compiles and not sharded else model  # blocks that are split are already
     ddp = WORLD > 1 and not sharded
     step_model = data_parallel(compiled_model) if ddp else compiled_model
-    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if device.type == "cuda"
-                 and gpu in torch.cuda.get_device_name(device)), 0) * WORLD
     print0(f"run        {out}, compile {'on' if compiles else 'off'}"
            + (f", resumed after step {state['step']}" if state["step"] else ""))
     start, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, runs.torchrun_agents()
@@ -341,18 +229,15 @@ def fit(task, cfg, out):
                              "tokens": state["tokens"] + int(targets), "seconds": state["seconds"] + elapsed}
             done, first, last = step + 1, step == start, step + 1 == cfg.max_iters
             if first and RANK == 0:  # now that a step fits into memory
-                runs.start_directory(out, runs.facts_of_run(cfg, llama.config, agents), log)
-                stack.enter_context(runs.held(out))
+                stack.enter_context(runs.start_directory(out, runs.facts_of_run(cfg, llama.config, agents), log))
                 print0(f"memory     {peak_memory(device) / 2**30:.1f} GiB after the first step")
             if done % cfg.log_interval == 0 or first or last or bad_steps:
-                typical = float(np.median(times))
+                typical, peak = float(np.median(times)), peak_flops(device)
                 entry = {"step": done, "tokens": state["tokens"], "train_loss": all_reduce_sum(float(loss))[0],
                          "lr": rate, "grad_norm": norm, "tokens_per_s": round(targets / typical),
                          "mfu": round(task.flops_per_token * targets / typical / peak, 4) if peak else 0.0,
                          "seconds": round(state["seconds"], 3)}
-                if bad_steps:
-                    entry["skipped"] = bad_steps  # so many steps in a row
-                entry |= relative_load(load)
+                entry |= ({"skipped": bad_steps} if bad_steps else {}) | relative_load(load)  # so many steps in a row
                 log.write(entry)
                 print0(log_line(entry, cfg.max_iters, elapsed, typical))
             if bad_steps == most_bad_steps:
@@ -363,11 +248,10 @@ def fit(task, cfg, out):
             if done % cfg.eval_interval == 0 or last or stopping:
                 improved = False
                 if not stopping or last:
-                    scores = task.evaluate(compiled_model)
-                    improved = scores["val_loss"] < state["best"]  # a NaN is no improvement
-                    state["best"] = scores["val_loss"] if improved else state["best"]
-                    facts = {"step": done, "tokens": state["tokens"], "seconds": round(state["seconds"], 3)}
-                    log.write(facts | scores)
+                    found = task.evaluate(compiled_model)
+                    improved = found["val_loss"] < state["best"]  # a NaN is no improvement
+                    state["best"] = found["val_loss"] if improved else state["best"]
+                    log.write({"step": done, "tokens": state["tokens"], "seconds": round(state["seconds"], 3)} | found)
                 saved = state | {"improved": improved, "val_fingerprint": task.val_fingerprint,
                                  "scaler": scaler.state_dict()}
                 runs.save_checkpoint(out, task.save, saved, optim.states(model, optimizers), sharded, cfg.keep)
@@ -430,6 +314,12 @@ def resume(task, cfg, out, optimizers, scaler):
     return {key: state[key] for key in ("step", "sequences", "tokens", "seconds", "best")}
 
 
+def peak_flops(device):
+    """What the GPUs of all processes can do in a second, 0 where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), 0) * WORLD
+
+
 def relative_load(load):
     """load (layers, E): tokens of each expert on this process -> {"expert_load": [least, most]} over all processes,
     relative to the mean of the layer; {} for a dense model."""
@@ -480,22 +370,25 @@ def memory_advice(cfg, device, dtype):
         reached = f"{peak_memory(device) / 2**30:.1f} GiB"
         if device.type == "cuda":
             reached += f" of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f}"
-        less = []
-        if cfg.batch_size > 1:
-            less.append(f"--batch_size={cfg.batch_size // 2} "
-                        f"--gradient_accumulation_steps={2 * cfg.gradient_accumulation_steps}")
-        if not cfg.checkpointing:
-            less.append("--checkpointing")
-        less.append("a shorter --block_size")
-        if dtype == torch.float32:
-            less.append("--dtype=bfloat16")
-        if not cfg.shard:
-            less.append("--shard on more GPUs")
-        raise config.Mistake(f"out of memory on {device} at {reached}; try {', '.join(less)}, "
-                             "or a smaller model") from e
+        half = (f"--batch_size={cfg.batch_size // 2} "
+                f"--gradient_accumulation_steps={2 * cfg.gradient_accumulation_steps}")
+        less = {half: cfg.batch_size > 1, "--checkpointing": not cfg.checkpointing, "a shorter --block_size": True,
+                "--dtype=bfloat16": dtype == torch.float32, "--shard on more GPUs": not cfg.shard}
+        raise config.Mistake(f"out of memory on {device} at {reached}; try "
+                             f"{', '.join(way for way, helps in less.items() if helps)}, or a smaller model") from e
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------
+
+def print_schedule(task, per_epoch):
+    """Print for how many steps a task learns from so many examples an epoch, at what rate, and on what."""
+    cfg, epochs = task.cfg, task.cfg.max_iters * sequences_per_step(task.cfg) / per_epoch
+    if cfg.warmup_iters >= cfg.max_iters > 1:
+        print0(f"warmup     takes all {cfg.max_iters} steps: give a smaller --warmup_iters, or smaller steps")
+    print0(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), {cfg.optimizer}, lr {cfg.learning_rate:g} after "
+           f"{cfg.warmup_iters} of warmup, {cfg.schedule} to {cfg.min_lr:g}")
+    print0(f"hardware   {task.device}, {str(task.dtype).removeprefix('torch.')} ({task.why_dtype})")
+
 
 def folder_of(cfg):
     """The data set's folder: cfg.dataset as a path, or by its name under data/."""
@@ -541,16 +434,12 @@ def load_llama(cfg, shape, source, place):
     with config.mistakes(ValueError, FileNotFoundError):
         directory = find_checkpoint(source)
         kept = {k: v for k, v in shape.items() if k in (*TRAINING_ONLY, "context")}  # RoPE has no longest position
-        frozen = cfg.lora_rank or adapter.is_adapter(directory)
-        narrow = place.dtype == torch.bfloat16 and frozen
-        split = None if place.mesh is None or frozen else place.split
-        llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, place.device, split=split, **kept)
-        if cfg.lora_rank:
-            adapter.begin(llama, cfg.lora_rank, cfg.lora_alpha, source, cfg.seed)
+        new = (cfg.lora_rank, cfg.lora_alpha, source, cfg.seed) if cfg.lora_rank else None
+        narrow = place.dtype == torch.bfloat16 and (new or adapter.is_adapter(directory))
+        llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, place.device,
+                             place.split if place.mesh else None, new, **kept)
         if narrow:
             lora.float32_stream(llama)
-        if place.mesh and frozen:  # adapted as a whole, and split then
-            place.split(llama)
     return llama, adapter.load_tokenizer(directory)
 
 
@@ -575,6 +464,22 @@ def build_model(cfg, shape, data, tok, out, place):
     return llama
 
 
+def open_data(folder, cfg):
+    """(training split, validation split, tokenizer) of a data set of text; to evaluate, both are that of validation."""
+    if (folder / "train.jsonl").is_file() and not (folder / "meta.json").is_file():
+        raise config.Mistake(f"{folder} holds pictures, which are for vlm.py")
+    val, tok = shards.Split(folder, "val"), tokenizer.load(folder)
+    data = val if cfg.eval_only else shards.Split(folder, "train")
+    if tok.fingerprint != data.tokenizer["fingerprint"]:
+        raise config.Mistake(f"{folder} was made with another tokenizer than the tokenizer.json in it: prepare the "
+                             "data again")
+    if (cfg.doc_mask or cfg.whole_docs) and tok.bos_id is None and not data.marks:
+        raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
+    if len(data) < 2 * cfg.block_size and not cfg.eval_only and not data.marks:
+        raise config.Mistake(f"the training split has {len(data)} tokens, too few for block_size={cfg.block_size}")
+    return data, val, tok
+
+
 class Text:
     """A Llama and the data set of text that it learns from: what `fit` trains, and what --eval_only scores."""
 
@@ -583,19 +488,7 @@ class Text:
         self.dtype, self.why_dtype = pick_dtype(cfg.dtype, device)
         self.autocast = autocast_to(self.dtype, device)
         self.folder = folder_of(cfg)
-        if (self.folder / "train.jsonl").is_file() and not (self.folder / "meta.json").is_file():
-            raise config.Mistake(f"{self.folder} holds pictures, which are for vlm.py")
-        self.val = shards.Split(self.folder, "val")
-        self.data = self.val if cfg.eval_only else shards.Split(self.folder, "train")
-        self.tok = tokenizer.load(self.folder)
-        if self.tok.fingerprint != self.data.tokenizer["fingerprint"]:
-            raise config.Mistake(f"{self.folder} was made with another tokenizer than the tokenizer.json in it: "
-                                 "prepare the data again")
-        if (cfg.doc_mask or cfg.whole_docs) and self.tok.bos_id is None and not self.data.marks:
-            raise config.Mistake("doc_mask and whole_docs need documents that begin with BOS; this tokenizer has none")
-        if len(self.data) < 2 * cfg.block_size and not cfg.eval_only and not self.data.marks:
-            raise config.Mistake(f"the training split has {len(self.data)} tokens, too few for "
-                                 f"block_size={cfg.block_size}")
+        self.data, self.val, self.tok = open_data(self.folder, cfg)
         self.windows = windows_of(self.data, cfg, self.tok.bos_id)
         self.val_windows = windows_of(self.val, cfg, self.tok.bos_id)
         if cfg.epochs:
@@ -635,23 +528,12 @@ class Text:
                    f"{self.windows.packing_efficiency:.1%} full; {self.val.documents:,} held out; only answers count")
         print0(f"step       {targets:,} tokens = {cfg.batch_size} sequences x {targets / sequences_per_step(cfg):.0f} "
                f"tokens x {count} passes x {WORLD} process{'es' * (WORLD > 1)}")
-        if cfg.warmup_iters >= cfg.max_iters > 1:
-            print0(f"warmup     takes all {cfg.max_iters} steps: give a smaller --warmup_iters, or smaller steps")
-        epochs = cfg.max_iters * sequences_per_step(cfg) / self.windows.per_epoch
-        print0(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), "
-               f"{cfg.optimizer}, lr {cfg.learning_rate:g} after {cfg.warmup_iters} of warmup, {cfg.schedule} to "
-               f"{cfg.min_lr:g}")
-        print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why_dtype})")
+        print_schedule(self, self.windows.per_epoch)
 
     def batch(self, drawn):
         """This process's micro-batches of the step that begins after `drawn` sequences."""
-        cfg, count = self.cfg, micro_batches_per_process(self.cfg)
-        spans = self.windows.draw(drawn, sequences_per_step(cfg))  # of all processes
-        spans = spans.reshape(WORLD, count, cfg.batch_size, 2)[RANK]
-        micro_batches = []
-        for x, y, positions in map(self.windows.read, spans):
-            micro_batches.append((int((y != -100).sum()), (x, y, positions)))
-        return micro_batches
+        return [micro_batch(self.windows, self.windows.draw(int(row[0]), len(row)))
+                for row in numbers_of_step(self.cfg, drawn)]
 
     def val_loss(self, model, limit=0, progress=False):
         """Nats per token on the validation split, or on about `limit` tokens of it."""
@@ -673,12 +555,13 @@ class Text:
         """Validation loss, a printed sample, HellaSwag: {name: value} for the log."""
         loss = self.val_loss(model, self.cfg.eval_tokens)
         print0(self.summary(loss))
-        scores = {"val_loss": loss}
+        found = {"val_loss": loss}
         if self.val.bytes:
-            scores["val_bpb"] = bits_per_byte(loss, self.val_windows)
+            found["val_bpb"] = bits_per_byte(loss, self.val_windows)
         with self.place.eager():
-            self.print_sample()
-            return scores | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
+            for text in self.samples() if self.cfg.sample_tokens and self.llama.config.context > 1 else ():
+                print0("  | " + text.replace("\n", "\n  | "))
+            return found | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
 
     def prompts(self):
         """(ids that a sample begins with, its temperature) of each: the beginning of a text, or prompts of held-out
@@ -690,8 +573,11 @@ class Text:
         return [(ids[:learned.argmax()].tolist(), 0.0) for ids, learned in lessons]
 
     def samples(self):
-        """Texts that the model makes up, each with at most cfg.sample_tokens new tokens."""
+        """Texts that the model makes up, each with at most cfg.sample_tokens new tokens. All processes that share it
+        make them together, of copies the first one does."""
         cfg, tok = self.cfg, self.tok
+        if RANK > 0 and not self.sharded:
+            return []
         ends = tok.stop_ids if tok.stop_ids and not self.sharded else None  # sharded: equal lengths on all processes
         self.model.eval()
         texts = []
@@ -703,13 +589,6 @@ class Text:
             texts.append(tok.decode([*prompt, *new])[-SHOWN:].strip())
         self.model.train()
         return texts
-
-    def print_sample(self):
-        """Print samples, if they are asked for."""
-        if not self.cfg.sample_tokens or (RANK > 0 and not self.sharded) or self.llama.config.context < 2:
-            return
-        for text in self.samples():
-            print0("  | " + text.replace("\n", "\n  | "))
 
     def save(self, directory):
         """Write the model, of which each process that shares it writes some files, and the tokenizer."""
@@ -738,11 +617,9 @@ def after_restart(cfg, shape, out):
 def start(task_of, cfg, shape, prefix=""):
     """Train what task_of(cfg, shape, out, device) makes: an object like `Text`. prefix: of the run directory's name."""
     micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
-    device = pick_device(cfg.device)
-    if device.type == "cpu" and not cfg.shard:
-        keep_freed_memory()
-    out = run_directory(cfg.out_dir, cfg.dataset, prefix)
+    device, out = pick_device(cfg.device), run_directory(cfg.out_dir, cfg.dataset, prefix)
     init_distributed(device)
+    keep_freed_memory(device.type == "cpu" and not cfg.shard)
     cfg, shape = after_restart(cfg, shape, out)
     task = task_of(cfg, shape, out, device)
     task.describe()
@@ -751,11 +628,9 @@ def start(task_of, cfg, shape, prefix=""):
 
 def evaluate_run(cfg, shape):
     """Print the loss of a model on the whole validation split, or its scores on HellaSwag."""
-    device = pick_device(cfg.device)
-    if device.type == "cpu" and not cfg.shard:
-        keep_freed_memory()
-    out = run_directory(cfg.out_dir, cfg.dataset)
+    device, out = pick_device(cfg.device), run_directory(cfg.out_dir, cfg.dataset)
     init_distributed(device)
+    keep_freed_memory(device.type == "cpu" and not cfg.shard)
     if cfg.hellaswag:
         dtype, _ = pick_dtype(cfg.dtype, device)
         llama, tok = start_from(cfg, {}, out, Place(cfg, device, dtype))

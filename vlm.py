@@ -535,15 +535,14 @@ class Stage:
 
     def describe(self):
         """Print what is trained, on what and how."""
-        cfg, vlm, per_step = self.cfg, self.model, train.sequences_per_step(self.cfg)
+        vlm = self.model
         sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
                  for n in ("encoder", "projector", "llama")]
         print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder.name}, {vlm.image_tokens} tokens a picture")
         print0(f"data       {self.folder.name}: {len(self.data):,} training examples, {len(self.val):,} validation, "
                f"{len(self.run.pictures.names):,} pictures, {self.tokens:.0f} tokens an example")
-        print0(f"schedule   {cfg.max_iters:,} steps of {per_step} examples "
-               f"({cfg.max_iters * per_step / len(self.data):.2f} epochs), {cfg.optimizer}, lr {cfg.learning_rate:g}")
-        print0(f"hardware   {self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why_dtype})")
+        print0(f"step       {train.sequences_per_step(self.cfg)} examples")
+        train.print_schedule(self, len(self.data))
 
     def batch(self, drawn):
         """This process's micro-batches of the step that begins after `drawn` examples. Of preferences each pair counts,

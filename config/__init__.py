@@ -243,19 +243,14 @@ def _help(doc, keys):
                                 subsequent_indent=" " * 41, break_on_hyphens=False))
 
 
-class Given(dict):
-    """{key: value} of what was given; flags: the keys that the command line gave, the others are from config files."""
-    flags = frozenset()
-
-
 def load(cls, argv=None, also=None):
     """Settings of dataclass `cls` from its defaults, the config files (*.py) and --keys in argv (default: sys.argv).
 
     also: "file.py:Class", a dataclass (read without importing it) whose fields are accepted too. cls may be given
-    in this way as well, where its bases are slow to import; then a `Given` stands for the instance.
-    Returns cls(...), or (cls(...), `Given` of the other class) when `also` is set. Values
-    that `cls.__post_init__` refuses with ValueError, unknown keys and wrong types raise `Mistake`;
-    -h prints the keys and exits.
+    in this way as well, where its bases are slow to import; then {key: value} of what was given, in the order
+    in which it was said, stands for the instance. Returns cls(...), or (cls(...), {key: value} of the other class)
+    when `also` is set. Values that `cls.__post_init__` refuses with ValueError, unknown keys and wrong types raise
+    `Mistake`; -h prints the keys and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     own, other = keys_of(cls), keys_of(also) if also else {}
@@ -267,11 +262,9 @@ def load(cls, argv=None, also=None):
         values |= _from_file(argv.pop(0), known)
     flags = _from_args(argv, known)
     values = {k: v for k, v in values.items() if k not in flags} | flags  # in the order in which they are said
-    parts = [Given((k, v) for k, v in values.items() if (k in own) == ours) for ours in (True, False)]
-    for part in parts:
-        part.flags = flags.keys() & part.keys()
-    settings = parts[0] if isinstance(cls, str) else make(cls, parts[0])
-    return (settings, parts[1]) if also else settings
+    given = {k: v for k, v in values.items() if k in own}
+    settings = given if isinstance(cls, str) else make(cls, given)
+    return (settings, {k: v for k, v in values.items() if k not in own}) if also else settings
 
 
 def make(cls, given):

@@ -123,7 +123,7 @@ def rows(items, tok, longest):
 
 def correct(items, scores):
     """(acc, acc_norm) as numbers of items whose true ending scores best, also per character. scores: of each item as
-    from `log_likelihoods` of train.py; None counts for nothing."""
+    from `log_likelihoods` of scores.py; None counts for nothing."""
     acc = norm = 0
     for item, row in zip(items, scores):
         if row:

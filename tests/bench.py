@@ -191,9 +191,9 @@ def hellaswag(cfg):
     """Log-likelihoods of HellaSwag's endings, SmolLM2-135M's shape."""
     import torch
 
-    import train
     from model import PRESETS, Llama
     from prepare import hellaswag, tokenizer
+    from scores import log_likelihoods
     (device, _, autocast), path = precision(cfg.device), real_data("text/hellaswag_val.jsonl.gz")
     items = list(islice(hellaswag.items([path]), 20 if cfg.device == "cpu" else 400))
     tok = tokenizer.load(real_data("tokenizers/llama2_tokenizer.model"))
@@ -202,7 +202,7 @@ def hellaswag(cfg):
 
     def batched():
         with autocast():
-            return train.log_likelihoods(model, rows, device, 256 if cfg.device == "cpu" else 8192)
+            return log_likelihoods(model, rows, device, 256 if cfg.device == "cpu" else 8192)
 
     @torch.inference_mode()
     def one_by_one():

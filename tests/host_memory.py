@@ -1,12 +1,10 @@
 """What a shared model takes of each process's own memory: 400M parameters start, train and save on 4 processes, and go
-on with 2. Measured by polling Linux's RssAnon, beside an idle Python with torch; malloc is told to give back blocks of
-1 MiB and more when they are freed (MALLOC_MMAP_THRESHOLD_), or it would count some that nobody uses.
+on with 2. Measured by polling Linux's RssAnon, beside an idle Python with torch.
 
     python tests/host_memory.py              a few minutes, 12 GB of memory and as much of disk
 
 The bound: 1.3 times a process's share (16 bytes a parameter with AdamW), the largest tensor, and 0.5 GiB.
 """
-import os
 import re
 import subprocess
 import sys
@@ -42,17 +40,18 @@ def workers(torchrun):
 
 
 def peak(processes, *args):
-    """({phase: the most bytes that any process held in it}, output) of train.py, whose lines tell the phases."""
+    """({phase: the most bytes that any process held in it}, seconds from the start of all to the first step, output) of
+    train.py, whose lines tell the phases."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                "train.py", *args]
     with tempfile.TemporaryFile("w+") as said:
-        run = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT,
-                               env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
-        most, text = {}, ""
+        run = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        most, text, begin, started = {}, "", time.perf_counter(), None
         while run.poll() is None:
             said.seek(0)
             text = said.read()
             phase = "save" if "val loss" in text else "train" if "\nrun  " in text else "start"
+            started = started or (time.perf_counter() - begin if phase != "start" else None)
             try:
                 most[phase] = max(most.get(phase, 0), *map(anonymous, workers(run.pid)), 0)
             except OSError:
@@ -62,7 +61,7 @@ def peak(processes, *args):
         text = said.read()
     if run.returncode:
         raise SystemExit(text[-3000:])
-    return most, text
+    return most, started, text
 
 
 def idle():
@@ -86,14 +85,17 @@ def main(folder):
     beyond, base, largest = False, idle(), 4 * SHAPE["vocab_size"] * SHAPE["dim"]
     print(f"an idle Python with torch: {base / GIB:.2f} GiB; the largest tensor: {largest / GIB:.2f} GiB")
     for processes, args in (4, [*shape, "--max_iters=2"]), (2, ["--init_from=resume", "--max_iters=4"]):
-        found, text = peak(processes, *keys, *args)
+        found, seconds, text = peak(processes, *keys, *args)
         parameters = int(re.search(r"model +([\d,]+) parameters", text)[1].replace(",", ""))
         share = 16 * parameters / processes
         bound = 1.3 * share + largest + GIB / 2
         phases = ", ".join(f"{phase} {(n - base) / GIB:.2f}" for phase, n in found.items())
         print(f"{processes} processes, {parameters:,} parameters, share {share / GIB:.2f} GiB: {phases} GiB; "
               f"{(max(found.values()) - base) / GIB:.2f} of a bound of {bound / GIB:.2f}")
-        print("  " + "\n  ".join(re.findall(r"^(?:saved|run) .*", text, re.M)))
+        saved = float(re.search(r"^saved .* in ([\d.]+) s", text, re.M)[1])
+        files = sum(f.stat().st_size for f in next((folder / "run/checkpoints").glob("step_*")).rglob("*.safetensors"))
+        print(f"  {files / 1e9:.2f} GB saved in {saved:.1f} s, {files / 1e9 / saved:.2f} GB/s; the first step begins "
+              f"{seconds:.1f} s after the processes")
         beyond = beyond or max(found.values()) - base > bound
     files = sorted((folder / "run/checkpoints").glob("*/*.safetensors"))
     print(f"exported: {len(files)} files, {sum(f.stat().st_size for f in files) / GIB:.2f} GiB")

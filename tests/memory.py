@@ -1,4 +1,4 @@
-"""What training takes of each GPU and of each process's host memory: the table of README.
+"""What training takes of each GPU and of each process's host memory, and of one card: the tables of README.
 
     python tests/memory.py
 
@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import adapter  # noqa: E402
+import lora  # noqa: E402
 import shard  # noqa: E402
 import train  # noqa: E402
 from model import PRESETS, Llama  # noqa: E402
@@ -23,6 +25,8 @@ from model import PRESETS, Llama  # noqa: E402
 GPUS = 8, 16, 32, 64, 128, 256, 512
 MODELS = {"Llama 3.1 8B": "llama-3.1-8b", "Llama 3.1 70B": "llama-3.1-70b", "Llama 4 Scout": "llama-4-scout"}
 SETTINGS = dict(shard=True, checkpointing=True, optimizer="adamw", batch_size=1, block_size=8192)
+ONE_CARD = (("Llama 3.2 1B, all weights", "llama-3.2-1b", {}),
+            ("Llama 3.1 8B, an adapter", "llama-3.1-8b", {"lora_rank": 16}))
 CPU = torch.device("cpu")
 
 
@@ -66,6 +70,33 @@ def on_gpu(preset, cfg, worlds):
     return {world: 16 * parameters(preset) / world + own for world in worlds}
 
 
+def on_one_card(preset, cfg, dtype=torch.bfloat16):
+    """Bytes for training on one card, without other processes: all weights, or with cfg.lora_rank an adapter of frozen
+    weights in bfloat16. Of autocast's copies and of AdamW's states each counts once they are all there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    shape, found = PRESETS[preset], []
+    for layers in 2, 4:
+        with FakeTensorMode():
+            with torch.device("meta"):
+                llama = Llama(replace(shape, n_layer=layers))
+            if cfg.lora_rank:
+                llama.to(dtype)
+                adapter.begin(llama, cfg.lora_rank, cfg.lora_alpha, preset, cfg.seed)
+                lora.float32_stream(llama)
+            llama.to_empty(device=CPU).train()
+            llama.model.checkpointing = cfg.checkpointing
+            x = torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.long)
+            for _ in range(2):  # as in `counted`
+                tracker = MemTracker()
+                tracker.track_external(llama)
+                with tracker, torch.autocast("cpu", dtype):
+                    llama(x, x)[1].backward()
+        states = 8 * sum(p.numel() for p in llama.parameters() if p.requires_grad)
+        found.append(tracker.get_tracker_snapshot("peak")[CPU]["Total"] + states)
+    return found[0] + (found[1] - found[0]) * (shape.n_layer - 2) / 2
+
+
 def on_host(preset, world):
     """Bytes of a process's host memory while it saves, beside what Python, torch and CUDA take: the file of weights
     that it holds, which is the most that it ever needs (safetensors 0.8 writes it without a copy)."""
@@ -85,6 +116,11 @@ def main():
     print("| GPUs |" + "".join(f" {title} |" for title in MODELS) + "\n|---|" + "---|" * len(MODELS))
     for n in GPUS:
         print(f"| {n} |" + "".join(f" {column[n]} |" for column in columns))
+    print("\n| one card | tokens at once | GiB |\n|---|---|---|")
+    for title, preset, keys in ONE_CARD:
+        for length in 1024, 2048, 4096:
+            cfg = train.TrainConfig(init_from=preset, **SETTINGS | dict(shard=False, block_size=length) | keys)
+            print(f"| {title} | {length:,} | {on_one_card(preset, cfg) / 2**30:.1f} |")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_train import DENSE, SPARSE, log_of, same, settings, words  # noqa: F401
 
+import adapter
 import checkpoint
 import common
 import optim
@@ -27,7 +28,8 @@ import runs
 import shard
 import train
 from conftest import PATIENCE, ROOT
-from model import PRESETS, Llama, LlamaConfig, draw_normal, put
+from model import PRESETS, Head, Llama, LlamaConfig, draw_normal, put
+from prepare import tokenizer
 from shard import Place
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -90,6 +92,7 @@ def one_step(out, replicas=1):
     """First weights, gradients and the weights after a step of each optimizer, of every shape, into files."""
     common.init_distributed(CPU)
     for name, c in SHAPES.items():
+        Head.WHOLE, Head.ROWS = 0 if common.WORLD > 1 and c.arch == "llama" else 2**28, 5  # there the loss by parts
         cfg = train.TrainConfig(shard=True, replicas=replicas, muon_momentum=0.5)
         llama = Place(cfg, CPU, F32).new(c, 3).train()
         first = {n: checkpoint.whole(p).clone() for n, p in llama.named_parameters()}
@@ -108,7 +111,7 @@ def one_step(out, replicas=1):
 
 def test_weights_gradients_and_muon_are_those_of_one_process(tmp_path):
     """The first weights bit for bit; gradients within 1e-6; 2, 3, 4 processes, 2 replicas of halves; a head of its
-    own or not, experts that are shared out whole, by rows, or not to all."""
+    own or not, with the loss by parts; experts that are shared out whole, by rows, or not to all."""
     one_step(tmp_path / "1x1")
     layouts = [(3, 1), *LAYOUTS]
     all_well(*((n, "one_step", str(tmp_path / f"{n}x{replicas}"), replicas) for n, replicas in layouts))
@@ -120,6 +123,47 @@ def test_weights_gradients_and_muon_are_those_of_one_process(tmp_path):
             for key in gradients:
                 assert torch.allclose(gradients[key], gradients2[key], rtol=0, atol=1e-6), (name, n, replicas, key)
                 assert torch.allclose(after[key], after2[key], rtol=0, atol=1e-5), (name, n, replicas, key)
+
+
+def adapted(folder, out, dtype):
+    """An adapter and its base, or a new adapter: each process reads its part of the base alone."""
+    common.init_distributed(CPU)
+    if common.WORLD > 1:
+        checkpoint._read_tensors = None
+    rank, dtype = 3, getattr(torch, dtype)
+    cfg = train.TrainConfig(shard=True, init_from=folder, lora_rank=rank, lora_alpha=8)
+    llama, _ = train.load_llama(cfg, {}, folder, Place(cfg, CPU, dtype))
+    tensors = {n: (checkpoint.whole(p), p.requires_grad) for n, p in llama.named_parameters()}
+    idx = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1))
+    with common.autocast_to(dtype, CPU):
+        loss = llama.train()(idx[:, :-1], idx[:, 1:])[1]
+    loss.backward()
+    gradients = {n: checkpoint.whole(p.grad) for n, p in llama.named_parameters() if p.grad is not None}
+    if common.RANK == 0:
+        torch.save((tensors, gradients), out)
+
+
+@torch.enable_grad()
+def test_adapters_are_those_of_one_process_and_read_in_parts(tmp_path):
+    base, adapter_folder = tmp_path / "base", tmp_path / "adapter"
+    Llama(LlamaConfig(vocab_size=50, context=32, **SPARSE | dict(n_experts=3))).save_pretrained(base)
+    tokenizer.byte().save(base)
+    llama = Llama.from_pretrained(base)
+    adapter.begin(llama, 3, 8, base, seed=5)
+    for n, p in llama.named_parameters():
+        if "lora_" in n:
+            p.data.normal_(generator=torch.Generator().manual_seed(len(n)))
+    adapter.save(llama, adapter_folder)
+    calls = [(kind, dtype, folder) for dtype in ("float32", "bfloat16")
+             for kind, folder in (("new", str(base)), ("read", str(adapter_folder)))]
+    for kind, dtype, folder in calls:
+        adapted(folder, tmp_path / f"{kind}_{dtype}_1", dtype)
+    all_well(*((2, "adapted", folder, str(tmp_path / f"{kind}_{dtype}_2"), dtype) for kind, dtype, folder in calls))
+    for kind, dtype, _ in calls:
+        (one, gradients), (two, gradients2) = (torch.load(tmp_path / f"{kind}_{dtype}_{n}") for n in (1, 2))
+        assert same(one, two) and gradients.keys() == gradients2.keys() and len(gradients) > 10
+        for key in gradients:  # both processes have the same rows here
+            assert torch.allclose(gradients[key], gradients2[key], atol=1e-6 if dtype == "float32" else 1e-4), key
 
 
 def test_replicas_must_divide_the_processes():

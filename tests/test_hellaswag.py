@@ -13,6 +13,7 @@ import runs
 import train
 from model import Llama, LlamaConfig
 from prepare import hellaswag, shards, tokenizer
+from scores import log_likelihoods
 
 ITEMS = [{"query": "Cooking: A man cuts an onion. He ", "label": 0,
           "endings": ["cries.", "sleeps in it", "is", "eats a boat, whole"]},
@@ -42,7 +43,7 @@ def test_each_ending_scores_as_if_alone(shape, context):
     items = [item | {"endings": [e[:20] if context == 24 else e for e in item["endings"]]} for item in ITEMS]
     rows = hellaswag.rows(items, tok, context)
     for tokens in 1, 10_000:
-        for item, scores in zip(items, train.log_likelihoods(model, rows, torch.device("cpu"), tokens)):
+        for item, scores in zip(items, log_likelihoods(model, rows, torch.device("cpu"), tokens)):
             for ending, score in zip(item["endings"], scores, strict=True):
                 ids = tok.encode(f"{item['query']} {ending}", bos=True)
                 n = len(ids) - len(tok.encode(item["query"].rstrip(), bos=True))
@@ -78,7 +79,7 @@ def test_in_training_it_lands_in_the_log(tmp_path, monkeypatch, capsys):
     found = [r for r in runs.read_log(tmp_path / "run/log.jsonl") if "hellaswag_acc" in r]
     assert [r["step"] for r in found] == [1, 2] and all(r["hellaswag_items"] == 5 and "val_loss" in r for r in found)
     model, tok, items = Llama.from_pretrained(tmp_path / "run"), tokenizer.load(tmp_path / "run"), (ITEMS * 3)[:5]
-    scores = train.log_likelihoods(model, hellaswag.rows(items, tok, 256), torch.device("cpu"), 1)
+    scores = log_likelihoods(model, hellaswag.rows(items, tok, 256), torch.device("cpu"), 1)
     assert (found[-1]["hellaswag_acc"], found[-1]["hellaswag_acc_norm"]) == tuple(
         n / 5 for n in hellaswag.correct(items, scores))
     assert capsys.readouterr().out.count("over 5 items") == 2

@@ -2,6 +2,7 @@
 
 Each test names the mistake that it would catch; parity with transformers is in test_parity.py.
 """
+import itertools
 import math
 from dataclasses import fields, replace
 from functools import partial
@@ -537,6 +538,37 @@ def test_documents_in_a_row_do_not_see_each_other(name):
             torch.testing.assert_close(part, model(alone[None])[0][0], atol=1e-5, rtol=1e-5)
 
 
+def varlen(q, k, v, starts, starts_k, longest, longest_k, window_size, enable_gqa):
+    """What torch.nn.attention.varlen.varlen_attn, which only runs on GPUs, computes by its documentation."""
+    assert window_size == (-1, 0) and enable_gqa == (q.shape[1] > k.shape[1]) and starts is starts_k
+    assert starts.dtype == torch.int32 and starts[0] == 0 and starts[-1] == len(q)
+    assert (starts.diff() > 0).all() and starts.diff().max() <= longest == longest_k
+    return torch.cat([F.scaled_dot_product_attention(*(t[a:b].transpose(0, 1)[None] for t in (q, k, v)), is_causal=True,
+                                                     enable_gqa=enable_gqa)[0].transpose(0, 1)
+                      for a, b in itertools.pairwise(starts.tolist())])  # (N, H, d)
+
+
+@pytest.mark.parametrize("name", ("llama-3.2-1b", "llama4-tiny", "scout-128m"))
+def test_documents_on_a_gpu_are_attended_without_a_mask(name, monkeypatch):
+    """Loss and gradients are those with the mask, padding (documents of one token) and edges of chunks included; and
+    on a processor the mask is used."""
+    import torch.nn.attention.varlen
+    model, idx = build(tiny(name)).train(), tokens(2, 41)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((11, 3, 26), (20, 17, 1, 1, 1))])
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen)
+    found = []
+    for on_gpu in False, True:
+        if on_gpu:
+            monkeypatch.setattr("model.takes_starts", lambda x, head_dim: True)
+            monkeypatch.setattr(Decoder, "masks", lambda *_: pytest.fail("a mask is made"))
+        model.zero_grad()
+        loss = model(idx[:, :-1], idx[:, 1:], positions)[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for with_mask, without in zip(*found):
+        torch.testing.assert_close(with_mask, without, atol=1e-6, rtol=1e-5)
+
+
 def branches(T, generator):
     """Random positions (T,) of documents and continuations that jump back anywhere, also within continuations."""
     positions = [0]
@@ -821,3 +853,45 @@ def test_logits_where_targets_count_give_the_same_loss(name):
             loss.backward()
             found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_the_loss_in_parts_is_the_loss(tied, few, monkeypatch):
+    """Beyond Head.WHOLE logits are made by parts: loss and gradients stay within 1e-6, with any number of targets."""
+    model = Llama(LlamaConfig(vocab_size=37, n_layer=1, n_head=2, dim=16, ffn_dim=32, context=16, tie_embeddings=tied))
+    model.few_targets, idx = few, torch.randint(37, (3, 11), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(Head, "ROWS", 8)
+    for wanted in idx.roll(-1, 1), torch.where(torch.arange(11) % 4 == 0, idx, -100), torch.full_like(idx, -100):
+        found = []
+        for whole in 3 * 11 * 37, 0:
+            monkeypatch.setattr(Head, "WHOLE", whole)
+            model.zero_grad()
+            loss = model(idx, wanted)[1]
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(*found))
+
+
+def test_the_loss_in_parts_is_compiled(monkeypatch):
+    """As on a GPU, where the whole model is compiled: in one graph, with the same loss and gradients."""
+    model, idx, found = build(tiny("llama-3-8b")), tokens(2, 25), []
+    monkeypatch.setattr(Head, "WHOLE", 0)
+    monkeypatch.setattr(Head, "ROWS", 16)
+    for run in model, torch.compile(model, backend="aot_eager", fullgraph=True):
+        model.zero_grad()
+        loss = run(idx, idx)[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found))
+
+
+def test_the_loss_in_parts_never_has_all_logits(monkeypatch):
+    """Neither forward nor backward makes more rows of logits than ROWS."""
+    model, rows, plain = build(tiny("llama-3-8b")), [], F.cross_entropy
+    monkeypatch.setattr(Head, "WHOLE", 0)
+    monkeypatch.setattr(Head, "ROWS", 16)
+    monkeypatch.setattr(F, "cross_entropy", lambda x, *args, **more: rows.append(len(x)) or plain(x, *args, **more))
+    idx = tokens(2, 25)
+    model(idx, idx)[1].backward()
+    assert rows == [16, 16, 16, 2] + [2, 16, 16, 16]

