@@ -518,11 +518,12 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, targets):
         grad, rows = torch.empty_like(logits), max(1, CrossEntropy.CACHED // logits.shape[1])
         nats = logits.new_zeros((), dtype=torch.float32)
-        counts, places = (targets != -100)[:, None], targets.clamp(min=0)[:, None]  # (M, 1) each
-        for z, g, count, place in zip(*(t.split(rows) for t in (logits, grad, counts, places))):
+        ignored, places = (targets == -100)[:, None], targets.clamp(min=0)[:, None]  # (M, 1) each
+        for z, g, ignore, place in zip(*(t.split(rows) for t in (logits, grad, ignored, places))):
             logp = z.float().log_softmax(-1)  # (rows, V)
-            nats -= (logp.gather(1, place) * count).sum()
-            g.copy_(logp.exp_().scatter_add_(1, place, -torch.ones_like(place, dtype=logp.dtype)).mul_(count))
+            nats -= logp.gather(1, place).masked_fill(ignore, 0).sum()
+            p = logp.exp_().scatter_add_(1, place, -torch.ones_like(place, dtype=logp.dtype))
+            g.copy_(p.masked_fill_(ignore, 0))
         ctx.save_for_backward(grad)
         return nats
 
