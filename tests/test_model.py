@@ -482,16 +482,19 @@ def gradients(function, *inputs):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("T", (1, 2, 33))
-def test_attention_by_products_is_attention(heads, kv_heads, T):
+@pytest.mark.parametrize("masked", (False, True))
+def test_attention_by_products_is_attention(heads, kv_heads, T, masked):
     q, k, v = (torch.randn(2, T, n, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
                for n in (heads, kv_heads, kv_heads))
-    want = gradients(partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True), q, k, v)
-    torch.testing.assert_close(gradients(attend_by_products, q, k, v), want)
+    mask = ((torch.rand(2, 1, T, T) < 0.5) | torch.eye(T, dtype=torch.bool)) if masked else None
+    plain = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=not masked, enable_gqa=True)
+    want = gradients(plain, q, k, v)
+    torch.testing.assert_close(gradients(partial(attend_by_products, mask=mask), q, k, v), want)
 
 
 def test_short_rows_in_training_in_bfloat16_take_products(monkeypatch):
     taken = []
-    monkeypatch.setattr(model_file, "attend_by_products", lambda q, k, v: taken.append(q.shape))
+    monkeypatch.setattr(model_file, "attend_by_products", lambda q, k, v, mask: taken.append(q.shape))
     for T, dtype, learns in [(512, torch.bfloat16, True), (513, torch.bfloat16, True), (512, torch.float32, True),
                              (512, torch.bfloat16, False)]:
         attend(*(torch.zeros(1, 2, T, 4, dtype=dtype, requires_grad=learns) for _ in range(3)))
