@@ -251,34 +251,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        if x.requires_grad and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return Normalize.apply(x, self.weight, self.eps, product_dtype(x))
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(product_dtype(x))
-
-
-class Normalize(torch.autograd.Function):
-    """`RMSNorm` for training on processors, where F.rms_norm and its gradient take about twice as long.
-
-    With n = x / rms(x) and y = n w, the gradient of w is sum(dy n) over the rows, and that of x is what is left of
-    dy w without its part along n, over rms(x)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, dtype):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, weight = x.to(wide), weight.to(wide)
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-        scale = (square + eps).rsqrt()  # 1 / rms(x), (..., 1)
-        n = x * scale
-        ctx.save_for_backward(n, scale, weight)
-        return (n * weight).to(dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        n, scale, weight = ctx.saved_tensors
-        dy = dy.to(n.dtype)
-        along = (dy * n).flatten(0, -2)  # (rows, D)
-        part = (along @ weight).view_as(scale) / n.shape[-1]
-        return torch.addcmul(dy * weight, n, part, value=-1) * scale, along.sum(0), None, None
 
 
 def attend(q, k, v, mask=None, chunk=0):
@@ -493,46 +466,16 @@ class Head(Linear):
         if targets is None:
             return super().forward(x)
 
-        def nats(x, targets):
-            logits = F.linear(x, self.weight)  # (N, V)
-            if reduction == "sum":
-                return sum_of_nats(logits, targets)
-            return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction=reduction)
+        def part(x, targets):
+            return self.nats(F.linear(x, self.weight), targets, reduction)
         if len(x) * self.out_features <= self.WHOLE:
-            return nats(x, targets)
-        parts = [checkpoint(nats, rows, wanted, use_reentrant=False, preserve_rng_state=False)
+            return part(x, targets)
+        parts = [checkpoint(part, rows, wanted, use_reentrant=False, preserve_rng_state=False)
                  for rows, wanted in zip(x.split(self.ROWS), targets.split(self.ROWS))]
         return torch.stack(parts).sum() if reduction == "sum" else torch.cat(parts)
 
-
-def sum_of_nats(logits, targets):
-    """Cross-entropy of logits (M, V) with targets (M,), those that are -100 left out, summed: a float32 number."""
-    if logits.requires_grad and logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        return CrossEntropy.apply(logits, targets)
-    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-
-
-class CrossEntropy(torch.autograd.Function):
-    """`sum_of_nats` for processors: so few rows at a time that they stay in the caches, and their gradient, which is
-    p - 1 at the target and p elsewhere, is made while they are there: two thirds of F.cross_entropy's time."""
-    CACHED = 2**18  # numbers: 1 MB, half of a core's second cache
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        grad, rows = torch.empty_like(logits), max(1, CrossEntropy.CACHED // logits.shape[1])
-        nats = logits.new_zeros((), dtype=torch.float32)
-        ignored, places = (targets == -100)[:, None], targets.clamp(min=0)[:, None]  # (M, 1) each
-        for z, g, ignore, place in zip(*(t.split(rows) for t in (logits, grad, ignored, places))):
-            logp = z.float().log_softmax(-1)  # (rows, V)
-            nats -= logp.gather(1, place).masked_fill(ignore, 0).sum()
-            p = logp.exp_().scatter_add_(1, place, -torch.ones_like(place, dtype=logp.dtype))
-            g.copy_(p.masked_fill_(ignore, 0))
-        ctx.save_for_backward(grad)
-        return nats
-
-    @staticmethod
-    def backward(ctx, scale):
-        return ctx.saved_tensors[0].mul_(scale), None  # a second backward pass is an error, which autograd raises
+    def nats(self, logits, targets, reduction):
+        return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction=reduction)
 
 
 # -- the model ---------------------------------------------------------------------------------------------------

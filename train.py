@@ -133,6 +133,7 @@ import torch  # noqa: E402
 
 import adapter  # noqa: E402
 import checkpoint  # noqa: E402
+import fused  # noqa: E402
 import lora  # noqa: E402
 import optim  # noqa: E402
 import runs  # noqa: E402
@@ -172,6 +173,8 @@ def fit(task, cfg, out):
         state = resume(task, cfg, out, optimizers, scaler)
     log = runs.Log(out, state["step"], cfg.tensorboard)
     compiles = can_compile(cfg, device)
+    if device.type == "cpu" and not compiles:
+        fused.use(model)
     compiled_model = torch.compile(model) if compiles and not sharded else model  # blocks that are split are already
     ddp = WORLD > 1 and not sharded
     step_model = data_parallel(compiled_model) if ddp else compiled_model

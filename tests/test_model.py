@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import fused
 import model as model_file
-from model import (PRESETS, CrossEntropy, Decoder, Head, KVCache, Llama, LlamaConfig, MoE, RMSNorm, Sampling, attend,
-                   attend_by_products, rope_angles, rope_frequencies, sum_of_nats)
+from fused import CrossEntropy
+from model import (PRESETS, Decoder, Head, KVCache, Llama, LlamaConfig, MoE, RMSNorm, Sampling, attend,
+                   attend_by_products, rope_angles, rope_frequencies)
 from decode import PackedLinear, to_decode
 
 VOCAB = 29
@@ -508,13 +510,28 @@ def test_the_loss_of_a_few_rows_at_a_time_is_the_loss(rows, monkeypatch):
     logits[3, targets[3]] = -1e4  # a probability that is 0 in float32
     targets[::4], logits = -100, logits.requires_grad_()
     want = gradients(lambda z: F.cross_entropy(z, targets, reduction="sum"), logits)
-    got = gradients(lambda z: sum_of_nats(z, targets), logits)
+    got = gradients(lambda z: CrossEntropy.apply(z, targets), logits)
     torch.testing.assert_close(got, want)
-    assert got[0].grad_fn.name() == "CrossEntropyBackward" and not got[1][::4].any()
-    loss = sum_of_nats(logits, targets)
+    assert not got[1][::4].any()
+    loss = CrossEntropy.apply(logits, targets)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):  # the gradient has been scaled where it lay
         loss.backward()
+
+
+@pytest.mark.parametrize("name", ("llama-3-8b", "llama-4-scout"))
+def test_what_is_fused_is_the_model(name):
+    model, idx, found = build(tiny(name)), tokens(2, 25), []
+    for change in (lambda _: None, fused.use):
+        change(model)
+        model.zero_grad()
+        loss = model(idx, idx)[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert "CrossEntropy" in str(loss.grad_fn.next_functions)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, idx)[1], found[0][0])
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
@@ -522,6 +539,7 @@ def test_the_loss_of_a_few_rows_at_a_time_is_the_loss(rows, monkeypatch):
 def test_the_norm_in_training_is_the_norm(dtype, eps):
     norm, x = RMSNorm(24, eps).to(dtype), (3 * torch.randn(5, 7, 24)).to(dtype).requires_grad_()
     torch.nn.init.normal_(norm.weight)
+    fused.use(norm)
     got = gradients(lambda x, w: norm(x), x, norm.weight)
     want = gradients(lambda x, w: F.rms_norm(x, (24,), w, eps), *(t.detach().double().requires_grad_()
                                                                   for t in (x, norm.weight)))
@@ -891,10 +909,10 @@ def test_the_loss_in_parts_is_compiled(monkeypatch):
 
 def test_the_loss_in_parts_never_has_all_logits(monkeypatch):
     """Neither forward nor backward makes more rows of logits than ROWS."""
-    model, rows, plain = build(tiny("llama-3-8b")), [], model_file.sum_of_nats
+    model, rows, plain = build(tiny("llama-3-8b")), [], Head.nats
     monkeypatch.setattr(Head, "WHOLE", 0)
     monkeypatch.setattr(Head, "ROWS", 16)
-    monkeypatch.setattr(model_file, "sum_of_nats", lambda x, targets: rows.append(len(x)) or plain(x, targets))
+    monkeypatch.setattr(Head, "nats", lambda self, x, *to: rows.append(len(x)) or plain(self, x, *to))
     idx = tokens(2, 25)
     model(idx, idx)[1].backward()
     assert rows == [16, 16, 16, 2] + [2, 16, 16, 16]
