@@ -1,6 +1,6 @@
 """First of four stages on a laptop: a small Llama learns the words of the shapes and to read, without a picture.
 
-    python prepare/shapes.py --stage=text && python train.py config/shapes_text.py
+    python prepare/shapes.py --stage=text --images=8000 && python train.py config/shapes_text.py
 """
 dataset = "shapes_text"
 out_dir = "out/shapes_text"

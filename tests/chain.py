@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
 
+
 @dataclass
 class Settings:
     """Which run of the stages."""
@@ -35,7 +36,7 @@ import vlm  # noqa: E402
 from prepare.shapes import SIDE  # noqa: E402
 from scores import agree  # noqa: E402
 
-STAGES = ("text", "align", "instruct", "prefer")
+SCENES = {"text": 8000, "align": 16000, "instruct": 16000, "prefer": 5000}  # to learn from in each stage, in order
 COLUMNS = ("stage", "minutes", "captions", "answers", "blank", "wrong picture", "pairs", "margin", "reading order",
            "text loss")
 
@@ -43,11 +44,12 @@ COLUMNS = ("stage", "minutes", "captions", "answers", "blank", "wrong picture", 
 def train_stages(seed):
     """Prepare and train what is not there yet, going on where it stopped -> {stage: (its run's directory, minutes)}."""
     done, before = {}, []
-    for stage in STAGES:
+    for stage, scenes in SCENES.items():
         script, keys = ("vlm.py", "vlm.py:VlmConfig") if before else ("train.py", train.KEYS)
         file, out = f"config/shapes_{stage}.py", ROOT / f"out/shapes_{stage}_{seed}"
         if not (ROOT / f"data/shapes_{stage}/meta.json").is_file():
-            subprocess.run([sys.executable, "prepare/shapes.py", f"--stage={stage}"], cwd=ROOT, check=True)
+            prepare = ["prepare/shapes.py", f"--stage={stage}", f"--images={scenes}"]
+            subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True)
         given, _ = config.load(keys, [file], train.SHAPE_KEYS)
         log = runs.read_log(out / "log.jsonl")
         if not log or log[-1]["step"] < given["max_iters"]:
