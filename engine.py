@@ -152,10 +152,10 @@ class Engine:
             text = "".join(part for part in parts if isinstance(part, str))
             turns.append({"role": role, "content": with_pictures(text, len(pictures)) if pictures else text})
             files += pictures
+        if files and not self.eyes:
+            raise config.Mistake("this run reads text alone: leave the pictures out")
         ids = self.tok.chat(turns)
         if not self.eyes:
-            if files:
-                raise config.Mistake("this run reads text alone: leave the pictures out")
             return self.fitting(ids, room)
         run, sees = self.eyes, self.eyes.vlm
         if ids.count(sees.mark) != len(files):

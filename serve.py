@@ -62,24 +62,24 @@ from pydantic import ValidationError  # noqa: E402
 from engine import Asked, Engine  # noqa: E402
 
 api = APIRouter(prefix="/v1")
+NO_ANSWER = "(no answer: "
 
 
 async def read(request, limit):
-    """The body of a request as `Asked`."""
+    """The body of a request as `Asked`. Raises `HTTPException` or pydantic's `ValidationError`."""
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > limit:
             raise HTTPException(413, f"the body has more than {limit} bytes")
-    try:
-        return Asked.model_validate_json(bytes(body))
-    except ValidationError as e:
-        raise config.Mistake("; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in e.errors()[:3])) from None
+    return Asked.model_validate_json(bytes(body))
 
 
 def error_object(e):
     """(OpenAI's error object for an exception, its HTTP status)."""
-    status = getattr(e, "status_code", 400 if isinstance(e, config.Mistake) else 500)
+    status = getattr(e, "status_code", 400 if isinstance(e, (config.Mistake, ValidationError)) else 500)
+    if isinstance(e, ValidationError):
+        e = "; ".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in e.errors()[:3])
     return {"error": {"message": getattr(e, "detail", str(e)), "param": None, "code": None,
                       "type": "server_error" if status == 500 else "invalid_request_error"}}, status
 
@@ -138,36 +138,39 @@ async def answer(request: Request):
 
 
 def turns_of(messages):
-    """gradio's messages, several for a turn with pictures, as `Engine.read` takes a chat."""
+    """gradio's messages, several for a turn with pictures, as `Engine.read` takes a chat; less what had no answer."""
+    turns = []
     for role, same in groupby(messages, lambda message: message["role"]):
         said = ([{"text": m["content"]}] if isinstance(m["content"], str) else m["content"] for m in same)
-        yield role, [Path(part["file"]["path"]).read_bytes() if "file" in part else
-                     html.unescape(part["text"]) if role == "assistant" else part["text"]
-                     for parts in said for part in parts]
+        parts = [Path(part["file"]["path"]).read_bytes() if "file" in part else
+                 html.unescape(part["text"]) if role == "assistant" else part["text"] for some in said for part in some]
+        none = role == "assistant" and parts[0].startswith(NO_ANSWER)
+        turns = turns[:-1] if none else [*turns, (role, parts)]
+    return turns
 
 
 def add_page(app, engine, limit):
     """Put a page by gradio at /: a chat, with pictures where the model sees, or texts to continue."""
     import gradio
     chats, sees = bool(engine.tok.chat_template), bool(engine.eyes)
-    hint = None if chats else "Begin a text, and the model goes on with it."
     async def chat(new, history):
         text, files = (new["text"], new["files"]) if sees else (new, ())
         said = {"role": "user", "content": [{"text": text}, *({"file": {"path": path}} for path in files)]}
         shown = "" if chats else text
         try:
-            prompt = await (engine.recent(list(turns_of([*history, said]))) if chats else engine.read(text))
+            prompt = await (engine.recent(turns_of([*history, said])) if chats else engine.read(text))
             async with aclosing(engine.write(prompt, Asked(model=engine.name, max_tokens=engine.size // 4))) as pieces:
                 async for piece, *_ in pieces:
                     shown += piece
                     yield html.escape(shown, quote=False)  # the page would take it for HTML
         except config.Mistake as e:
-            raise gradio.Error(str(e), print_exception=False) from e
+            yield f"{NO_ANSWER}{html.escape(str(e), quote=False)})"  # gradio.Error would hide the chat
     page = gradio.ChatInterface(
-        chat, multimodal=sees, title=engine.name, description="Drop a picture and ask about it." if sees else hint,
+        chat, multimodal=sees, title=engine.name,
+        description="Drop a picture, and ask." if sees else None if chats else "Begin a text: the model goes on.",
         chatbot=gradio.Chatbot(render_markdown=False, height="65vh", show_label=False, buttons=["copy", "copy_all"]),
         textbox=gradio.MultimodalTextbox(file_types=["image"], file_count="multiple") if sees else None,
-        concurrency_limit=engine.rows, analytics_enabled=False, show_progress="hidden")  # or an error hides the chat
+        concurrency_limit=engine.rows, analytics_enabled=False)
     gradio.mount_gradio_app(app, page, "/", max_file_size=limit, footer_links=["gradio"])
 
 
@@ -178,7 +181,7 @@ def make_app(engine, cfg):
     app.include_router(api)
     if cfg.host == "127.0.0.1":  # or pages of the web could read answers, by a name that leads here
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    for kind in HTTPException, config.Mistake, Exception:
+    for kind in HTTPException, ValidationError, config.Mistake, Exception:
         app.add_exception_handler(kind, lambda _, e: JSONResponse(*error_object(e)))
     if cfg.page:
         add_page(app, engine, cfg.body)
@@ -189,9 +192,8 @@ def main(cfg):
     engine = Engine.load(cfg)
     with config.mistakes(OSError, prefix=f"cannot listen at {cfg.host}:{cfg.port}: "):
         listener = socket.create_server((cfg.host, cfg.port))
-    app = make_app(engine, cfg)
+    server = uvicorn.Server(uvicorn.Config(make_app(engine, cfg), log_level="warning", timeout_graceful_shutdown=3))
     print(f"{engine.name} at http://{cfg.host}:{listener.getsockname()[1]}, the API under /v1", flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
     logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)  # cutting off a page is no error
     server.run([listener])
 

@@ -404,6 +404,8 @@ def test_the_page_talks(tmp_path):
             assert "gradio" in httpx.get(address).text
             client = gradio_client.Client(address, verbose=False)
             assert all(len(client.predict(text, api_name="/chat")) > 3 for text in map(str, range(6)))  # 64 tokens each
+            assert client.predict("x" * 300, api_name="/chat").startswith("(no answer: a prompt of ")
+            assert len(client.predict("and now?", api_name="/chat")) > 3  # as if it had not been asked
             assert not any("<" in client.predict(f"<b>{i}</b>", api_name="/chat") for i in range(3))  # text, no HTML
             assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "run"
         finally:
