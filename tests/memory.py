@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import adapter  # noqa: E402
 import lora  # noqa: E402
+import optim  # noqa: E402
 import shard  # noqa: E402
 import train  # noqa: E402
 from model import PRESETS, Llama  # noqa: E402
@@ -25,7 +27,8 @@ from model import PRESETS, Llama  # noqa: E402
 GPUS = 8, 16, 32, 64, 128, 256, 512
 MODELS = {"Llama 3.1 8B": "llama-3.1-8b", "Llama 3.1 70B": "llama-3.1-70b", "Llama 4 Scout": "llama-4-scout"}
 SETTINGS = dict(shard=True, checkpointing=True, optimizer="adamw", batch_size=1, block_size=8192)
-ONE_CARD = (("Llama 3.2 1B, all weights", "llama-3.2-1b", {}),
+ONE_CARD = (("Llama 3.2 1B, all weights, AdamW", "llama-3.2-1b", {}),
+            ("Llama 3.2 1B, all weights, Muon", "llama-3.2-1b", {"optimizer": "muon"}),
             ("Llama 3.1 8B, an adapter", "llama-3.1-8b", {"lora_rank": 16}))
 CPU = torch.device("cpu")
 
@@ -72,27 +75,30 @@ def on_gpu(preset, cfg, worlds):
 
 def on_one_card(preset, cfg, dtype=torch.bfloat16):
     """Bytes for training on one card, without other processes: all weights, or with cfg.lora_rank an adapter of frozen
-    weights in bfloat16. Of autocast's copies and of AdamW's states each counts once they are all there."""
+    weights in bfloat16. The states of the optimizers count from the start."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
     shape, found = PRESETS[preset], []
     for layers in 2, 4:
         with FakeTensorMode():
-            with torch.device("meta"):
-                llama = Llama(replace(shape, n_layer=layers))
+            torch.set_default_dtype(dtype if cfg.lora_rank else torch.float32)
+            llama = Llama(replace(shape, n_layer=layers)).train()
+            torch.set_default_dtype(torch.float32)
             if cfg.lora_rank:
-                llama.to(dtype)
                 adapter.begin(llama, cfg.lora_rank, cfg.lora_alpha, preset, cfg.seed)
                 lora.float32_stream(llama)
-            llama.to_empty(device=CPU).train()
             llama.model.checkpointing = cfg.checkpointing
             x = torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.long)
             for _ in range(2):  # as in `counted`
                 tracker = MemTracker()
                 tracker.track_external(llama)
+                for p in llama.parameters():
+                    if not p.requires_grad:  # of these too it would ask for a gradient
+                        tracker._param_to_grad_hook_handles[p] = RemovableHandle({}), RemovableHandle({})
                 with tracker, torch.autocast("cpu", dtype):
                     llama(x, x)[1].backward()
-        states = 8 * sum(p.numel() for p in llama.parameters() if p.requires_grad)
+        states = sum(p.numel() * (4 if optim.for_muon(name, p, cfg) else 8)
+                     for name, p in llama.named_parameters() if p.requires_grad)
         found.append(tracker.get_tracker_snapshot("peak")[CPU]["Total"] + states)
     return found[0] + (found[1] - found[0]) * (shape.n_layer - 2) / 2
 

@@ -42,3 +42,12 @@ def test_logits_are_the_largest_part_of_a_long_vocabulary():
 def test_a_real_width_has_its_share():
     assert memory.parameters("llama-3.1-70b") == 70553706496 and PRESETS["llama-3.1-70b"].n_layer == 80
     assert memory.on_host("llama-3.1-70b", 512) < memory.on_host("llama-3.1-70b", 8) == 5e9
+
+
+def test_one_card_holds_sixteen_bytes_a_weight_that_learns_and_two_of_one_that_is_frozen(monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", SMALL)
+    settings = dict(init_from="small", checkpointing=True, batch_size=1, block_size=64)
+    count, full, adapted = memory.parameters("small"), *(
+        memory.on_one_card("small", train.TrainConfig(**settings | more)) for more in ({}, {"lora_rank": 2}))
+    assert 16 * count < full < 19 * count + 64 * 2048 * 14  # autocast's copies of some weights; logits
+    assert 2 * count < adapted < 3 * count + 64 * 2048 * 14
