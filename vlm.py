@@ -501,9 +501,9 @@ def run_to_use(out_dir=None, init_from="scratch"):
     return max(files, key=lambda path: path.stat().st_mtime).parent
 
 
-def load(cfg, kind="", what=""):
+def load(cfg, kind="", what="", pack=True):
     """Runner of the model that cfg names. Says so where the model learned other things than this kind of examples, and
-    that is known."""
+    that is known. pack: its weights, which then write text faster but have no loss."""
     directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
     dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
@@ -513,7 +513,8 @@ def load(cfg, kind="", what=""):
     if kind and learned and kind not in learned:
         print(f"note: this run learned no {what} ({', '.join(sorted(learned))} only): expect no sense", file=sys.stderr)
     lora.merge(run.vlm.llama)
-    decode.to_decode(run.vlm.llama)
+    if pack:
+        decode.to_decode(run.vlm.llama)
     return run
 
 
@@ -627,7 +628,7 @@ def score(cfg):
     folder = train.folder_of(cfg)
     if any("chosen" in record for record in images.load(folder, cfg.split)):  # before anything is encoded
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
-    run = load(cfg)
+    run = load(cfg, pack=False)
     data, = run.read(folder, cfg.split)
     rows = data.questions()
     found, n = {"loss": run.loss(run.vlm, data)}, len(run.pictures.names)
@@ -635,6 +636,7 @@ def score(cfg):
         found["loss with wrong pictures"] = run.loss(run.vlm, data, shift=n // 2)
     else:
         print0(f"no loss with wrong pictures: the split has {n} in all")
+    decode.to_decode(run.vlm.llama)
     found |= measured(run.answers(rows), rows)
     if cfg.json:
         print0(json.dumps({"dataset": folder.name, "split": cfg.split, "prompts": len(rows)} | found))

@@ -338,18 +338,23 @@ def test_beams_are_those_of_transformers(seed, beams, more, tmp_path):
     assert len(lengths) > 1
 
 
-def test_beams_find_a_likelier_text():
+def test_beams_find_likelier_texts():
+    """About pictures, by the mean log-probability of their tokens; of some prompts they are those of the greedy way."""
     see, tok = tiny()
-    x = torch.randn(1, 3, 16, 16)
-    prompt = tok.encode("<image> a", bos=True)
+    with torch.no_grad():
+        for p in see.llama.parameters():
+            p.mul_(2)
+    x, prompts = torch.randn(6, 3, 16, 16), [tok.encode(f"<image> {i}", bos=True) for i in range(6)]
 
-    def mean(ids):
-        idx = torch.from_numpy(see.spread(prompt + ids))[None]
+    def mean(prompt, new, picture):
         with torch.no_grad():
-            p = see(idx[:, :-1], None, x)[0].log_softmax(-1)[0, -len(ids):]
-        return p.gather(1, torch.tensor(ids)[:, None]).mean().item()
-    greedy, beams = (see.generate([prompt], x, 12, {257}, num_beams=n)[0] for n in (1, 8))
-    assert mean(beams) > mean(greedy) + 1e-4
+            words = see.llama.model.embed_tokens(torch.tensor([new[:-1]]).long())
+            embeds = torch.cat((see.embed(torch.from_numpy(see.spread(prompt))[None], picture[None]), words), 1)
+            p = see.llama(embeds=embeds)[0].log_softmax(-1)[0, -len(new):]
+        return p.gather(1, torch.tensor(new)[:, None]).mean().item()
+    greedy, beams = ([mean(*one) for one in zip(prompts, see.generate(prompts, x, 12, {257}, num_beams=n), x)]
+                     for n in (1, 8))
+    assert np.mean(beams) > np.mean(greedy) + 0.01
 
 
 def test_what_does_not_fit_the_context_is_one_line(zoo, tmp_path, capsys):
