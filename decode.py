@@ -466,3 +466,40 @@ def decode_all(model, prompts, max_new_tokens, rows=16, seed=0, **how):
     while batch.busy:
         batch.step()
     return [request.new for request in requests]
+
+
+# -- the likeliest text ------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def beam_search(model, prompt, max_new_tokens, beams, stop_ids=frozenset()):
+    """The continuation of a prompt (ids, or embeddings (T, D)) whose tokens have the highest mean log-probability among
+    those that a search with so many beams finds: ids with the end token, if it came. As generate(num_beams=...) of
+    transformers with its defaults: length_penalty 1, early_stopping False.
+
+    Each step continues the likeliest texts, `beams` of them, by every token. Of what comes out the best that end are
+    kept apart, and the best that do not end are the texts of the next step."""
+    batch = Batch(model, beams, len(prompt) + max_new_tokens)
+    cache, steps = batch.cache, min(max_new_tokens, batch.size - len(prompt))
+    logits = batch.read(prompt, 0)  # (1, V); later (n, V), a row for each text
+    texts, totals, ended = [[]], torch.zeros(1, device=logits.device), []  # ended: [(mean log-probability, text), ...]
+    for step in range(1, steps + 1):
+        found = (totals[:, None] + logits.float().log_softmax(-1)).flatten()  # (n·V,)
+        best = found.topk(min(max(2, 1 + len(stop_ids)) * beams, len(found)))  # enough, if all those of a text's end
+        going = []  # [(sum of log-probabilities, row, token), ...] come first
+        for rank, (total, place) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+            row, token = divmod(place, logits.shape[1])
+            if token not in stop_ids and step < steps:
+                going.append((total, row, token))
+            elif rank < beams:
+                ended.append((total / step, [*texts[row], token]))
+        going = going[:beams]
+        ended = sorted(ended, key=lambda text: -text[0])[:beams]
+        if not going or len(ended) == beams and going[0][0] / step <= ended[-1][0]:
+            break
+        texts = [[*texts[row], token] for _, row, token in going]
+        rows, tokens = (torch.tensor(column, device=logits.device) for column in list(zip(*going))[1:])
+        totals = torch.tensor([total for total, *_ in going], device=logits.device)
+        for tensor in (cache.lengths, *cache.keys, *cache.values):
+            tensor[:len(rows)] = tensor[rows]
+        logits = model.decode_one_token(tokens, cache.part(slice(len(rows))))
+    return ended[0][1]

@@ -65,7 +65,7 @@ import decode  # noqa: E402
 import lora  # noqa: E402
 from checkpoint import find_checkpoint  # noqa: E402
 from common import pick_device  # noqa: E402
-from model import Attention, Experts, Linear, Llama  # noqa: E402
+from model import Attention, Experts, Llama  # noqa: E402
 
 
 # -- what to sample from -----------------------------------------------------------------------------------------
@@ -134,6 +134,8 @@ def write(model, tok, ids, cfg, seed, cache=None, held=0):
         new.append(token.item())
         print(text.feed(new[-1]) if new[-1] not in stops else "", end="", flush=True)
     print(text.end(), flush=True)
+    if len(ids) + len(new) == model.config.context and len(new) < cfg.max_new_tokens:
+        print(f"(the model's context of {model.config.context} tokens is full)", file=sys.stderr)
     return new
 
 
@@ -155,8 +157,6 @@ def complete(model, tok, cfg, title):
             new = write(model, tok, ids, cfg, cfg.seed + i)
             count += len(new)
             seconds += time.perf_counter() - begin
-            if len(ids) + len(new) == model.config.context and len(new) < cfg.max_new_tokens:
-                print(f"(the model's context of {model.config.context} tokens is full)", file=sys.stderr)
             if len(prompts) * cfg.num_samples > 1:
                 print("---", flush=True)
     print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
@@ -200,13 +200,18 @@ def chat(model, tok, cfg, title):
             print()
             return
         kept = [*turns, {"role": "user", "content": text}]
-        ids = tok.chat(system + kept)
-        while len(ids) > context - 16 and len(kept) > 2:
-            kept = kept[2:]
+        try:
             ids = tok.chat(system + kept)
-        if len(ids) >= context:
-            print(f"that is {len(ids)} tokens, and the model's context holds {context}: shorten it", file=sys.stderr)
+            while len(ids) > context - 16 and len(kept) > 2:
+                kept = kept[2:]
+                ids = tok.chat(system + kept)
+            fitting(ids, model)
+        except config.Mistake as e:
+            print(e, file=sys.stderr)
             continue
+        if dropped := (len(turns) + 1 - len(kept)) // 2:
+            print(f"(the context of {context} tokens is full: the first {dropped} questions and answers were dropped)",
+                  file=sys.stderr)
         turns = kept
         print("llama> ", end="", flush=True)
         begin = time.perf_counter()
@@ -217,42 +222,63 @@ def chat(model, tok, cfg, title):
 
 # -- what happens in a forward pass ------------------------------------------------------------------------------
 
-def steps_of(model, ids):
+def steps_of(model, ids, *more):
     """The steps of a forward pass over ids (T,), in order: (name, shape that comes out, parameters, FLOPs, note).
 
-    FLOPs: 2 for each weight that a row is multiplied with, and 4·d for each key that a query head sees. Parameters of
-    tied weights are counted where they are used first."""
-    cfg, steps, seen, hooks = model.config, [], set(), []
+    model: a Llama, or one that sees (vlm.py), which takes `more` after the ids. FLOPs: 2 for each weight that a row is
+    multiplied with, and 4·d for each key that a query head sees. Parameters of tied weights are counted where they are
+    used first."""
+    cfg, steps, seen, hooks = getattr(model, "llama", model).config, [], set(), []
 
     def after(name):
         def hook(module, _, output):
-            weights = list(module.parameters())
-            new = [p for p in weights if p not in seen]
+            new = [p for p in module.parameters(recurse=False) if p not in seen]
             seen.update(new)
-            used = sum(p.numel() for p in weights) if isinstance(module, (Linear, decode.PackedLinear, Experts)) else 0
-            used //= cfg.n_experts if isinstance(module, Experts) else 1  # a row goes to one of them
             note = f"chose {output.topk(cfg.top_k).indices.tolist()}" if name.endswith(".router") else ""
-            steps.append((name, output.shape, sum(p.numel() for p in new), 2 * used * output.shape[:-1].numel(), note))
+            steps.append((name, output.shape, sum(p.numel() for p in new), 2 * products(module, output), note))
         return hook
 
     def before_o_proj(name, attention):
         def hook(_, inputs):
-            keys = sum(t % (attention.chunk or len(ids)) + 1 for t in range(len(ids)))
-            note = "no RoPE" if attention.nope else "RoPE"
-            note += f", chunks of {attention.chunk}" if attention.chunk else ""
-            steps.append((f"{name}.attend", inputs[0].shape, 0, 4 * cfg.n_head * cfg.head_dim * keys, note))
+            rows, T, width = inputs[0].shape
+            keys, note = T * T, "each sees all"
+            if isinstance(attention, Attention):
+                keys = sum(t % (attention.chunk or T) + 1 for t in range(T))
+                note = "no RoPE" if attention.nope else "RoPE"
+                note += f", chunks of {attention.chunk}" if attention.chunk else ""
+            steps.append((f"{name}.attend", inputs[0].shape, 0, 4 * rows * width * keys, note))
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, Attention):
+        if hasattr(module, "o_proj"):
             hooks.append(module.o_proj.register_forward_pre_hook(before_o_proj(name, module)))
-        if not list(module.children()) and list(module.parameters()):
+        if list(module.parameters(recurse=False)):
             hooks.append(module.register_forward_hook(after(name)))
     with torch.inference_mode():
-        model(torch.tensor([ids], device=model.lm_head.weight.device))
+        model(torch.tensor([ids], device=next(model.parameters()).device), *more)
     for hook in hooks:
         hook.remove()
     return steps
+
+
+def products(module, output):
+    """Products of a weight and a number in what a module makes."""
+    if isinstance(module, torch.nn.Conv2d):
+        return module.weight.numel() * output[:, 0].numel()  # output (N, C, H, W)
+    if isinstance(module, (torch.nn.Linear, decode.PackedLinear)):
+        return module.weight.numel() * output.shape[:-1].numel()
+    if isinstance(module, Experts):  # a row goes to one of them
+        return sum(p.numel() // len(p) for p in module.parameters()) * output.shape[:-1].numel()
+    return 0
+
+
+def print_steps(steps):
+    """Print `steps_of` as a table."""
+    form = f"{{:<{max(len(step[0]) for step in steps)}}} {{:>16}} {{:>13}} {{:>16}}  {{}}"
+    print(form.format("step", "shape", "parameters", "FLOPs", ""))
+    for name, shape, parameters, flops, note in steps:
+        print(form.format(name, " x ".join(map(str, shape)), f"{parameters:,}", f"{flops:,}", note))
+    print(form.format("in all", "", *(f"{sum(step[i] for step in steps):,}" for i in (2, 3)), ""))
 
 
 def trace(model, tok, cfg, title):
@@ -260,12 +286,7 @@ def trace(model, tok, cfg, title):
     prompt = read_prompt(cfg.start[0]) if cfg.start else ""
     ids = fitting(tok.encode(prompt, bos=tok.adds_bos or not prompt) or tok.encode("\n"), model)
     print(title, "tokens: " + " ".join(f"{i}={tok.decode([i], special=True)!r}" for i in ids), sep="\n")
-    steps = steps_of(model, ids)
-    form = f"{{:<{max(len(step[0]) for step in steps)}}} {{:>16}} {{:>13}} {{:>16}}  {{}}"
-    print(form.format("step", "shape", "parameters", "FLOPs", ""))
-    for name, shape, parameters, flops, note in steps:
-        print(form.format(name, " x ".join(map(str, shape)), f"{parameters:,}", f"{flops:,}", note))
-    print(form.format("in all", "", *(f"{sum(step[i] for step in steps):,}" for i in (2, 3)), ""))
+    print_steps(steps_of(model, ids))
 
 
 def main(cfg):

@@ -194,3 +194,14 @@ def caption_scores(pairs):
         print0("CIDEr-D needs captions of two pictures at least")
         return found
     return {"CIDEr-D": float(Cider().compute_score(meant, said)[0])} | found
+
+
+def measured(texts, rows):
+    """{name: value} of the model's texts for these rows: the share of each kind that is exact, and captions' scores."""
+    found = {}
+    for kind in sorted({row.kind for row in rows}):
+        pairs = [(text, row) for text, row in zip(texts, rows) if row.kind == kind]
+        found[f"{kind} exact"] = agree(*zip(*pairs))
+        if kind == "caption":
+            found |= caption_scores(pairs)
+    return found

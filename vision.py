@@ -25,15 +25,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
+import adapter
+import checkpoint
 import config
 from checkpoint import read_json
-from common import RANK, WORLD, print0
+from common import RANK, atomic_write
 from model import rotate
-from prepare import images, picture_files, tokenizer
+from prepare import examples, images, picture_files
 
 VIT_B_16 = "https://download.pytorch.org/models/vit_b_16-c867db91.pth"  # torchvision's IMAGENET1K_V1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which pretrained encoders expect
@@ -330,15 +332,15 @@ class EfficientNetLite0(nn.Module):
 
 
 def make_encoder(name, weights=None, pretrained=True):
-    """The encoder called `name`. pretrained: a ViT has torchvision's weights, from the file `weights` (.pth or
-    .safetensors) or else from its download. A file that is named is read in any case. Raises `Mistake` for what cannot
-    be read, and for an encoder that would have no weights: it is not saved with a model, unless it learns."""
+    """The encoder called `name`. pretrained: a ViT has weights, from the file `weights` (.pth or .safetensors) or else
+    from torchvision's download. A file that is named is read in any case. Raises `Mistake` for what cannot be read, and
+    for an encoder that would see at random and never learn."""
     if name == "efficientnet_lite0":
         if weights:
             raise config.Mistake("vit_weights is for a ViT: efficientnet_lite0 has weights of its own")
         return EfficientNetLite0()
     vit = Vit(name)
-    if not weights and (vit.llama4 or not pretrained):
+    if not weights and not pretrained:
         return vit
     if not weights and name != "vit_b_16":
         raise config.Mistake(f"there are no pretrained weights of {name}: have it learn with --stage=together first, "
@@ -359,10 +361,30 @@ def make_encoder(name, weights=None, pretrained=True):
     return vit
 
 
+class PictureEmbedding(nn.Module):
+    """The embeddings of V words and, for the ids from V on, the image tokens (n, D) of some pictures."""
+
+    def __init__(self, words, V, seen):
+        super().__init__()
+        self.words, self.V, self.seen = words, V, seen
+
+    def forward(self, idx):
+        """idx (B, T) -> (B, T, D)."""
+        words, seen = self.words(idx.clamp(max=self.V - 1)), self.seen[(idx - self.V).clamp(min=0)]
+        return torch.where((idx >= self.V)[..., None], seen.to(words.dtype), words)
+
+
+def digest_of(module):
+    """Stands for all weights of a module: hexadecimal digits."""
+    digest = hashlib.sha256()
+    for t in module.state_dict().values():
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 # -- Llama 4's files ---------------------------------------------------------------------------------------------
 
-FRAME = "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>"
-PATCH = "<|patch|>"  # each image token of a square; FRAME stands around them, and <|image|> for a picture in a text
+HF_PARTS = {"llama": "language_model.", "encoder": "vision_model.", "projector": "multi_modal_projector."}
 HF_KEYS = {  # field of VitConfig: (key of vision_config, what transformers takes where the key is left out)
     "size": ("image_size", 448), "patch": ("patch_size", 14), "n_layer": ("num_hidden_layers", 34),
     "n_head": ("num_attention_heads", 16), "dim": ("hidden_size", 768), "mlp_dim": ("intermediate_size", 5632),
@@ -404,25 +426,6 @@ def config_from_hf(hf, tiles=16):
         raise ValueError(f"vision_config: {e}") from None
 
 
-def renamed(tok, old, new, special):
-    """A tokenizer whose added token `old` is called `new`."""
-    tokens = [t | {"content": new, "special": special} if t["content"] == old else t
-              for t in tok.spec.get("added_tokens") or []]
-    return tokenizer.Tokenizer(tok.spec | {"added_tokens": tokens}, tok.settings, tok.model)
-
-
-def with_frame(tok):
-    """(tokenizer with all of Llama 4's tokens for pictures, id of <|patch|>, ids of FRAME). Its <|image|> is
-    called <image> in the program, as the mark of every model is; `save_pretrained` gives it its name back."""
-    tok, mark = images.with_image(renamed(tok, FRAME[-1], images.IMAGE, special=False))
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    for text in (*FRAME[:-1], PATCH):
-        if text not in tok.added:
-            more = [*tok.spec["added_tokens"], {"id": tok.vocab_size, "content": text, **plain}]
-            tok = tokenizer.Tokenizer(tok.spec | {"added_tokens": more}, tok.settings, tok.model)
-    return tok, tok.added[PATCH], (*(tok.added[text] for text in FRAME[:-1]), mark)
-
-
 def read_tiles(directory):
     """The most squares that the processor of a checkpoint cuts a picture into; 16, as transformers, if it does not say.
     """
@@ -449,100 +452,90 @@ def processor_files(vit):
                 "pixel_shuffle_ratio": 1 / vit.config.join}}
 
 
-# -- the pictures of a data set ---------------------------------------------------------------------------------
-
-class Pictures:
-    """What a model sees of pictures, by number: pixels, or the kept features of an encoder that does not learn."""
-
-    def __init__(self, folder, names, encoder, device, autocast, limit=None):
-        """names: of the pictures by number, rows of the folder's images.npy or paths; limit: GiB of features to keep,
-        None for an encoder that learns."""
-        self.folder, self.names, self.encoder = Path(folder), names, encoder
-        self.device, self.autocast, self.kept = device, autocast, None
-        self.array = picture_files.open_array(folder, names)
-        if limit is not None and names:
-            self.keep(limit)
-
-    def look(self, i):
-        """Picture number i as people see it: (H, W, 3) uint8, or a PIL image."""
-        name = self.names[i]
-        return np.asarray(self.array[name]) if isinstance(name, int) else picture_files.read(self.folder / name)
-
-    def pixels(self, which):
-        """(n, 3, S, S) of the pictures numbered `which`."""
-        size = self.encoder.size
-        return torch.cat([torch.empty(0, 3, size, size), *(self.encoder.cut(self.look(i))[0] for i in which)])
-
-    def encode(self, which):
-        """Features (n, P, W) of the pictures numbered `which`, on the CPU."""
-        with torch.no_grad(), self.autocast:
-            return self.encoder(self.pixels(which).to(self.device)).float().cpu()
-
-    def __call__(self, which):
-        """(n, P, W) features where the encoder does not learn, else (n, 3, S, S) pixels."""
-        if self.kept is None:
-            return self.pixels(which)
-        x, which = torch.zeros(len(which), self.encoder.grid ** 2, self.encoder.width), np.array(which, int)
-        kept = which < len(self.kept)
-        x[kept] = torch.from_numpy(self.kept[which[kept]].astype(np.float32))
-        if not kept.all():
-            x[~kept] = self.encode(which[~kept])
-        return x
-
-    def fingerprint(self, names):
-        """Stands for the encoder's weights and these pictures."""
-        digest = hashlib.sha256(json.dumps(names).encode())
-        for name in names:
-            stat = (self.folder / ("images.npy" if isinstance(name, int) else name)).stat()
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-        for t in self.encoder.state_dict().values():
-            digest.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
-
-    def keep(self, limit):
-        """Have the frozen encoder see every picture once, as float16 in files that later runs find again."""
-        from tqdm import tqdm
-        shape = self.encoder.grid ** 2, self.encoder.width
-        count = min(len(self.names), int(limit * 2**30 / (2 * shape[0] * shape[1])))
-        place = self.folder / "features"
-        print0(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}, "
-               f"{count * shape[0] * shape[1] * 2 / 2**30:.2f} of at most {limit:g} GiB (feature_gb) in {place}"
-               + "; the others are encoded at each use" * (count < len(self.names)))
-        if not count:
-            self.kept = np.empty((0, *shape))
-            return
-        name = self.fingerprint(self.names[:count])
-        with config.mistakes(OSError):
-            place.mkdir(exist_ok=True)
-            files = {place / f"{name}.npy": ((count, *shape), np.float16),
-                     place / f"{name}.ready.npy": ((count,), np.uint8)}
-            if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
-                for path, (size, dtype) in files.items():
-                    np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
-                    path.with_suffix(".tmp").replace(path)
-            barrier()
-            self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
-        missing = np.flatnonzero(ready == 0)[RANK::WORLD]
-        bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
-        for i in range(0, len(missing), 32):
-            chunk = missing[i:i + 32]
-            self.kept[chunk] = self.encode(chunk).numpy()
-            ready[chunk] = 1
-            bar.update(len(chunk))
-        bar.close()
-        barrier()
+def learned(vlm):
+    """The kinds of examples as a list; None where nobody knows: a published model has seen more than it learns here."""
+    return None if vlm.learned is None else sorted(vlm.learned)
 
 
-def whole(path, shape, dtype):
-    """Is there an array of this shape and type in the file?"""
-    try:
-        array = np.load(path, mmap_mode="r")
-        return array.shape == shape and array.dtype == dtype
-    except (OSError, ValueError, EOFError):
-        return False
+def to_hf(vlm):
+    """(config.json, {name: tensor}) of a Llama 4, as transformers' Llama4ForConditionalGeneration has them."""
+    state = {prefix + name: t for part, prefix in HF_PARTS.items()
+             for name, t in getattr(vlm, part).state_dict().items()}
+    tied = vlm.llama.config.tie_embeddings
+    if tied:
+        del state["language_model.lm_head.weight"]
+    dtype = str(vlm.llama.lm_head.weight.dtype).removeprefix("torch.")
+    hf = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "dtype": dtype,
+          "torch_dtype": dtype, "tie_word_embeddings": tied, "image_token_index": vlm.image_id,
+          **dict(zip(("boi_token_index", "eoi_token_index"), vlm.frame)),
+          "learned": learned(vlm),  # no key of transformers, which keeps it
+          "text_config": checkpoint.config_to_hf(vlm.llama.config, dtype),
+          "vision_config": config_to_hf(vlm.encoder.config)}
+    return hf, state
 
 
-def barrier():
-    """Wait for the other processes."""
-    if WORLD > 1:
-        dist.barrier()
+# -- the files of a model that sees ------------------------------------------------------------------------------
+# With Llama 4's tower they are a checkpoint that transformers' AutoModelForImageTextToText and AutoProcessor open, and
+# theirs open here. With any other encoder they are the Llama's, or those of its adapter, with vlm.json and
+# projector.safetensors beside them, and encoder.safetensors where the encoder learned too.
+
+def sees(directory):
+    """Whether a directory holds a model that sees."""
+    return (directory / "vlm.json").is_file() or is_llama4(directory)
+
+
+def is_llama4(directory):
+    """Whether a directory holds a Llama4ForConditionalGeneration."""
+    hf = directory / "config.json"
+    return hf.is_file() and "vision_config" in read_json(hf)
+
+
+def read(directory, vit_weights=None):
+    """(facts as in vlm.json, encoder, {part: {name: tensor}}) of what a directory holds beside a Llama. Raises
+    ValueError or FileNotFoundError, naming what is wrong."""
+    hf = {} if (directory / "vlm.json").is_file() else read_json(directory / "config.json")
+    if not hf:
+        facts, wanted = read_json(directory / "vlm.json"), ("encoder", "encoder_learned", "image_id", "pixel_shuffle")
+        if missing := [key for key in wanted if key not in facts]:
+            raise ValueError(f"{directory / 'vlm.json'} has no {missing[0]}")
+    elif isinstance(hf.get("vision_config"), dict):
+        facts = hf | {"encoder_learned": True, "image_id": hf.get("image_token_index", 200092), "pixel_shuffle": False}
+    else:
+        raise ValueError(f"{directory} holds a model that does not see: no vlm.json, no vision_config")
+    own = facts["encoder_learned"]
+    if own and vit_weights:
+        raise ValueError(f"{directory} has an encoder of its own, which learned: leave vit_weights out")
+    if hf:
+        encoder = Vit("llama4", config_from_hf(hf["vision_config"], read_tiles(directory)))
+        tensors = checkpoint.vision_tensors(directory)
+        states = {part: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                  for part, prefix in HF_PARTS.items() if part != "llama"}
+    else:
+        encoder = make_encoder(facts["encoder"], vit_weights, not own)
+        parts = ("projector", "encoder")[:1 + own]
+        states = {part: checkpoint.read_tensors(directory / f"{part}.safetensors") for part in parts}
+        if "vit.class_token" in states.get("encoder", ()):  # a run of before this file
+            states["encoder"] = from_torchvision(states["encoder"])
+    return facts, encoder, states
+
+
+def save(vlm, directory, tok):
+    """Write a Vlm and its tokenizer. Each file appears whole."""
+    directory = Path(directory)
+    if vlm.llama4:
+        checkpoint.write(directory, *to_hf(vlm))
+        tok = examples.renamed(tok, images.IMAGE, examples.FRAME[-1], special=True)
+        files = processor_files(vlm.encoder) | {"chat_template.jinja": tok.chat_template["default"]}
+    else:
+        adapter.save(vlm.llama, directory)
+        parts = {"projector": vlm.projector} | ({"encoder": vlm.encoder} if vlm.encoder_learned else {})
+        for name, part in parts.items():
+            with atomic_write(directory / f"{name}.safetensors") as path:
+                save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
+        files = {"vlm.json": {"encoder": vlm.encoder.name, "encoder_learned": vlm.encoder_learned,
+                              "encoder_digest": None if vlm.encoder_learned else vlm.encoder_digest,
+                              "image_id": vlm.image_id, "pixel_shuffle": vlm.pixel_shuffle, "learned": learned(vlm)}}
+    tok.save(directory)
+    for name, facts in files.items():
+        with atomic_write(directory / name) as path:
+            path.write_text(facts if isinstance(facts, str) else json.dumps(facts, indent=1) + "\n", "utf-8")

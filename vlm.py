@@ -6,25 +6,25 @@
     python vlm.py --caption img.jpg folder                             what the newest run sees
     python vlm.py --ask "What is on the table?" img.jpg
     python vlm.py --chat img.jpg
+    python vlm.py --trace --caption img.jpg                            each step from the pixels to the logits
     python vlm.py config/vlm_align.py --eval --split=test              loss, CIDEr-D, BLEU-4, exact match
 
-The encoders are in vision.py. With Llama 4's tower and a Llama 4 it is Llama 4 as published: the run directory is a
-checkpoint that transformers' AutoModelForImageTextToText and AutoProcessor open, and theirs open here. Of any other
-Llama it is the Llama's checkpoint with vlm.json and projector.safetensors beside it, and encoder.safetensors where the
-encoder learned too. Training is train.py's loop with its keys: resume, several processes, checkpoints and log are the
-same. The run is kept in out/vlm_<dataset>.
+How a picture's numbers reach a logit, in `Vlm.embed` and `Vlm.forward`:
 
-Letters in shapes: B rows, T positions, D the Llama's width, N squares (a picture is one, or with Llama 4 several), S
-their side in pixels, P image tokens of a square, W their width.
+    pixels (N, 3, S, S) -encoder-> features (N, P, W) -projector-> image tokens (N, P, D), as wide as the embeddings of
+    words, in whose places they then stand: (B, T, D) -Llama-> logits (B, T, V)
+
+In shapes: B rows, T positions, D the Llama's width, V its vocabulary, N squares (a picture is one, or with Llama 4
+several), S their side in pixels, P image tokens of a square, W their width. The encoders are in vision.py, what is read
+and learned of a data set is in prepare/examples.py, and the loop is train.py's with its keys, checkpoints and log.
 
 Sources: LLaVA (arXiv:2304.08485, 2310.03744), DPO (2305.18290), RLAIF-V (2405.17220); for Llama 4, transformers
 modeling_llama4.py and processing_llama4.py.
 """
+import contextlib
 import hashlib
 import json
 import sys
-import textwrap
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,8 +38,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 
 import adapter  # noqa: E402
 import checkpoint  # noqa: E402
@@ -48,59 +46,26 @@ import decode  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import runs  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
 from common import RANK, WORLD, print0  # noqa: E402
-from feedback import preference  # noqa: E402
+from feedback import preference, row_losses  # noqa: E402
 from prepare import images, picture_files, tokenizer  # noqa: E402
-from prepare.images import (  # noqa: E402
-    IMAGE, Examples, caption_prompt, with_image, with_pictures)
+from prepare.examples import (  # noqa: E402
+    FRAME, PATCH, Examples, caption_prompt, new_tokenizer, with_frame, with_image)
+from prepare.features import Pictures, fingerprint, read_references, save_references  # noqa: E402
+from prepare.images import IMAGE, with_pictures  # noqa: E402
 from prepare.windows import order  # noqa: E402
-from scores import agree, caption_scores  # noqa: E402
+from scores import agree, measured  # noqa: E402
+from vision import sees  # noqa: E402
 
-STAGES = {"align": ("projector",), "see": ("encoder", "projector"), "instruct": ("projector", "llama"),
-          "prefer": ("projector", "llama"), "together": ("encoder", "projector", "llama")}  # what learns in each
-
-REPLY = 16  # tokens of the context that an answer finds free
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC",
-         "Noto Sans Devanagari", "Noto Sans Thai")  # of samples.png: each for what the earlier ones lack
-
-
-@dataclass
-class VlmConfig(train.TrainConfig):
-    """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
-    stage: str = "align"  # what learns: projector; "see": encoder too; "instruct", "prefer": Llama too; "together": all
-    encoder: str | None = None  # "vit_b_16" or another of vision.py; None: the checkpoint's, else vit_b_16
-    vit_weights: str | None = None  # file of torchvision's ViT weights; None: their download, in stage together none
-    pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
-    feature_gb: float = 16.0  # [0, 1e6] of disk for what a frozen encoder saw, so that it looks once; COCO needs 35
-    beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
-    out_dir: str | None = None  # where the run is kept; None: out/vlm_<dataset>
-    dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava
-    sample_tokens: int = 128  # [1, inf) longest caption or answer, in tokens
-    sample_images: int = 16  # [1, inf) validation pictures described at each evaluation and drawn in samples.png
-    caption: tuple[str, ...] = ()  # describe these pictures, and all in these folders
-    ask: tuple[str, ...] = ()  # a question, then the pictures that it is about
-    chat: tuple[str, ...] = ()  # talk about these pictures
-    json: bool = False  # print captions, an answer or scores as JSON, one object a line
-    eval: bool = False  # score the run of out_dir, or of init_from, or the newest, on a whole split
-    split: str = "val"  # the split to score: val, test or train
-
-    def __post_init__(self):
-        super().__post_init__()
-        names = (*vision.VITS, "efficientnet_lite0")
-        for name, value, allowed in (("stage", self.stage, STAGES), ("split", self.split, images.SPLITS),
-                                     ("encoder", self.encoder, (None, *names))):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(a for a in allowed if a)}, not {value!r}")
-        if sum(map(bool, (self.caption, self.ask, self.chat))) > 1:
-            raise ValueError("give one of --caption, --ask and --chat")
-        if self.ask and len(self.ask) < 2:
-            raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
-        if self.lora_rank:
-            raise ValueError("lora_rank is for train.py; a Llama that was adapted there can learn to see here")
-        if self.doc_mask or self.whole_docs or self.epochs:
-            raise ValueError("doc_mask, whole_docs and epochs are for train.py")
+STAGES = {  # what learns in each; the loss is that of the assistant's words, in "prefer" DPO's
+    "align": ("projector",),  # to put what the encoder sees into the words of a Llama that stays as it is
+    "see": ("encoder", "projector"),  # to see what those words are about
+    "instruct": ("projector", "llama"),  # to answer what is asked about it
+    "prefer": ("projector", "llama"),  # to give the better of two answers
+    "together": ("encoder", "projector", "llama")}  # everything, from scratch
 
 
 # -- the model ---------------------------------------------------------------------------------------------------
@@ -111,12 +76,11 @@ class Vlm(nn.Module):
     In a text one token, `mark`, stands for a picture. The model reads `picture_ids` in its place: P times image_id,
     whose embeddings are those of the picture's tokens, and with Llama 4 the tokens of `frame` around them."""
 
-    def __init__(self, llama, encoder, image_id, frame=(), pixel_shuffle=False, beta=0.1):
-        """frame: ids of vision.FRAME, () where pictures have none; pixel_shuffle: join 2 x 2 tokens of the encoder."""
+    def __init__(self, llama, encoder, image_id, frame=(), pixel_shuffle=False):
+        """frame: ids of FRAME, () where pictures have none; pixel_shuffle: join 2 x 2 tokens of the encoder."""
         super().__init__()
         self.llama, self.encoder, self.image_id, self.frame = llama, encoder, image_id, frame
-        self.pixel_shuffle, self.beta = pixel_shuffle, beta
-        self.llama4 = encoder.llama4
+        self.pixel_shuffle, self.llama4 = pixel_shuffle, encoder.llama4
         if self.llama4 and llama.config.arch != "llama4":
             raise config.Mistake("Llama 4's tower goes with a Llama 4: --arch=llama4, or --model=llama4-tiny")
         if pixel_shuffle and (encoder.grid % 2 or self.llama4):
@@ -132,22 +96,43 @@ class Vlm(nn.Module):
         scale = llama.model.embed_tokens.weight.detach().std()  # image tokens start as large as words
         with torch.no_grad():
             last.weight.normal_().mul_(scale / last.in_features ** 0.5)
-        self.frozen, self.encoder_learned = (), False  # what does not learn now; whether the encoder ever did
-        self.learned = set()  # kinds of examples: caption, answer, chosen, rejected
+        self.beta = 0.1  # of DPO
+        self.frozen, self.encoder_learned, self.encoder_digest = (), False, None  # what does not learn now; whether the
+        # encoder ever did; of one that never did, what stands for its weights
+        self.learned = set()  # kinds of examples: caption, answer, chosen, rejected; None: nobody knows
 
-    def freeze(self, learning):
-        """Let the parts named in `learning` learn, and no other."""
-        self.frozen = [n for n in ("encoder", "projector", "llama") if n not in learning]
-        for name in ("encoder", "projector", "llama"):
-            getattr(self, name).requires_grad_(name in learning)
-        self.encoder_learned |= "encoder" in learning
-        return self.train()
+    # -- from pixels to logits -----------------------------------------------------------------------------------
 
-    def train(self, mode=True):
-        super().train(mode)
-        if "encoder" in self.frozen:
-            self.encoder.eval()  # its batch norms keep their statistics
-        return self
+    def project(self, pictures):
+        """Image tokens (N, P, D) of squares (N, 3, S, S), or of what the encoder made of them, (N, P, W)."""
+        seen = self.encoder(pictures) if pictures.dim() == 4 else pictures
+        return self.projector(vision.shuffle(seen) if self.pixel_shuffle else seen)
+
+    def embed(self, idx, pictures):
+        """idx (B, T) with P times image_id for each square, pictures as for `project` -> (B, T, D)."""
+        x = self.llama.model.embed_tokens(idx)
+        if pictures is None:
+            return x
+        return x.masked_scatter((idx == self.image_id)[..., None], self.project(pictures).to(x.dtype))
+
+    def forward(self, idx, targets=None, pictures=None, positions=None, reference=None):
+        """Logits (B, T, V) and loss, as Llama.forward.
+
+        pictures: as for `project`, in the order of their tokens in idx; N may be 0; None: idx is text alone.
+        With reference (2, B/2), log-probabilities of the reference model, rows are B/2 chosen and then B/2 rejected
+        answers; the result is DPO's margins (B/2,) and loss.
+        """
+        embeds = self.embed(idx, pictures)
+        if reference is None:
+            return self.llama(embeds=embeds, targets=targets, positions=positions)
+        return preference(-row_losses(self, embeds, targets).view(2, -1), reference, self.beta)
+
+    def losses(self, embeds, positions, source, target):
+        """`Llama.losses` of embeddings (B, T, D), for `feedback.row_losses`."""
+        x = self.llama.model(embeds=embeds, positions=positions)[0].flatten(0, 1)[source]  # (M, D)
+        return self.llama.lm_head(x, target)
+
+    # -- pictures in a text --------------------------------------------------------------------------------------
 
     @property
     def mark(self):
@@ -171,38 +156,12 @@ class Vlm(nn.Module):
                  for i in np.asarray(ids).tolist())
         return np.array([i for part in parts for i in part], np.int64)
 
-    def embed(self, idx, pictures):
-        """idx (B, T) with P times image_id for each square, pictures as for `forward` -> (B, T, D)."""
-        x = self.llama.model.embed_tokens(idx)
-        if pictures is None:
-            return x
-        seen = self.encoder(pictures) if pictures.dim() == 4 else pictures
-        seen = self.projector(vision.shuffle(seen) if self.pixel_shuffle else seen)  # (N, P, D)
-        return x.masked_scatter((idx == self.image_id)[..., None], seen.to(x.dtype))
-
-    def forward(self, idx, targets=None, pictures=None, positions=None, reference=None):
-        """Logits (B, T, V) and loss, as Llama.forward.
-
-        pictures: squares (N, 3, S, S), or what the encoder made of them, (N, P, W), in the order of their tokens in
-        idx; N may be 0; None: idx is text alone. With reference (2, B/2), log-probabilities of the reference model,
-        rows are B/2 chosen and then B/2 rejected answers; the result is DPO's margins (B/2,) and loss.
-        """
-        embeds = self.embed(idx, pictures)
-        if reference is None:
-            return self.llama(embeds=embeds, targets=targets, positions=positions)
-        log_probs = self.log_probs(self.llama(embeds=embeds)[0], targets).view(2, -1)
-        return preference(log_probs, reference, self.beta)
-
-    @staticmethod
-    def log_probs(logits, targets):
-        """Sum over each row's targets of their log-probability, (B,)."""
-        return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100,
-                                reduction="none").view(targets.shape).sum(1)
-
     @torch.no_grad()
-    def generate(self, prompts, pictures, max_new_tokens, stop_ids, canvases=None):
-        """Greedy continuations, as lists of ids without the end, of prompts: ids with a mark for each picture.
-        pictures: the squares of all, in order; canvases: their (rows, columns), see `spread`."""
+    def generate(self, prompts, pictures, max_new_tokens, stop_ids, canvases=None, num_beams=1, **how):
+        """Continuations, as lists of ids with the end, if it came, of prompts: ids with a mark for each picture.
+
+        pictures: the squares of all, in order; canvases: their (rows, columns), see `spread`; num_beams: search with so
+        many; how: temperature, top_k, top_p, min_p and seed; without them, greedy."""
         device, was = self.llama.lm_head.weight.device, self.training
         self.eval()
         pictures, canvases = pictures.to(device), canvases and iter(canvases)
@@ -212,292 +171,89 @@ class Vlm(nn.Module):
             end = begun + (ids == self.image_id).sum() // self.image_tokens
             embeds.append(self.embed(torch.from_numpy(ids)[None].to(device), pictures[begun:end])[0])
             begun = end
-        new = decode.decode_all(self.llama, embeds, max_new_tokens, len(embeds), stop_ids=stop_ids, temperature=0)
+        if num_beams > 1:
+            new = [decode.beam_search(self.llama, x, max_new_tokens, num_beams, stop_ids) for x in embeds]
+        else:
+            how = {"temperature": 0, "stop_ids": stop_ids} | how
+            new = decode.decode_all(self.llama, embeds, max_new_tokens, len(embeds), **how)
         self.train(was)
-        return [[token for token in row if token not in stop_ids] for row in new]
+        return new
+
+    # -- what learns ---------------------------------------------------------------------------------------------
+
+    def freeze(self, learning):
+        """Let the parts named in `learning` learn, and no other; of an adapted Llama only its adapter."""
+        self.frozen = [n for n in ("encoder", "projector", "llama") if n not in learning]
+        for name in ("encoder", "projector", "llama"):
+            getattr(self, name).requires_grad_(name in learning)
+        if hasattr(self.llama, "adapter"):
+            for name, p in self.llama.named_parameters():
+                p.requires_grad_("llama" in learning and ".lora_" in name)
+        self.encoder_learned |= "encoder" in learning
+        return self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if "encoder" in self.frozen:
+            self.encoder.eval()  # its batch norms keep their statistics
+        return self
+
+    # -- files: see vision.py -----------------------------------------------------------------------------------
 
     def save_pretrained(self, directory, tok):
-        """Write a checkpoint: of a Llama 4 transformers' own, else the Llama's and, beside it, what makes it see. Each
-        file appears whole."""
-        directory = Path(directory)
-        if self.llama4:
-            checkpoint.write(directory, *self.to_hf())
-            tok = vision.renamed(tok, IMAGE, vision.FRAME[-1], special=True)
-            files = vision.processor_files(self.encoder) | {"chat_template.jinja": tok.chat_template["default"]}
-        else:
-            self.llama.save_pretrained(directory)
-            learned = {"projector": self.projector} | ({"encoder": self.encoder} if self.encoder_learned else {})
-            for name, part in learned.items():
-                with common.atomic_write(directory / f"{name}.safetensors") as path:
-                    save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
-            digest = None if self.encoder_learned else digest_of(self.encoder)[:16]
-            files = {"vlm.json": {"encoder": self.encoder.name, "encoder_learned": self.encoder_learned,
-                                  "encoder_digest": digest, "image_id": self.image_id,
-                                  "pixel_shuffle": self.pixel_shuffle, "learned": sorted(self.learned)}}
-        tok.save(directory)
-        for name, facts in files.items():
-            with common.atomic_write(directory / name) as path:
-                path.write_text(facts if isinstance(facts, str) else json.dumps(facts, indent=1) + "\n", "utf-8")
-
-    def to_hf(self):
-        """(config.json, {name: tensor}) of a Llama 4, as transformers' Llama4ForConditionalGeneration has them."""
-        parts = {"language_model.": self.llama, "vision_model.": self.encoder, "multi_modal_projector.": self.projector}
-        state = {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
-        tied = self.llama.config.tie_embeddings
-        if tied:
-            del state["language_model.lm_head.weight"]
-        dtype = str(self.llama.lm_head.weight.dtype).removeprefix("torch.")
-        text = checkpoint.config_to_hf(self.llama.config, dtype)
-        hf = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "dtype": dtype,
-              "torch_dtype": dtype, "tie_word_embeddings": tied, "image_token_index": self.image_id,
-              **dict(zip(("boi_token_index", "eoi_token_index"), self.frame)),
-              "learned": sorted(self.learned),  # no key of transformers, which keeps it
-              "text_config": text, "vision_config": vision.config_to_hf(self.encoder.config)}
-        return hf, state
+        """Write a checkpoint."""
+        if not self.encoder_learned and not self.encoder_digest:  # once: a frozen encoder stays as it is
+            self.encoder_digest = vision.digest_of(self.encoder)[:16]
+        vision.save(self, directory, tok)
 
     @classmethod
-    def from_pretrained(cls, directory, vit_weights=None, beta=0.1, dtype=torch.float32, **overrides):
-        """Read what `save_pretrained` wrote, or transformers' Llama4ForConditionalGeneration. Raises ValueError or
-        FileNotFoundError, naming what is wrong."""
+    def from_pretrained(cls, directory, vit_weights=None, frame=(), **overrides):
+        """Read what `save_pretrained` wrote, or transformers' Llama4ForConditionalGeneration. frame: as for `Vlm`;
+        overrides: fields of the Llama's config. Raises ValueError or FileNotFoundError, naming what is wrong."""
         directory = Path(directory)
-        llama = model.Llama.from_pretrained(directory, dtype=dtype, **overrides)
-        if (directory / "vlm.json").exists():
-            facts = checkpoint.read_json(directory / "vlm.json")
-            try:
-                name, learned, image_id, joined = (facts[k] for k in ("encoder", "encoder_learned", "image_id",
-                                                                      "pixel_shuffle"))
-            except KeyError as e:
-                raise ValueError(f"{directory / 'vlm.json'} has no {e}") from None
-            if learned and vit_weights:
-                raise ValueError(f"{directory} has an encoder of its own, which learned: leave vit_weights out")
-            encoder = vision.make_encoder(name, vit_weights, not learned)
-            if not learned and facts.get("encoder_digest") not in (None, digest_of(encoder)[:16]):  # None: an older run
-                raise ValueError(f"{directory} learned with other weights of {name}: name their file with "
-                                 "--vit_weights")
-            vlm = cls(llama, encoder, image_id, (), joined, beta)
-            parts = ("projector", "encoder")[:1 + learned]
-            states = {part: checkpoint.read_tensors(directory / f"{part}.safetensors") for part in parts}
-        else:
-            if vit_weights:
-                raise ValueError(f"{directory} has an encoder of its own: leave vit_weights out")
-            facts = hf = checkpoint.read_json(directory / "config.json")
-            if not isinstance(hf.get("vision_config"), dict):
-                raise ValueError(f"{directory} holds a model that does not see: no vlm.json, no vision_config")
-            encoder = vision.Vit("llama4", vision.config_from_hf(hf["vision_config"], vision.read_tiles(directory)))
-            vlm, learned = cls(llama, encoder, hf.get("image_token_index", 200092), beta=beta), True
-            tensors = checkpoint.vision_tensors(directory)
-            states = {part: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-                      for part, prefix in (("encoder", "vision_model."), ("projector", "multi_modal_projector."))}
+        llama = adapter.load(directory, torch.float32, **overrides)
+        facts, encoder, states = vision.read(directory, vit_weights)
+        llama = grow(llama, facts["image_id"] + 1)  # that of an adapter is as its base model has it
+        vlm = cls(llama, encoder, facts["image_id"], frame, facts["pixel_shuffle"])
         for part, state in states.items():
             try:
-                old = "vit.class_token" in state  # a run of before vision.py
-                getattr(vlm, part).load_state_dict(vision.from_torchvision(state) if old else state)
+                getattr(vlm, part).load_state_dict(state)
             except RuntimeError as e:
                 raise ValueError(f"{directory}: not the weights of its {part}: {' '.join(str(e).split())}") from None
-        vlm.encoder_learned, vlm.learned = learned, set(facts.get("learned", ()))
-        return vlm.to(dtype).freeze(()).eval()
+        vlm.encoder_learned = facts["encoder_learned"]
+        vlm.learned = None if facts.get("learned") is None else set(facts["learned"])
+        if digest := facts.get("encoder_digest"):  # of an encoder that did not learn; older runs have none
+            vlm.encoder_digest = vision.digest_of(encoder)[:16]
+            if vlm.encoder_digest != digest:
+                raise ValueError(f"{directory} learned with other weights of {encoder.name}: name their file with "
+                                 "--vit_weights")
+        return vlm.freeze(()).eval()
 
 
-def digest_of(module):
-    """Stands for all weights of a module: hexadecimal digits."""
-    digest = hashlib.sha256()
-    for t in module.state_dict().values():
-        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def sees(directory):
-    """Whether a directory holds a model that sees."""
-    hf = directory / "config.json"
-    return (directory / "vlm.json").is_file() or hf.is_file() and "vision_config" in checkpoint.read_json(hf)
-
-
-def open_run(directory, vit_weights=None, beta=0.1, **overrides):
+def open_run(directory, vit_weights=None, **overrides):
     """(Vlm, tokenizer) of a directory."""
-    vlm, tok = Vlm.from_pretrained(directory, vit_weights, beta, **overrides), tokenizer.load(directory)
-    if vlm.llama4:
-        tok, patch, vlm.frame = vision.with_frame(tok)
-        if patch != vlm.image_id:
-            raise ValueError(f"{directory}: {vision.PATCH} has the id {patch}, config.json says {vlm.image_id}")
+    directory = Path(directory)
+    tok, patch, frame = tokenizer.load(directory), None, ()
+    if vision.is_llama4(directory):
+        tok, patch, frame = with_frame(tok)
+    vlm = Vlm.from_pretrained(directory, vit_weights, frame, **overrides)
+    if patch not in (None, vlm.image_id):
+        raise ValueError(f"{directory}: {PATCH} has the id {patch}, config.json says {vlm.image_id}")
     return vlm, tok
-
-
-def grow(llama, vocab_size):
-    """Give a Llama embeddings for vocab_size tokens (up to a multiple of 64); the new ones are the mean of the old."""
-    old = llama.config.vocab_size
-    if old >= vocab_size:
-        return llama
-    llama.config = llama.model.cfg = replace(llama.config, vocab_size=-(-vocab_size // 64) * 64)
-    with torch.no_grad():
-        for part, name in ((llama.model, "embed_tokens"), (llama, "lm_head")):
-            w = getattr(part, name).weight
-            w = nn.Parameter(torch.cat((w, w.mean(0).expand(llama.config.vocab_size - old, -1))))
-            getattr(part, name).weight = w
-    if llama.config.tie_embeddings:
-        llama.lm_head.weight = llama.model.embed_tokens.weight
-    return llama
-
-
-# -- a model at work ---------------------------------------------------------------------------------------------
-
-class Runner:
-    """A Vlm on its device, with its tokenizer and settings, and the pictures of a data set."""
-
-    def __init__(self, cfg, vlm, tok, device, dtype):
-        self.cfg, self.vlm, self.tok, self.device = cfg, vlm.to(device), tok, device
-        self.autocast = common.autocast_to(dtype, device)
-
-    def read(self, folder, *splits):
-        """The examples of these splits of a data set; from now on the runner sees its pictures."""
-        number, vlm = {}, self.vlm
-        size = min(self.cfg.block_size, vlm.llama.config.context)
-        vlm.encoder.tiles = 1  # each picture of a data set is one square, so that all take as many tokens
-        found = [Examples(folder, s, self.tok, vlm.mark, len(vlm.picture_ids()), size, number) for s in splits]
-        if lost := sum(data.lost for data in found):
-            print0(f"{lost:,} examples do not fit block_size={size} and were left out")
-        if shortened := sum(data.shortened for data in found):
-            print0(f"{shortened:,} conversations were cut after the last answer that ends within block_size={size}")
-        limit = self.cfg.feature_gb if "encoder" in vlm.frozen else None
-        self.pictures = vision.Pictures(folder, list(number), vlm.encoder, self.device, self.autocast, limit)
-        return found
-
-    def expect(self, kind, what):
-        """Say so where the model learned other things only. (Older runs do not tell.)"""
-        if self.vlm.learned and kind not in self.vlm.learned:
-            print(f"note: this run learned no {what} ({', '.join(sorted(self.vlm.learned))} only): expect no sense",
-                  file=sys.stderr)
-
-    def batch(self, data, which):
-        """Inputs, targets, pictures and positions, as `Vlm.forward` takes them, of the examples numbered `which`."""
-        lines = data.lines(which)
-        x, y, positions = data.collate(lines)
-        pictures = [p for rows in lines for p in rows[0].pictures]
-        x[x == self.vlm.mark] = np.tile(self.vlm.picture_ids(), len(pictures))
-        return x, y, self.pictures(pictures), positions
-
-    def some(self, data, limit=0):
-        """The numbers of the examples to evaluate, the same each time, until they have `limit` tokens (0: of all)."""
-        which = order(0, 0, len(data))
-        if not limit:
-            return which
-        learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data.examples[i]) for i in which])
-        return which[:int(np.searchsorted(learned, limit)) + 1]
-
-    def loss(self, model, data, limit=0):
-        """Mean loss over the learned tokens of `some` of the data; every process takes a share."""
-        mine, size = self.some(data, limit)[RANK::WORLD], self.cfg.batch_size
-        batches = (self.batch(data, mine[i:i + size]) for i in range(0, len(mine), size))
-        return train.evaluate(model, ((int((b[1] != -100).sum()), b) for b in batches), self.device, self.autocast)
-
-    @torch.no_grad()
-    def log_probs(self, data, which):
-        """Log-probabilities (2, n) of the chosen and rejected answers numbered `which`; every process takes a share."""
-        found, size, was = torch.zeros(2, len(which)), self.cfg.batch_size, self.vlm.training
-        mine = np.arange(len(which))[RANK::WORLD]
-        self.vlm.eval()
-        for i in track(range(0, len(mine), size), "pairs"):
-            x, y, seen, _ = common.to_device(self.device, *self.batch(data, which[mine[i:i + size]]))
-            with self.autocast:
-                found[:, mine[i:i + size]] = self.vlm.log_probs(self.vlm(x, None, seen)[0], y).view(2, -1).float().cpu()
-        self.vlm.train(was)
-        if WORLD > 1:
-            dist.all_reduce(found)
-        return found
-
-    def answers(self, rows):
-        """The model's text for each row's prompt."""
-        texts, size = [], self.cfg.batch_size
-        for i in track(range(0, len(rows), size), "answering"):
-            batch = rows[i:i + size]
-            texts += self.texts([r.prompt() for r in batch], self.pictures([p for r in batch for p in r.pictures]))
-        return texts
-
-    def texts(self, prompts, seen, canvases=None):
-        """The model's text after each prompt; see `Vlm.generate`."""
-        with self.autocast:
-            new = self.vlm.generate(prompts, seen, self.cfg.sample_tokens, self.tok.stop_ids, canvases)
-        return [self.tok.decode(ids).strip() for ids in new]
-
-
-def track(batches, what):
-    """The batches, with a bar on the first process once they take a while."""
-    from tqdm import tqdm
-    return tqdm(batches, what, unit="batch", leave=False, delay=2, disable=RANK > 0)
 
 
 # -- training ----------------------------------------------------------------------------------------------------
 
-def new_tokenizer(folder, vocab_size):
-    """A SentencePiece BPE of so many tokens, trained on the texts of a data set."""
-    texts = []
-    for n, record in enumerate(images.load(folder, "train"), 1):
-        with config.mistakes(ValueError, prefix=f"{Path(folder) / 'train.jsonl'}, record {n}: "):
-            texts += [text.replace(IMAGE, "") for _, talk in images.talks_of(record) for _, text in talk]
-    return tokenizer.train_sentencepiece(texts, vocab_size)
-
-
-def build(cfg, shape, folder, source):
-    """(Vlm, tokenizer) of the checkpoint `source`, to which a plain Llama adds a projector; None: a new one."""
-    kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
-    torch.manual_seed(cfg.seed)
-    with config.mistakes(ValueError, FileNotFoundError):
-        source = source and checkpoint.find_checkpoint(source)
-        if source and sees(source):
-            begun = cfg.init_from == "resume" and "encoder" in STAGES[cfg.stage]  # no longer that of the file
-            vlm, tok = open_run(source, None if begun else cfg.vit_weights, cfg.beta, **kept)
-            for key, have in (("encoder", vlm.encoder.name), ("pixel_shuffle", vlm.pixel_shuffle)):
-                if getattr(cfg, key) not in (None, have):
-                    raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
-        else:
-            pretrained = "encoder" not in STAGES[cfg.stage]
-            encoder = vision.make_encoder(cfg.encoder or "vit_b_16", cfg.vit_weights, pretrained)
-            add, count = (vision.with_frame, len(vision.FRAME) + 1) if encoder.llama4 else (with_image, 1)
-            vocab_size = shape.get("vocab_size", 512)
-            tok = adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size - count)
-            tok, *ids = add(tok)
-            if source:
-                llama = adapter.load(source, torch.float32, **kept)
-                lora.merge(llama)
-                llama = grow(llama.requires_grad_(True), tok.vocab_size)
-            else:
-                llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
-            vlm = Vlm(llama, encoder, *ids, pixel_shuffle=bool(cfg.pixel_shuffle), beta=cfg.beta)
-    train.need_fit(vlm.llama.config, cfg, shape if source else {}, tok.vocab_size)
-    return vlm, tok
-
-
-def draw(path, pictures, texts):
-    """A grid of pictures (PIL or arrays) with their texts, as a PNG."""
-    from matplotlib import font_manager
-    from matplotlib.figure import Figure
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = [name for name in FONTS if name in installed]
-    rows, columns = -(-len(texts) // 4), min(4, len(texts))
-    figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
-    for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
-        axes.imshow(picture)
-        lines = "\n".join(textwrap.fill(line, 38) for line in text.replace("$", r"\$").split("\n"))
-        axes.set_title(lines, fontsize=8, fontfamily=fonts)
-    for axes in figure.axes:
-        axes.axis("off")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
-        runs.write_figure(figure, path)
-
-
 class Stage:
-    """A stage of training: what train.fit trains. Its model is a Vlm, of which some parts learn."""
+    """A stage of training: what train.fit trains. Its model is a Vlm, of which some parts learn.
+
+    Each picture of a data set is one square, also for Llama 4's tower, which would cut a large one into up to 16: so
+    all take as many tokens, and what a frozen encoder saw is kept as one array. Pictures in use are cut."""
 
     def __init__(self, cfg, shape, out, device):
-        self.cfg, self.out = cfg, out
+        self.cfg, self.out, self.device, self.floor = cfg, out, device, None
         self.folder = train.folder_of(cfg)
-        records = [r for split in ("train", "val") for r in images.load(self.folder, split)]  # before any download
-        if {"chosen" in r for r in records} != {cfg.stage == "prefer"}:
-            raise config.Mistake(f"stage {cfg.stage!r} takes " + (
-                "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
-                "captions and conversations, not pairs of answers"))
-        if cfg.stage == "prefer" and cfg.init_from == "scratch":
-            raise config.Mistake("stage 'prefer' goes on from a model that answers: name its run with --init_from")
+        need_records(cfg, self.folder)  # before any download
         resumed = runs.common_latest(out) if cfg.init_from == "resume" else None
         self.model, self.tok = build(cfg, shape, self.folder, None if cfg.init_from == "scratch" else
                                      resumed or cfg.init_from)
@@ -506,32 +262,24 @@ class Stage:
         self.llama.model.checkpointing = cfg.checkpointing
         self.dtype, self.why_dtype = common.pick_dtype(cfg.dtype, device)
         self.run = Runner(cfg, self.model, self.tok, device, self.dtype)
-        self.device, self.floor = device, None
         self.data, self.val = self.run.read(self.folder, "train", "val")
-        self.model.learned |= {row.kind for rows in self.data.examples for row in rows}
+        if self.model.learned is not None:
+            self.model.learned |= {row.kind for rows in self.data.examples for row in rows}
         self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
-        gradients = 2 / 3 if "llama" in self.model.frozen else 1  # a frozen Llama has none
-        self.flops_per_token = self.llama.flops_per_token(int(self.tokens)) * gradients
+        fixed = "llama" in self.model.frozen or hasattr(self.llama, "adapter")  # weights that have no gradients
+        self.flops_per_token = self.llama.flops_per_token(int(self.tokens)) * (2 / 3 if fixed else 1)
         digest = hashlib.sha256((self.folder / "val.jsonl").read_bytes()).hexdigest()
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
-        self.references = None, None  # log-probabilities of the training and the validation pairs
+        self.references, self.pairs = (None, None), None  # log-probabilities of the training and the validation pairs
         if cfg.stage == "prefer":
+            self.pairs = fingerprint(self.run.pictures, self.data, self.val)
             if resumed:
-                self.references = read_references(resumed / "reference.pt", self.fingerprint())
+                self.references = read_references(resumed / "reference.pt", self.pairs)
             else:
                 self.references = [self.run.log_probs(data, np.arange(len(data))) for data in (self.data, self.val)]
         questions = self.val.questions()
         places = np.linspace(0, len(questions) - 1, min(cfg.sample_images, len(questions))).astype(int)
         self.shown = [questions[i] for i in places]
-
-    def fingerprint(self):
-        """Stands for the pairs as they are read, in their order, and for their pictures."""
-        names, folder = self.run.pictures.names, self.folder
-        sizes = [(folder / ("images.npy" if isinstance(n, int) else n)).stat().st_size for n in names]
-        digest = hashlib.sha256(json.dumps([names, sizes]).encode())
-        for row in (row for data in (self.data, self.val) for rows in data.examples for row in rows):
-            digest.update(row.ids.tobytes() + row.learn.tobytes() + json.dumps(row.pictures).encode())
-        return digest.hexdigest()
 
     def describe(self):
         """Print what is trained, on what and how."""
@@ -539,6 +287,8 @@ class Stage:
         sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
                  for n in ("encoder", "projector", "llama")]
         print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder.name}, {vlm.image_tokens} tokens a picture")
+        if hasattr(self.llama, "adapter"):
+            print0(f"lora       {adapter.describe(self.llama)}")
         print0(f"data       {self.folder.name}: {len(self.data):,} training examples, {len(self.val):,} validation, "
                f"{len(self.run.pictures.names):,} pictures, {self.tokens:.0f} tokens an example")
         print0(f"step       {train.sequences_per_step(self.cfg)} examples")
@@ -574,8 +324,8 @@ class Stage:
             seen = [(self.tok.decode(r.prompt()).replace(IMAGE, "").strip(), t, r.pictures[0])
                     for t, r in zip(texts, self.shown) if r.pictures]
             if seen:
-                draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
-                     [f"{question}\n{t}".strip() for question, t, _ in seen])
+                picture_files.draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
+                                   [f"{question}\n{t}".strip() for question, t, _ in seen])
             print0("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items()))
             print0("\n".join(f"  | {t}" for t in texts[:4]))
         return scores
@@ -583,25 +333,158 @@ class Stage:
     def save(self, directory):
         """Write the model and its tokenizer, and what the reference model thinks of each pair."""
         self.model.save_pretrained(directory, self.tok)
-        if self.references[0] is not None:
-            torch.save({"pairs": self.fingerprint(), "references": self.references}, Path(directory) / "reference.pt")
+        if self.pairs:
+            save_references(directory / "reference.pt", self.pairs, self.references)
 
 
-def read_references(path, pairs):
-    """Log-probabilities of the training and the validation pairs, as `Stage.save` wrote them for the same pairs."""
-    with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
-        saved = torch.load(path, weights_only=True)
-    if not isinstance(saved, dict) or saved.get("pairs") != pairs:
-        raise config.Mistake(f"{path} belongs to other pairs of answers: go on with the data and the block_size that "
-                             "this run began with, or begin anew with another --out_dir")
-    return saved["references"]
+def need_records(cfg, folder):
+    """Refuse a stage that does not fit the records of a data set, or has nothing to go on from."""
+    records = [r for split in ("train", "val") for r in images.load(folder, split)]
+    if {"chosen" in r for r in records} != {cfg.stage == "prefer"}:
+        raise config.Mistake(f"stage {cfg.stage!r} takes " + (
+            "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
+            "captions and conversations, not pairs of answers"))
+    if cfg.stage == "prefer" and cfg.init_from == "scratch":
+        raise config.Mistake("stage 'prefer' goes on from a model that answers: name its run with --init_from")
 
 
-def fit(cfg, shape):
-    """Train one stage as `cfg` says."""
-    if cfg.shard and WORLD > 1:
-        raise config.Mistake("--shard=True splits a Llama, not one that sees")
-    train.start(Stage, cfg, shape, "vlm_")
+def build(cfg, shape, folder, source):
+    """(Vlm, tokenizer) of the checkpoint `source`, to which a plain Llama adds a projector; None: a new one."""
+    kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
+    torch.manual_seed(cfg.seed)
+    with config.mistakes(ValueError, FileNotFoundError):
+        source = source and checkpoint.find_checkpoint(source)
+        if source and sees(source):
+            begun = cfg.init_from == "resume" and "encoder" in STAGES[cfg.stage]  # no longer that of the file
+            vlm, tok = open_run(source, None if begun else cfg.vit_weights, **kept)
+            for key, have in (("encoder", vlm.encoder.name), ("pixel_shuffle", vlm.pixel_shuffle)):
+                if getattr(cfg, key) not in (None, have):
+                    raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
+        else:
+            pretrained = "encoder" not in STAGES[cfg.stage]
+            encoder = vision.make_encoder(cfg.encoder or "vit_b_16", cfg.vit_weights, pretrained)
+            add, count = (with_frame, len(FRAME) + 1) if encoder.llama4 else (with_image, 1)
+            vocab_size = shape.get("vocab_size", 512)
+            tok = adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size - count)
+            tok, *ids = add(tok)
+            if source:
+                llama = adapter.load(source, torch.float32, **kept)
+                if not cfg.lora_rank:
+                    lora.merge(llama)
+                llama = grow(llama.requires_grad_(True), tok.vocab_size)
+            else:
+                llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
+            vlm = Vlm(llama, encoder, *ids, pixel_shuffle=bool(cfg.pixel_shuffle))
+        if cfg.lora_rank and vlm.llama4:
+            raise config.Mistake("lora_rank: Llama 4's checkpoint with vision has no place for an adapter")
+        if cfg.lora_rank:
+            adapter.begin(vlm.llama, cfg.lora_rank, cfg.lora_alpha, source, cfg.seed)
+    vlm.beta = cfg.beta
+    train.need_fit(vlm.llama.config, cfg, shape if source else {}, tok.vocab_size)
+    return vlm, tok
+
+
+def grow(llama, vocab_size):
+    """Give a Llama embeddings for vocab_size tokens (up to a multiple of 64); the new ones are the mean of the old."""
+    old = llama.config.vocab_size
+    if old >= vocab_size:
+        return llama
+    llama.config = llama.model.cfg = replace(llama.config, vocab_size=-(-vocab_size // 64) * 64)
+    for layer in llama.model.embed_tokens, llama.lm_head:
+        w = layer.weight.detach()
+        layer.weight = nn.Parameter(torch.cat((w, w.mean(0).expand(llama.config.vocab_size - old, -1))))
+    if llama.config.tie_embeddings:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    return llama
+
+
+# -- a model at work ---------------------------------------------------------------------------------------------
+
+class Runner:
+    """A Vlm on its device, with its tokenizer and settings, and the pictures of a data set."""
+
+    def __init__(self, cfg, vlm, tok, device, dtype):
+        self.cfg, self.vlm, self.tok, self.device, self.dtype = cfg, vlm.to(device), tok, device, dtype
+        self.autocast = common.autocast_to(dtype, device)
+
+    def read(self, folder, *splits):
+        """The examples of these splits of a data set; from now on the runner sees its pictures."""
+        number, vlm = {}, self.vlm
+        size = min(self.cfg.block_size, vlm.llama.config.context)
+        vlm.encoder.tiles = 1  # see `Stage`
+        found = [Examples(folder, split, self.tok, len(vlm.picture_ids()), size, number) for split in splits]
+        if lost := sum(data.lost for data in found):
+            print0(f"{lost:,} examples do not fit block_size={size} and were left out")
+        if shortened := sum(data.shortened for data in found):
+            print0(f"{shortened:,} conversations were cut after the last answer that ends within block_size={size}")
+        limit = self.cfg.feature_gb if "encoder" in vlm.frozen else None
+        self.pictures = Pictures(folder, list(number), vlm.encoder, self.dtype, limit)
+        return found
+
+    def batch(self, data, which, shift=0):
+        """Inputs, targets, pictures and positions, as `Vlm.forward` takes them, of the examples numbered `which`; each
+        picture is the one that comes so many later."""
+        lines = data.lines(which)
+        x, y, positions = data.collate(lines)
+        pictures = [(p + shift) % len(self.pictures.names) for rows in lines for p in rows[0].pictures]
+        x[x == self.vlm.mark] = np.tile(self.vlm.picture_ids(), len(pictures))
+        return x, y, self.pictures(pictures), positions
+
+    def some(self, data, limit=0):
+        """The numbers of the examples to evaluate, the same each time, until they have `limit` tokens (0: of all)."""
+        which = order(0, 0, len(data))
+        if not limit:
+            return which
+        learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data.examples[i]) for i in which])
+        return which[:int(np.searchsorted(learned, limit)) + 1]
+
+    def loss(self, model, data, limit=0, shift=0):
+        """Mean loss over the learned tokens of `some` of the data; every process takes a share."""
+        mine, size = self.some(data, limit)[RANK::WORLD], self.cfg.batch_size
+        batches = (self.batch(data, mine[i:i + size], shift) for i in range(0, len(mine), size))
+        return train.evaluate(model, ((int((b[1] != -100).sum()), b) for b in batches), self.device, self.autocast)
+
+    @torch.no_grad()
+    def log_probs(self, data, which):
+        """Log-probabilities (2, n) of the chosen and rejected answers numbered `which`; every process takes a share."""
+        found, size, was = torch.zeros(2, len(which)), self.cfg.batch_size, self.vlm.training
+        mine = np.arange(len(which))[RANK::WORLD]
+        self.vlm.eval()
+        for i in track(range(0, len(mine), size), "pairs"):
+            x, y, seen, _ = common.to_device(self.device, *self.batch(data, which[mine[i:i + size]]))
+            with self.autocast:
+                nats = row_losses(self.vlm, self.vlm.embed(x, seen), y)
+            found[:, mine[i:i + size]] = -nats.view(2, -1).float().cpu()
+        self.vlm.train(was)
+        if WORLD > 1:
+            dist.all_reduce(found)
+        return found
+
+    def answers(self, rows):
+        """The model's text for each row's prompt."""
+        texts, size = [], self.cfg.batch_size
+        for i in track(range(0, len(rows), size), "answering"):
+            batch = rows[i:i + size]
+            seen = self.pictures([p for r in batch for p in r.pictures])
+            texts += self.texts([r.prompt() for r in batch], seen, number=i)
+        return texts
+
+    def texts(self, prompts, seen, canvases=None, number=0):
+        """The model's text after each prompt, as the settings ask for it; see `Vlm.generate`. number: of the first."""
+        cfg, how = self.cfg, {"num_beams": self.cfg.num_beams, "seed": self.cfg.seed + number}
+        how |= {key: getattr(cfg, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+        with self.autocast:
+            new = self.vlm.generate(prompts, seen, cfg.sample_tokens, self.tok.stop_ids, canvases, **how)
+        stops, context = self.tok.stop_ids, self.vlm.llama.config.context
+        if cut := sum(len(ids) < cfg.sample_tokens and ids[-1] not in stops for ids in new):
+            print(f"(the model's context of {context} tokens is full: {cut} texts were cut)", file=sys.stderr)
+        return [self.tok.decode([i for i in ids if i not in stops]).strip() for ids in new]
+
+
+def track(batches, what):
+    """The batches, with a bar on the first process once they take a while."""
+    from tqdm import tqdm
+    return tqdm(batches, what, unit="batch", leave=False, delay=2, disable=RANK > 0)
 
 
 # -- use ---------------------------------------------------------------------------------------------------------
@@ -610,21 +493,28 @@ def run_to_use(out_dir=None, init_from="scratch"):
     """The directory or hub name of the run in out_dir, of init_from, or of the newest run."""
     if out_dir or init_from not in ("scratch", "resume"):
         return out_dir or init_from
-    runs = [path for path in (config.ROOT / "out").glob("*/config.json") if sees(path.parent)]
-    if not runs:
+    files = [path for name in ("config.json", "vlm.json") for path in (config.ROOT / "out").glob(f"*/{name}")]
+    files = [path for path in files if sees(path.parent)]
+    if not files:
         raise config.Mistake("no model that sees under out/: train one with `python prepare/shapes.py && "
                              "python vlm.py config/vlm_shapes.py`, or name one with --init_from")
-    return max(runs, key=lambda path: path.stat().st_mtime).parent
+    return max(files, key=lambda path: path.stat().st_mtime).parent
 
 
-def load(cfg):
-    """Runner of the model that cfg names."""
+def load(cfg, kind="", what="", pack=True):
+    """Runner of the model that cfg names. Says so where the model learned other things than this kind of examples, and
+    that is known. pack: its weights, which then write text faster but have no loss."""
     directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
     dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         run = Runner(cfg, *open_run(checkpoint.find_checkpoint(directory), cfg.vit_weights), device, dtype)
-    decode.to_decode(run.vlm.llama)
+    learned = run.vlm.learned
+    if kind and learned and kind not in learned:
+        print(f"note: this run learned no {what} ({', '.join(sorted(learned))} only): expect no sense", file=sys.stderr)
+    lora.merge(run.vlm.llama)
+    if pack:
+        decode.to_decode(run.vlm.llama)
     return run
 
 
@@ -635,6 +525,9 @@ def look(run, paths, need_all=False):
     for path in paths:
         try:
             squares, canvas = encoder.cut(picture_files.read(path))
+            count, context = len(run.vlm.spread(caption_prompt(run.tok), iter([canvas]))), run.vlm.llama.config.context
+            if count >= context:
+                raise config.Mistake(f"{path}: its {count} tokens leave no room in the model's context={context}")
         except config.Mistake as e:
             if need_all:
                 raise
@@ -649,53 +542,53 @@ def caption(cfg):
     """One line for each picture, those of folders included; exit code 2 if any could not be read."""
     from tqdm import tqdm
     paths, size, failed = picture_files.expand(cfg.caption), cfg.batch_size, 0
-    run = load(cfg)
-    run.expect("caption", "captions")
+    run = load(cfg, "caption", "captions")
     bar = tqdm(total=len(paths), desc="captions", unit=" pictures", leave=False, disable=len(paths) <= size)
     for i in range(0, len(paths), size):
-        seen = look(run, paths[i:i + size])
-        failed += len(paths[i:i + size]) - len(seen)
-        good, features, canvases = zip(*seen) if seen else ((), (), ())
-        texts = run.texts([caption_prompt(run.tok)] * len(good), torch.cat(features), canvases) if good else []
-        for path, text in zip(good, texts):
-            found = json.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
-            bar.write(found if cfg.json else f"{path}: {text}")
+        some = paths[i:i + size]
+        seen = look(run, some)
+        failed += len(some) - len(seen)
+        if seen:
+            good, features, canvases = zip(*seen)
+            texts = run.texts([caption_prompt(run.tok)] * len(good), torch.cat(features), canvases, i)
+            for path, text in zip(good, texts):
+                found = json.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
+                bar.write(found if cfg.json else f"{path}: {text}")
         sys.stdout.flush()
-        bar.update(len(paths[i:i + size]))
+        bar.update(len(some))
     bar.close()
     if failed:
         sys.exit(2)
 
 
-def fitting(run, turns, canvases):
-    """(turns, ids) of a conversation about pictures of these canvases, without its oldest turns where the context is
-    full: the pictures then go to the first turn that is left. Raises `Mistake` for a question that has no place."""
-    vlm, context, count = run.vlm, run.vlm.llama.config.context, len(canvases)
-    while True:
-        if not any(IMAGE in turn["content"] for turn in turns):
-            turns = [turns[0] | {"content": with_pictures(turns[0]["content"], count)}, *turns[1:]]
+class PictureTokenizer:
+    """A tokenizer for conversations about some pictures, whose image tokens have ids of their own, which the Llama then
+    knows. So sample.py can hold such a conversation, and keep it in its cache, as if it were all words."""
+
+    def __init__(self, run, paths):
+        self.vlm, self.tok, llama = run.vlm, run.tok, run.vlm.llama
+        _, features, self.canvases = zip(*look(run, paths, need_all=True))
+        with torch.no_grad():
+            seen = run.vlm.project(torch.cat(features)).flatten(0, 1)  # (N, P, D) -> (N·P, D)
+        words, V = llama.model.embed_tokens, llama.config.vocab_size
+        llama.model.embed_tokens = vision.PictureEmbedding(words, V, seen)
+
+    def __getattr__(self, name):
+        return getattr(self.tok, name)
+
+    def chat(self, turns):
+        """ids of a conversation. The pictures stand in its first question: at its beginning, if it does not place them.
+        Raises `Mistake` where there are other pictures."""
+        count, first = len(self.canvases), next(i for i, turn in enumerate(turns) if turn["role"] == "user")
+        turns = [turn | {"content": turn["content"].replace(IMAGE, "")} if turn["role"] == "assistant" else turn
+                 for turn in turns]
+        turns[first] = turns[first] | {"content": with_pictures(turns[first]["content"], count)}
         if (places := sum(turn["content"].count(IMAGE) for turn in turns)) != count:
             raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {count}")
-        ids = vlm.spread(run.tok.chat(turns), iter(canvases))
-        if len(ids) <= context - REPLY or len(turns) == 1:
-            break
-        turns = turns[2:]
-    if len(ids) >= context:
-        raise config.Mistake(f"{len(ids)} tokens are too many for the model's context={context}: shorten it")
-    return turns, ids
-
-
-def reply(run, ids, features, show=True):
-    """The answer to a conversation as text; shown as it comes. features: of its pictures, (N, P, W)."""
-    text, new, stops = run.tok.stream(), [], run.tok.stop_ids
-    with torch.no_grad(), run.autocast:
-        embeds = run.vlm.embed(torch.from_numpy(ids)[None].to(run.device), features)
-        for token in run.vlm.llama.stream(embeds, run.cfg.sample_tokens, stops, temperature=0):
-            if token.item() not in stops:
-                new.append(token.item())
-                print(text.feed(new[-1]) if show else "", end="", flush=True)
-    print(text.end() + "\n" if show else "", end="", flush=True)
-    return run.tok.decode(new)
+        ids = self.vlm.spread(self.tok.chat(turns), iter(self.canvases))
+        here = ids == self.vlm.image_id
+        ids[here] = self.vlm.llama.config.vocab_size + np.arange(here.sum())
+        return ids.tolist()
 
 
 def ask(cfg):
@@ -703,67 +596,109 @@ def ask(cfg):
     question, *paths = cfg.ask
     if not question.strip():
         raise config.Mistake("the question is empty")
-    run = load(cfg)
-    run.expect("answer", "questions")
-    _, features, canvases = zip(*look(run, paths, need_all=True))
-    _, ids = fitting(run, [{"role": "user", "content": question.strip()}], canvases)
-    answer = reply(run, ids, torch.cat(features), show=not cfg.json)
+    run = load(cfg, "answer", "questions")
+    with run.autocast, contextlib.redirect_stdout(sys.stderr if cfg.json else sys.stdout):  # the words as they come
+        tok = PictureTokenizer(run, paths)
+        ids = sample.fitting(tok.chat([{"role": "user", "content": question.strip()}]), run.vlm.llama)
+        new = sample.write(run.vlm.llama, tok, ids, cfg, cfg.seed)
     if cfg.json:
-        print(json.dumps({"images": paths, "question": question, "answer": answer.strip()}, ensure_ascii=False))
+        answer = tok.decode([i for i in new if i not in tok.stop_ids]).strip()
+        print(json.dumps({"images": paths, "question": question, "answer": answer}, ensure_ascii=False))
 
 
 def chat(cfg):
-    """A conversation about pictures until an empty line, Ctrl-C or Ctrl-D; what cannot be asked is said."""
-    run, turns = load(cfg), []
-    run.expect("answer", "questions")
-    _, features, canvases = zip(*look(run, cfg.chat, need_all=True))
-    features = torch.cat(features)
-    while True:
-        try:
-            text = input("you> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            text = ""
-        if not text:
-            print()
-            return
-        asked = [*turns, {"role": "user", "content": text}]
-        try:
-            kept, ids = fitting(run, asked, canvases)
-        except config.Mistake as e:
-            print(e, file=sys.stderr)
-            continue
-        if len(kept) < len(asked):
-            print(f"(the context of {run.vlm.llama.config.context} tokens is full: the first "
-                  f"{(len(asked) - len(kept)) // 2} questions and answers were dropped)", file=sys.stderr)
-        print("llama> ", end="", flush=True)
-        turns = [*kept, {"role": "assistant", "content": reply(run, ids, features).replace(IMAGE, "")}]
+    """A conversation about pictures, as sample.py holds it."""
+    run = load(cfg, "answer", "questions")
+    with run.autocast:
+        sample.chat(run.vlm.llama, PictureTokenizer(run, cfg.chat), cfg, f"{len(cfg.chat)} pictures")
+
+
+def trace(cfg):
+    """List the steps from the pixels of a picture to the logits of its caption's first word."""
+    run, path = load(cfg), picture_files.expand(cfg.caption)[0]
+    squares, canvas = run.vlm.encoder.cut(picture_files.read(path))
+    ids = run.vlm.spread(caption_prompt(run.tok), iter([canvas])).tolist()
+    print(f"{path}: {len(squares)} squares {run.vlm.encoder.size} pixels wide, {len(ids)} tokens")
+    with run.autocast:
+        sample.print_steps(sample.steps_of(run.vlm, ids, None, squares.to(run.device)))
 
 
 def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
-    run, folder = load(cfg), train.folder_of(cfg)
-    data, = run.read(folder, cfg.split)
-    if data.pairs:
+    folder = train.folder_of(cfg)
+    if any("chosen" in record for record in images.load(folder, cfg.split)):  # before anything is encoded
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
-    found, pictures, n = {"loss": run.loss(run.vlm, data)}, run.pictures, len(run.pictures.names)
+    run = load(cfg, pack=False)
+    data, = run.read(folder, cfg.split)
+    rows = data.questions()
+    found, n = {"loss": run.loss(run.vlm, data)}, len(run.pictures.names)
     if n > 1:  # what the pictures are worth: each example gets another one's
-        run.pictures = lambda which: pictures([(i + n // 2) % n for i in which])
-        found["loss with wrong pictures"] = run.loss(run.vlm, data)
-        run.pictures = pictures
+        found["loss with wrong pictures"] = run.loss(run.vlm, data, shift=n // 2)
     else:
         print0(f"no loss with wrong pictures: the split has {n} in all")
-    rows = data.questions()
-    texts = run.answers(rows)
-    for kind in sorted({r.kind for r in rows}):
-        pairs = [(t, r) for t, r in zip(texts, rows) if r.kind == kind]
-        found[f"{kind} exact"] = agree(*zip(*pairs))
-        if kind == "caption":
-            found |= caption_scores(pairs)
+    decode.to_decode(run.vlm.llama)
+    found |= measured(run.answers(rows), rows)
     if cfg.json:
         print0(json.dumps({"dataset": folder.name, "split": cfg.split, "prompts": len(rows)} | found))
         return found
     print0(f"{folder.name} {cfg.split}: {len(rows):,} prompts  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     return found
+
+
+# -- settings and the command line -------------------------------------------------------------------------------
+
+@dataclass
+class VlmConfig(train.TrainConfig):
+    """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
+    stage: str = "align"  # what learns: projector; "see": encoder too; "instruct", "prefer": Llama too; "together": all
+    encoder: str | None = None  # "vit_b_16" or another of vision.py; None: the checkpoint's, else vit_b_16
+    vit_weights: str | None = None  # file of torchvision's ViT weights; None: their download, in stage together none
+    pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
+    feature_gb: float = 16.0  # [0, 1e6] of disk for what a frozen encoder saw, so that it looks once; COCO needs 35
+    beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
+    out_dir: str | None = None  # where the run is kept; None: out/vlm_<dataset>
+    dataset: str = "shapes"  # folder under data/ (or a path) made by prepare/shapes, coco, flickr8k or llava
+    sample_tokens: int = 128  # [1, inf) longest caption or answer, in tokens
+    sample_images: int = 16  # [1, inf) validation pictures described at each evaluation and drawn in samples.png
+    # -- use
+    caption: tuple[str, ...] = ()  # describe these pictures, and all in these folders
+    ask: tuple[str, ...] = ()  # a question, then the pictures that it is about
+    chat: tuple[str, ...] = ()  # talk about these pictures
+    system: str | None = None  # system message of the chat; None: the template's own
+    trace: bool = False  # list the steps from the first picture of --caption to a logit
+    json: bool = False  # print captions, an answer or scores as JSON, one object a line
+    eval: bool = False  # score the run of out_dir, or of init_from, or the newest, on a whole split
+    split: str = "val"  # {train, val, test} the split to score
+    # -- how words are chosen
+    num_beams: int = 1  # [1, 64] beams of a search for the likeliest caption; 1: word by word
+    temperature: float = 0.0  # [0, 1e4] 0 takes what is likeliest, which is what scores best; 1 is as the model thinks
+    top_p: float = 1.0  # [0, 1] keep the fewest tokens that hold this probability
+    min_p: float = 0.0  # [0, 1] keep tokens at least this likely relative to the best; 0: no limit
+    top_k = 0  # as in sample.py; in training --top_k is a key of the model, so `main` moves it here
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = (*vision.VITS, "efficientnet_lite0")
+        for name, value, allowed in (("stage", self.stage, STAGES), ("encoder", self.encoder, (None, *names))):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(a for a in allowed if a)}, not {value!r}")
+        if sum(map(bool, (self.caption, self.ask, self.chat))) > 1:
+            raise ValueError("give one of --caption, --ask and --chat")
+        if self.ask and len(self.ask) < 2:
+            raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
+        if self.trace and not self.caption:
+            raise ValueError("trace follows a picture: --trace --caption img.jpg")
+        if self.num_beams > 1 and (self.temperature or self.ask or self.chat):
+            raise ValueError("num_beams is for captions and --eval, and goes without --temperature")
+        if self.lora_rank and "llama" not in STAGES[self.stage]:
+            raise ValueError(f"lora_rank changes the Llama, which stage {self.stage} leaves as it is")
+        if self.doc_mask or self.whole_docs or self.epochs:
+            raise ValueError("doc_mask, whole_docs and epochs are for train.py")
+
+    @property
+    def max_new_tokens(self):
+        """sample.py's name of it."""
+        return self.sample_tokens
 
 
 def main(given, shape):
@@ -775,19 +710,23 @@ def main(given, shape):
         directory = run_to_use(given.get("out_dir"), given.get("init_from", "scratch"))
         named = given.get("vit_weights")
         given, shape = train.with_run(given, shape, directory, "vlm.py:VlmConfig")
+        given["lora_rank"] = 0  # its adapter is there
         if "encoder" in STAGES.get(given.get("stage"), ()):
             given["vit_weights"] = named  # not where its encoder began: it has one of its own now
     cfg = config.make(VlmConfig, given)
-    if cfg.caption:
-        caption(cfg)
-    elif cfg.ask:
-        ask(cfg)
-    elif cfg.chat:
-        chat(cfg)
-    elif cfg.eval or cfg.eval_only:
-        score(cfg)
-    else:
-        fit(cfg, shape)
+    uses = {trace: cfg.trace, caption: cfg.caption, ask: cfg.ask, chat: cfg.chat, score: cfg.eval or cfg.eval_only}
+    for use, wanted in uses.items():
+        if wanted:
+            cfg.top_k = shape.get("top_k", 0)
+            return use(cfg)
+    fit(cfg, shape)
+
+
+def fit(cfg, shape):
+    """Train one stage as `cfg` says."""
+    if cfg.shard and WORLD > 1:
+        raise config.Mistake("--shard=True splits a Llama, not one that sees")
+    train.start(Stage, cfg, shape, "vlm_")
 
 
 if __name__ == "__main__":

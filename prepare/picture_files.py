@@ -1,6 +1,7 @@
-"""Files of pictures: found by any name, read as viewers read them."""
+"""Files of pictures: found by any name, read as viewers read them, drawn with their texts."""
 import os
 import sys
+import textwrap
 import unicodedata
 import warnings
 import zlib
@@ -15,6 +16,8 @@ import config
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 MAX_PIXELS = 100_000_000  # a photo has up to 60 million; more than this is a mistake or an attack
 PNG = b"\x89PNG\r\n\x1a\n"
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC",
+         "Noto Sans Devanagari", "Noto Sans Thai")  # of `draw`: each for what the earlier ones lack
 
 
 def read(path):
@@ -155,3 +158,24 @@ def open_array(folder, names):
         raise config.Mistake(f"{len(gone):,} of the {len(names):,} pictures of {folder} are not there (any more): "
                              f"{first}; prepare the data again")
     return array
+
+
+def draw(path, pictures, texts):
+    """A grid of pictures (PIL or arrays) with their texts, as a PNG."""
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+
+    from runs import write_figure
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [name for name in FONTS if name in installed]
+    rows, columns = -(-len(texts) // 4), min(4, len(texts))
+    figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
+    for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
+        axes.imshow(picture)
+        lines = "\n".join(textwrap.fill(line, 38) for line in text.replace("$", r"\$").split("\n"))
+        axes.set_title(lines, fontsize=8, fontfamily=fonts)
+    for axes in figure.axes:
+        axes.axis("off")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
+        write_figure(figure, path)

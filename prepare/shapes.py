@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import chat, images, shards, tokenizer  # noqa: E402
+from prepare import chat, examples, images, shards, tokenizer  # noqa: E402
 
 COLORS = {"red": (215, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 55), "green": (45, 160, 70),
           "blue": (45, 85, 215), "purple": (135, 50, 170), "black": (20, 20, 20), "white": (248, 248, 248)}
@@ -214,7 +214,7 @@ def write_text(out, cfg):
         rng = random.Random(f"{cfg.seed} {split} text")
         lines[split] = [record for _ in range(count) for record in told("text", None, *scene(rng)[1:], rng)]
     texts = [turn["value"] for record in lines["train"] for turn in record["conversations"]]
-    tok, _ = images.with_image(tokenizer.train_sentencepiece(texts, VOCABULARY - 1))
+    tok, _ = examples.with_image(tokenizer.train_sentencepiece(texts, VOCABULARY - 1))
     with config.mistakes(OSError):
         out.mkdir(parents=True, exist_ok=True)
         for split, records in lines.items():

@@ -10,12 +10,13 @@ from PIL import Image
 
 import checkpoint
 import config
+import sample
 import train
 import vision
 import vlm
 from conftest import ROOT  # noqa: F401
-from model import PRESETS, KVCache, Llama, LlamaConfig
-from prepare import images, tokenizer
+from model import PRESETS, Decoder, KVCache, Llama, LlamaConfig
+from prepare import examples, images, tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the oracle")
 
@@ -52,7 +53,7 @@ def make(text=None, tower=None, frame=(93, 94, 95, 96, 91)):
 
 def theirs_of(see, folder):
     """transformers' model, read from what ours writes."""
-    tok, *_ = vision.with_frame(tokenizer.byte())
+    tok, *_ = examples.with_frame(tokenizer.byte())
     see.save_pretrained(folder, tok)
     return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -201,7 +202,7 @@ def processors(tmp_path_factory):
     """make(most tiles, size, patch) -> (Vlm, tokenizer, transformers' processor read from what ours writes)."""
     def make_processor(tiles, size=24, patch=4):
         folder = tmp_path_factory.mktemp("processor")
-        tok, patch_id, frame = vision.with_frame(tokenizer.byte())
+        tok, patch_id, frame = examples.with_frame(tokenizer.byte())
         tower = vision.VitConfig(**TOWER | dict(size=size, patch=patch, tiles=tiles))
         see = vlm.Vlm(Llama(LlamaConfig(**TEXT | dict(vocab_size=320))), vision.Vit("llama4", tower), patch_id, frame)
         see.save_pretrained(folder, tok)
@@ -278,14 +279,14 @@ def test_configs_that_cannot_be(change, message):
 
 def test_missing_weights_are_named(tmp_path):
     see = make()
-    tok, *_ = vision.with_frame(tokenizer.byte())
+    tok, *_ = examples.with_frame(tokenizer.byte())
     see.save_pretrained(tmp_path, tok)
-    hf, state = see.to_hf()
+    hf, state = vision.to_hf(see)
     del state["vision_model.class_embedding"]
     checkpoint.write(tmp_path, hf, state)
     with pytest.raises(ValueError, match="class_embedding"):
         vlm.Vlm.from_pretrained(tmp_path)
-    checkpoint.write(tmp_path, {k: v for k, v in hf.items() if k != "vision_config"}, see.to_hf()[1])
+    checkpoint.write(tmp_path, {k: v for k, v in hf.items() if k != "vision_config"}, vision.to_hf(see)[1])
     with pytest.raises(ValueError, match="does not see"):
         vlm.Vlm.from_pretrained(tmp_path)
 
@@ -339,6 +340,61 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
     assert train.runs.read_log(tmp_path / "next/log.jsonl")[-1]["exact"] == 1.0
     vlm.main(dict(init_from=str(tmp_path / "next"), ask=("colour?", str(tmp_path / "green.png")), device="cpu"), {})
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path / 'green.png'}: green square", "green"]
+
+
+def test_a_fresh_tower_learns_before_it_is_frozen(tmp_path):
+    """G11: it has no weights to download, and would see at random."""
+    np.save(tmp_path / "images.npy", np.zeros((1, 24, 24, 3), np.uint8))
+    images.save({split: [{"image": 0, "captions": ["x"]}] for split in ("train", "val")}, tmp_path, progress=False)
+    cfg = vlm.VlmConfig(stage="align", encoder="llama4_tiny", dataset=str(tmp_path), out_dir=str(tmp_path / "run"),
+                        block_size=64, device="cpu")
+    for stage in "align", "instruct":
+        with pytest.raises(config.Mistake, match="no pretrained weights of llama4_tiny"):
+            vlm.fit(replace(cfg, stage=stage), {k: v for k, v in TEXT.items() if k != "context"} | dict(vocab_size=320))
+
+
+def test_what_a_published_model_learned_is_not_known(tmp_path):
+    """So nothing is said about it, also after it has learned captions here; a run of ours knows."""
+    for learned in None, {"caption"}, set():
+        see = make(dict(vocab_size=320))
+        tok, see.image_id, see.frame = examples.with_frame(tokenizer.byte())
+        see.learned = learned
+        see.save_pretrained(tmp_path, tok)
+        assert vlm.open_run(tmp_path)[0].learned == learned
+        config_json = json.loads((tmp_path / "config.json").read_text())
+        if not learned:
+            config_json.pop("learned")
+            (tmp_path / "config.json").write_text(json.dumps(config_json))
+            assert vlm.open_run(tmp_path)[0].learned is None  # as published
+
+
+@pytest.mark.parametrize("tiles", [1, 6])
+def test_a_conversation_across_chunks(tiles, tmp_path, monkeypatch, capsys):
+    """Each turn reads what is new, however pictures of several squares lie in the chunks, and says what it says when
+    all is read anew."""
+    see = make(dict(vocab_size=320, context=512), dict(tiles=tiles))
+    tok, see.image_id, see.frame = examples.with_frame(tokenizer.byte())
+    see.save_pretrained(tmp_path / "run", tok)
+    rng = np.random.default_rng(0)
+    for name, size in ("a", (24, 48, 3)), ("b", (60, 30, 3)):
+        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(tmp_path / f"{name}.png")
+    real, said, read = sample.Conversation.reply, [], []
+    append = Decoder.append
+    monkeypatch.setattr(Decoder, "append", lambda self, x, *more: read.append(x.shape[1]) or append(self, x, *more))
+
+    def anew(self, *args):
+        self.ids = []
+        return real(self, *args)
+    for reply in real, anew:
+        monkeypatch.setattr(sample.Conversation, "reply", reply)
+        lines = iter(["what?", "and <b>?", "?" * 9, ""])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+        read.clear()
+        vlm.main(dict(init_from=str(tmp_path / "run"), chat=(str(tmp_path / "a.png"), str(tmp_path / "b.png")),
+                      sample_tokens=11, device="cpu", dtype="float32"), {})
+        said.append((capsys.readouterr().out, [n for n in read if n > 1]))
+    assert said[0][0] == said[1][0] and said[0][0].count("llama> ") == 3
+    assert said[0][1][0] == said[1][1][0] and all(n < 32 for n in said[0][1][1:]) and min(said[1][1]) > 32
 
 
 def test_a_tower_needs_a_llama4():

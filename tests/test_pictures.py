@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import config
-from prepare import images, picture_files, tokenizer
+from prepare import examples, images, picture_files, tokenizer
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 MORE = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "A cat."}]
@@ -109,8 +109,8 @@ def test_where_a_mark_may_stand(name, prepare, tmp_path):
     [(_, talk)] = images.talks_of(made["train"][0])
     assert [text.count("<image>") for _, text in talk] == marks
     assert [role for role, _ in talk] == [images.ROLES[t["from"]] for t in raw["conversations"]]
-    tok, image_id = images.with_image(tokenizer.byte())
-    data = images.Examples(tmp_path / "out", "train", tok, image_id, 4, 200, {})
+    tok, image_id = examples.with_image(tokenizer.byte())
+    data = examples.Examples(tmp_path / "out", "train", tok, 4, 200, {})
     row, = data.examples[0]
     assert len(row.pictures) == sum(marks) == (row.ids == image_id).sum()
     told = [t["value"] for t in raw["conversations"] if t["from"] == "gpt"]
@@ -183,27 +183,27 @@ def test_records_by_hand(reason, tmp_path, capsys):
     out = capsys.readouterr().out
     assert images.load(tmp_path, "train") == [good]
     assert f"{len(RECORDS[reason])} of no use: " in out and reason in out and "train record 2" in out
-    tok, image_id = images.with_image(tokenizer.byte())
+    tok, image_id = examples.with_image(tokenizer.byte())
     for record in RECORDS[reason]:
         first = record | {"chosen": "x", "rejected": "x"} if "chosen" in record else good
         write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, [first, record])))
         with pytest.raises(config.Mistake, match=r"train.jsonl, record [12]: .*" + reason) as e:
-            images.Examples(tmp_path, "train", tok, image_id, 4, 64, {})
+            examples.Examples(tmp_path, "train", tok, 4, 64, {})
         assert "\n" not in str(e.value)
 
 
 def test_several_pictures_have_captions_too(tmp_path):
-    tok, image_id = images.with_image(tokenizer.byte())
-    row, = images.rows_of({"image": ["a", "b"], "captions": ["Two."]}, tok, {"a": 0, "b": 1})
+    tok, image_id = examples.with_image(tokenizer.byte())
+    row, = examples.rows_of({"image": ["a", "b"], "captions": ["Two."]}, tok, {"a": 0, "b": 1})
     assert row.pictures == (0, 1) and list(row.prompt()) == [256, image_id, 10, image_id, 10]
 
 
 # -- cut to length -------------------------------------------------------------------------------------------------
 
-def examples(folder, records, block_size):
-    tok, image_id = images.with_image(tokenizer.byte())
+def read_examples(folder, records, block_size):
+    tok, image_id = examples.with_image(tokenizer.byte())
     write(folder / "train.jsonl", "\n".join(map(json.dumps, records)))
-    return images.Examples(folder, "train", tok, image_id, 4, block_size, {}), tok
+    return examples.Examples(folder, "train", tok, 4, block_size, {}), tok
 
 
 @pytest.mark.parametrize("block_size", range(12, 64))
@@ -211,7 +211,7 @@ def test_conversations_are_cut_at_whole_turns(block_size, tmp_path):
     """G4: two pictures in two turns, at every length: whole, cut after the first answer, or left out; each is counted.
     """
     short = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    data, tok = examples(tmp_path, [{"image": ["a", "b"], "conversations": TALK + TALK}, short], block_size)
+    data, tok = read_examples(tmp_path, [{"image": ["a", "b"], "conversations": TALK + TALK}, short], block_size)
     one = 1 + 4 + len("\nWhat?\nA dog.") + 1  # BOS, picture, words, EOS
     rows = [r for rows in data.examples for r in rows if r.pictures]
     turns = 2 if 2 * one - 1 <= block_size + 1 else 1 if one <= block_size + 1 else 0
@@ -226,12 +226,12 @@ def test_conversations_are_cut_at_whole_turns(block_size, tmp_path):
 def test_captions_and_pairs_are_whole_or_left_out(tmp_path):
     """G4: a caption without its end teaches to go on and on; a pair needs both answers."""
     long = "A dog runs and runs and runs."
-    data, tok = examples(tmp_path, [{"image": "a", "captions": ["A dog.", long]}], 20)
+    data, tok = read_examples(tmp_path, [{"image": "a", "captions": ["A dog.", long]}], 20)
     assert [tok.decode(r.ids[r.learn], special=True) for rows in data.examples for r in rows] == ["A dog.</s>"]
     assert (data.lost, data.shortened) == (1, 0)
     pairs = [{"image": "a", "question": "q", "chosen": "a", "rejected": long},
              {"image": "a", "question": "q", "chosen": "a", "rejected": "b"}]
-    data, _ = examples(tmp_path, pairs, 20)
+    data, _ = read_examples(tmp_path, pairs, 20)
     assert len(data) == 1 and data.lost == 1
 
 
@@ -486,9 +486,9 @@ def test_splits_that_are_not_there(tmp_path):
         images.load(tmp_path / "shapes", "test")
     with pytest.raises(config.Mistake, match="run `python prepare/coco.py` first"):
         images.load(tmp_path / "coco", "train")
-    tok, image_id = images.with_image(tokenizer.byte())
+    tok, image_id = examples.with_image(tokenizer.byte())
     with pytest.raises(config.Mistake, match="val.jsonl has no records"):
-        images.Examples(tmp_path / "shapes", "val", tok, image_id, 4, 64, {})
+        examples.Examples(tmp_path / "shapes", "val", tok, 4, 64, {})
 
 
 def test_a_data_set_can_be_prepared_again_after_training(prepare, tmp_path):

@@ -7,11 +7,11 @@ import pytest
 
 import scores
 from conftest import real_data
-from prepare import flickr8k, images
+from prepare import examples, flickr8k
 
 
 def row(*answers, kind="answer"):
-    return images.Row(None, None, (), answers, kind)
+    return examples.Row(None, None, (), answers, kind)
 
 
 @pytest.mark.parametrize("text, answer, same", [

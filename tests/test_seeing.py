@@ -1,5 +1,7 @@
 """vlm.py used as people use it: odd data sets, other eyes, conversations that go on, folders, JSON."""
 import json
+import os
+import shutil
 import warnings
 
 import numpy as np
@@ -8,9 +10,13 @@ import torch
 from PIL import Image
 
 import config
+import model
 import runs
+import sample
+import train
+import vision
 import vlm
-from prepare import images, picture_files
+from prepare import features, images, picture_files, tokenizer
 
 SHAPE = dict(n_layer=1, n_head=2, n_kv_head=1, dim=32, head_dim=16, ffn_dim=48, vocab_size=300)
 TALK = [{"from": "human", "value": "hi?"}, {"from": "gpt", "value": "ho"}]
@@ -203,10 +209,60 @@ def test_pictures_are_seen_whole(size):
             assert square[..., axis][inside].min() < 26 and square[..., axis][inside].max() > 229
 
 
+def test_what_an_encoder_saw_is_kept_for_each_dtype(start, tmp_path):
+    """In bfloat16 it sees with other digits than in float32."""
+    data = data_set(tmp_path / "data", [{"image": i, "captions": ["x"]} for i in range(6)])
+    encoder = vlm.Vlm.from_pretrained(start / "run").encoder
+    kept = [features.Pictures(data, list(range(6)), encoder, dtype, 1.0)([0, 5])
+            for dtype in (torch.float32, torch.bfloat16, torch.float32)]
+    assert len(list((data / "features").glob("*.ready.npy"))) == 2
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
+    assert torch.allclose(kept[0], kept[1], atol=0.1)
+
+
+def test_feature_gb_is_for_the_whole_folder(start, tmp_path, capsys):
+    """Three encoders where two have room: what was used longest ago goes."""
+    data = data_set(tmp_path / "data", [{"image": i, "captions": ["x"]} for i in range(6)])
+    encoder, place = vlm.Vlm.from_pretrained(start / "run").encoder, data / "features"
+    size = 6 * 9 * 128 * 2
+    seen = {}
+    for number in (0, 1, 0, 2, 0, 1):
+        with torch.no_grad():
+            encoder.class_embedding.fill_(number)
+        before = {path.name for path in place.glob("*")}
+        pictures = features.Pictures(data, list(range(6)), encoder, torch.float32, 2.5 * size / 2**30)
+        again = seen.setdefault(number, pictures([3]))
+        assert torch.equal(pictures([3]), again)
+        new = {path.name for path in place.glob("*")} - before
+        assert bool(new) == (capsys.readouterr().err != "") and len(list(place.glob("*"))) <= 4, number
+        seen[number, "new"] = bool(new)
+        for path in place.glob("*"):  # a clock that does not stand still
+            os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 10**9))
+    assert [seen[number, "new"] for number in range(3)] == [False, True, True]  # 0 stayed, 1 was made twice
+
+
+def test_a_save_reads_the_frozen_encoder_and_the_pairs_no_more(start, tmp_path, monkeypatch):
+    """They are the same at each: one digest for the features, one for vlm.json, one of the pairs."""
+    from safetensors.torch import load_file, save_file
+    save_file(load_file(start / "run/encoder.safetensors"), tmp_path / "a.safetensors")
+    calls = []
+    for module, name in ((vision, "digest_of"), (vlm, "fingerprint")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, real=real, name=name: calls.append(name) or real(*args))
+    vlm.fit(settings(start / "data", tmp_path / "run", stage="align", vit_weights=str(tmp_path / "a.safetensors"),
+                     max_iters=4, eval_interval=1), SHAPE)
+    assert calls == ["digest_of"] * 2
+    data = data_set(tmp_path / "data", [{"image": 0, "question": "q", "chosen": "a", "rejected": "b"}])
+    calls.clear()
+    vlm.fit(settings(data, tmp_path / "prefer", stage="prefer", init_from=str(start / "run"), encoder=None,
+                     max_iters=4, eval_interval=1), {})
+    assert calls.count("fingerprint") == 1
+
+
 def test_letters_without_a_font_are_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vlm.draw(tmp_path / "a.png", [np.zeros((8, 8, 3), np.uint8)], ["\u4e00\u53ea\u72d7 $5 \U0001f436"])
+        picture_files.draw(tmp_path / "a.png", [np.zeros((8, 8, 3), np.uint8)], ["\u4e00\u53ea\u72d7 $5 \U0001f436"])
     assert (tmp_path / "a.png").stat().st_size > 100
 
 
@@ -277,18 +333,134 @@ def test_a_conversation_goes_on(start, photos, monkeypatch, capsys):
     """G14: past the end of the context, past marks in later turns and in the model's own words, past what is too long;
     what is dropped is said, and the picture stays."""
     marks = []
-    real = vlm.Vlm.embed
-    monkeypatch.setattr(vlm.Vlm, "embed", lambda self, idx, seen: marks.append(
-        int((idx == self.image_id).sum()) // self.image_tokens) or real(self, idx, seen))
-    monkeypatch.setattr(vlm, "reply", lambda run, ids, seen, real=vlm.reply: real(run, ids, seen) + "<image>")
+    real = vlm.PictureTokenizer.chat
+
+    def ids_of(tok, turns):
+        ids = real(tok, turns)
+        marks.append(sum(i >= tok.vlm.llama.config.vocab_size for i in ids) // tok.vlm.image_tokens)
+        return ids
+    monkeypatch.setattr(vlm.PictureTokenizer, "chat", ids_of)
+    monkeypatch.setattr(vlm.PictureTokenizer, "decode", lambda tok, ids: tok.tok.decode(ids) + "<image>", raising=False)
     lines = iter(["first?", "<image> again?", *[f"what is it number {i}?" for i in range(12)], "very " * 200, "last?",
                   ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     vlm.main(USE | dict(init_from=str(start / "run"), chat=(str(photos / "a.png"),)), {})
     out, err = capsys.readouterr()
-    assert out.count("llama> ") == 14 == len(marks) and set(marks) == {1}
-    assert "places 2 pictures with <image>, but there are 1" in err and "too many for the model's context" in err
+    assert out.count("llama> ") == 14 and set(marks) == {1}
+    assert "places 2 pictures with <image>, but there are 1" in err and "context holds 64: shorten it" in err
     assert "is full: the first " in err and "were dropped" in err
+
+
+def test_a_turn_reads_only_what_is_new(start, photos, monkeypatch, capsys):
+    """And says what it says when all is read anew. Sampled, past the end of the context, with two pictures."""
+    said, read = [], []
+    real, reply = model.Decoder.append, sample.Conversation.reply
+    monkeypatch.setattr(model.Decoder, "append", lambda self, x, *more: read.append(x.shape[1]) or real(self, x, *more))
+
+    def anew(self, *args):
+        self.ids = []
+        return reply(self, *args)
+    for how in reply, anew:
+        monkeypatch.setattr(sample.Conversation, "reply", how)
+        lines = iter(["<image> or <image>?", *[f"no {i}" for i in range(5)], ""])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+        read.clear()
+        vlm.main(USE | dict(init_from=str(start / "run"), temperature=1.0, seed=3,
+                            chat=(str(photos / "a.png"), str(photos / "B.JPG"))), {"top_k": 20})
+        said.append((capsys.readouterr().out, [n for n in read if n > 1]))
+    assert said[0][0] == said[1][0] and said[0][0].count("llama> ") == 6
+    few, whole = said[0][1], said[1][1]
+    assert few[0] == whole[0] and min(whole) > 18  # of which the pictures have 18
+    assert len(few) == len(whole) == 6 and sum(n < 18 for n in few) >= 3  # all, but where the oldest turns were dropped
+
+
+def test_sampling(start, photos, capsys):
+    """As in sample.py: the seed decides, not what is captioned beside a picture; temperature 0 is greedy."""
+    def captions(**more):
+        vlm.main(USE | dict(init_from=str(start / "run"), caption=(str(photos),)) | more, {"top_k": 100})
+        return capsys.readouterr().out
+    greedy, one, two = captions(), captions(temperature=1.5, seed=1), captions(temperature=1.5, seed=2)
+    assert len({greedy, one, two}) == 3
+    assert captions(temperature=1.5, seed=1, batch_size=1) == captions(temperature=1.5, seed=1, batch_size=2) == one
+    assert captions(temperature=1e-12, seed=1) == captions(temperature=9.0, top_p=0.0) == greedy
+    with pytest.raises(config.Mistake, match="num_beams"):
+        captions(temperature=1.0, num_beams=2)
+    assert captions(num_beams=1) == greedy and captions(num_beams=3).count("\n") == 3
+    vlm.main(USE | dict(init_from=str(start / "run"), ask=("what?", str(photos / "a.png")), temperature=1.5), {})
+
+
+def test_trace(start, photos, capsys):
+    """Parameters add up to the model's, FLOPs of encoder and projector to those of the formulas."""
+    vlm.main(USE | dict(init_from=str(start / "run"), caption=(str(photos / "a.png"),), trace=True), {})
+    lines = capsys.readouterr().out.splitlines()
+    see, _ = vlm.open_run(start / "run")
+    assert lines[-1].split()[2] == f"{sum(p.numel() for p in see.parameters()):,}"
+    names = [line.split()[0] for line in lines[2:-1]]
+    groups = [name.split(".")[0] for name in names]
+    assert names[-1] == "llama.lm_head" and groups.index("encoder") < groups.index("projector") < groups.index(
+        "llama", groups.index("projector"))
+    run = vlm.load(vlm.VlmConfig(**USE, init_from=str(start / "run")))
+    steps = sample.steps_of(run.vlm, [256, *run.vlm.picture_ids(), 10], None, torch.zeros(1, 3, 48, 48))
+    flops = {part: sum(step[3] for step in steps if step[0].startswith(part)) for part in ("encoder", "projector")}
+    W, L = 128, 10  # nine patches and the class token
+    stem = sum(2 * a * b * 9 * side ** 2 for a, b, side in ((3, 32, 24), (32, 64, 12), (64, 128, 6), (128, 128, 3)))
+    layer = 2 * L * (4 * W * W + 2 * W * 4 * W) + 4 * L * L * W
+    assert flops["encoder"] == stem + 2 * W * W * 9 + layer
+    assert flops["projector"] == 2 * 9 * (W * 4 * 32 + 4 * 32 * 32)
+    with pytest.raises(config.Mistake, match="--trace --caption"):
+        vlm.main(USE | dict(init_from=str(start / "run"), trace=True), {})
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_lora(plain, start, tmp_path, photos, capsys):
+    """On a Llama that sees, and on a plain one, which gets a token for pictures: the run holds adapter and projector,
+    peft opens it, it goes on, and it is used."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+    base = start / "run"
+    shutil.copy(base / "encoder.safetensors", tmp_path / "eyes.safetensors")
+    eyes = dict(encoder="vit_tiny", vit_weights=str(tmp_path / "eyes.safetensors")) if plain else dict(encoder=None)
+    if plain:
+        base = tmp_path / "plain"
+        torch.manual_seed(0)
+        llama = model.Llama(train.shape_from(model.PRESETS["stories15m"], SHAPE | dict(
+            vocab_size=258, context=64, eos_ids=(257,))))
+        llama.save_pretrained(base)
+        tokenizer.byte().save(base)
+    before = {path.name: path.read_bytes() for path in base.glob("*.safetensors")}
+    cfg = settings(start / "data", tmp_path / "run", stage="instruct", init_from=str(base), lora_rank=2, **eyes)
+    vlm.fit(vlm.replace(cfg, learning_rate=0.1, warmup_iters=0), {})
+    assert {path.name: path.read_bytes() for path in base.glob("*.safetensors")} == before
+    files = {path.name for path in (tmp_path / "run").glob("*.safetensors")}
+    assert files == {"adapter_model.safetensors", "projector.safetensors"} | (
+        set() if plain else {"encoder.safetensors"})
+    see, _ = vlm.open_run(tmp_path / "run", eyes.get("vit_weights"))
+    idx = torch.randint(256, (2, 9))
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "run")
+    with torch.no_grad():
+        ours, wanted = see.llama(idx)[0], theirs(input_ids=idx).logits
+        assert torch.allclose(ours[..., :wanted.shape[-1]], wanted, atol=1e-5)
+        with theirs.disable_adapter():
+            assert (wanted - theirs(input_ids=idx).logits).abs().max() > 1e-3
+    changed = load_file(tmp_path / "run/adapter_model.safetensors")
+    assert all(t.any() for name, t in changed.items() if "lora_B" in name)
+    vlm.fit(vlm.replace(cfg, init_from="resume", max_iters=3), {})
+    assert runs.read_log(tmp_path / "run/log.jsonl")[-1]["step"] == 3
+    capsys.readouterr()
+    vlm.main(USE | dict(init_from=str(tmp_path / "run"), caption=(str(photos / "a.png"),),
+                        vit_weights=eyes.get("vit_weights")), {})
+    assert capsys.readouterr().out.startswith(str(photos / "a.png"))
+    vlm.main(dict(out_dir=str(tmp_path / "run"), eval=True, device="cpu"), {})
+    assert "6 prompts" in capsys.readouterr().out
+    with pytest.raises(config.Mistake, match="stage align leaves"):
+        vlm.main(dict(stage="align", init_from=str(base), lora_rank=2), {})
+
+
+def test_pairs_are_refused_before_a_model_is_read(start, tmp_path, monkeypatch):
+    data = data_set(tmp_path / "data", [{"image": 0, "question": "q", "chosen": "a", "rejected": "b"}])
+    monkeypatch.setattr(vlm, "load", lambda *args, **more: pytest.fail("the model was read"))
+    with pytest.raises(config.Mistake, match="preferences"):
+        vlm.score(settings(data, start / "run", encoder=None, eval=True))
 
 
 def test_nothing_usable_in_a_split_says_so(start, tmp_path):

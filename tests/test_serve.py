@@ -27,7 +27,8 @@ import serve  # noqa: E402
 import vision  # noqa: E402
 import vlm  # noqa: E402
 from conftest import PATIENCE, ROOT  # noqa: E402
-from prepare import images, tokenizer  # noqa: E402
+from prepare import examples, tokenizer  # noqa: E402
+from prepare.images import with_pictures  # noqa: E402
 from test_model import build, tiny  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
@@ -293,7 +294,7 @@ def about(*urls, text="what?"):
 def eyes(tmp_path_factory):
     """(Engine, address) of a run that sees, its weights random."""
     torch.manual_seed(0)
-    tok, image_id = images.with_image(characters("\n"))
+    tok, image_id = examples.with_image(characters("\n"))
     llama = build(tiny("stories15m", vocab_size=tok.vocab_size, context=200))
     model = vlm.Vlm(llama, vision.make_encoder("vit_tiny", None, False), image_id).freeze(("encoder",))
     run = tmp_path_factory.mktemp("out") / "eyes"
@@ -306,13 +307,13 @@ def eyes(tmp_path_factory):
 def test_an_answer_about_pictures_is_the_models(eyes):
     """As vlm.py --ask has it, one after another and all at once; each picture counts."""
     engine, address = eyes
-    engine.eyes.cfg.sample_tokens = 12
 
     def expected(*urls):
-        files = [io.BytesIO(base64.b64decode(url.partition(",")[2])) for url in urls]
-        _, features, canvases = zip(*vlm.look(engine.eyes, files))
-        _, ids = vlm.fitting(engine.eyes, [{"role": "user", "content": "what?"}], canvases)
-        return vlm.reply(engine.eyes, ids, torch.cat(features), show=False)
+        files, run = [io.BytesIO(base64.b64decode(url.partition(",")[2])) for url in urls], engine.eyes
+        _, features, canvases = zip(*vlm.look(run, files))
+        ids = run.tok.chat([{"role": "user", "content": with_pictures("what?", len(urls))}])
+        new, = run.vlm.generate([ids], torch.cat(features), 12, run.tok.stop_ids, canvases)
+        return run.tok.decode([i for i in new if i not in run.tok.stop_ids])
     asked = [(uri(),), (uri(color="blue"),), (uri(), uri(color="blue")), (uri(50, 8, "green", "webp"),)]
     client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
 import train  # noqa: E402
 import vlm  # noqa: E402
-from prepare import images, shapes, shards, tokenizer  # noqa: E402
+from prepare import examples, images, shapes, shards, tokenizer  # noqa: E402
 
 CAPTION = re.compile(r"a (small|large) (\w+) (\w+) at the (\w+(?: (?:left|right))?)(?: and |$)")
 CELL = shapes.SIDE // 3  # pixels of a place
@@ -246,10 +246,10 @@ def test_text_is_read_alone_and_as_a_picture_is(monkeypatch, tmp_path):
 
 
 def test_a_preferred_caption_is_asked_for_as_any_caption(tmp_path):
-    tok, image_id = images.with_image(tokenizer.byte())
+    tok, image_id = examples.with_image(tokenizer.byte())
     pair = {"image": 0, "question": "<image>", "chosen": "a", "rejected": "b"}
-    caption, = images.rows_of({"image": 0, "captions": ["a"]}, tok, {})
-    chosen, _ = images.rows_of(pair, tok, {})
+    caption, = examples.rows_of({"image": 0, "captions": ["a"]}, tok, {})
+    chosen, _ = examples.rows_of(pair, tok, {})
     assert chosen.ids.tolist() == caption.ids.tolist() and chosen.learn.tolist() == caption.learn.tolist()
 
 

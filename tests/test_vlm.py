@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -16,13 +15,14 @@ from safetensors.torch import save_file
 
 import common
 import config
+import decode
 import runs
 import train
 import vision
 import vlm
 from conftest import PATIENCE, ROOT, real_data
 from model import PRESETS, Llama
-from prepare import images, picture_files, tokenizer
+from prepare import examples, features, images, picture_files, tokenizer
 
 TINY = dict(n_layer=2, n_head=2, n_kv_head=1, dim=32, head_dim=16, ffn_dim=48)
 
@@ -38,7 +38,7 @@ def small_encoder():
 def tiny(tok=None, encoder="vit_test", **more):
     """(Vlm, tokenizer) with random weights."""
     torch.manual_seed(0)
-    tok, image_id = images.with_image(tok or tokenizer.byte())
+    tok, image_id = examples.with_image(tok or tokenizer.byte())
     shape = TINY | dict(vocab_size=tok.vocab_size, context=128, eos_ids=(257,)) | more
     llama = Llama(train.shape_from(PRESETS["stories15m"], shape))
     return vlm.Vlm(llama, vision.make_encoder(encoder, pretrained=False), image_id).eval(), tok
@@ -170,7 +170,7 @@ def test_pictures_stand_where_they_are_named():
     """Two rows with one and two pictures: each projected token lies at its place, all else is the text's embedding."""
     see, tok = tiny()
     image = see.image_id
-    rows = [images.spread(np.array(ids), image, 4) for ids in ([5, image, 6, 7, 8, 9, 10], [image, 5, image])]
+    rows = [examples.spread(np.array(ids), image, 4) for ids in ([5, image, 6, 7, 8, 9, 10], [image, 5, image])]
     idx = torch.zeros(2, 11, dtype=torch.long)
     for i, ids in enumerate(rows):
         idx[i, :len(ids)] = torch.from_numpy(ids)
@@ -185,8 +185,8 @@ def test_pictures_stand_where_they_are_named():
 
 def test_image_token_survives_saving(tmp_path):
     """<image> is one id, in any text, here and in AutoTokenizer; conversations have a form."""
-    tok, image_id = images.with_image(tokenizer.byte())
-    assert images.with_image(tok)[1] == image_id == tok.vocab_size - 1
+    tok, image_id = examples.with_image(tokenizer.byte())
+    assert examples.with_image(tok)[1] == image_id == tok.vocab_size - 1
     tok.save(tmp_path)
     again = tokenizer.load(tmp_path)
     assert tok.encode("a<image>b") == again.encode("a<image>b") == [97, image_id, 98]
@@ -217,7 +217,7 @@ def learned(row, tok):
 
 def test_captions_learn_their_words_and_end():
     _, tok = tiny()
-    rows = images.rows_of({"image": "a", "captions": ["A dog.", "A cat."]}, tok, {"a": 7})
+    rows = examples.rows_of({"image": "a", "captions": ["A dog.", "A cat."]}, tok, {"a": 7})
     assert [learned(r, tok) for r in rows] == ["A dog.</s>", "A cat.</s>"]
     assert rows[0].pictures == (7,) and list(rows[0].prompt()) == [256, tok.vocab_size - 1, ord("\n")]
     assert rows[0].answers == ("A dog.", "A cat.")
@@ -235,27 +235,27 @@ def test_conversations_learn_the_assistants_words_only(template):
             {**tok.spec["added_tokens"][0], "content": t, "id": 258 + i}
             for i, t in enumerate(["<|im_start|>", "<|im_end|>"])]}
         tok = tokenizer.Tokenizer(spec, tok.settings | {"chat_template": template})
-    tok, image_id = images.with_image(tok)
+    tok, image_id = examples.with_image(tok)
     talk = [("human", "What?\n<image>"), ("gpt", "A dog."), ("human", "Where? <|im_end|></s>"), ("gpt", "Here.")]
-    row, = images.rows_of({"image": "a", "conversations": [{"from": f, "value": v} for f, v in talk]}, tok, {"a": 0})
+    row, = examples.rows_of({"image": "a", "conversations": [{"from": f, "value": v} for f, v in talk]}, tok, {"a": 0})
     end = "<|im_end|>" if template else "</s>"
     assert learned(row, tok) == f"A dog.{end}Here.{end}"
     assert (row.ids == image_id).sum() == 1 and not row.learn[row.ids == image_id].any()
     inference = tok.chat([{"role": "user", "content": "What?\n<image>"}])
     assert list(row.prompt()) == inference
     greeting = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
-    text, = images.rows_of({"conversations": greeting}, tok, {})
+    text, = examples.rows_of({"conversations": greeting}, tok, {})
     assert text.pictures == () and learned(text, tok) == f"ho{end}"
 
 
 def test_rows_that_do_not_fit_are_left_out(squares):
     see, tok = tiny()
-    whole = images.Examples(squares, "train", tok, see.image_id, 4, 64, {})
+    whole = examples.Examples(squares, "train", tok, 4, 64, {})
     assert len(whole) == 5 and whole.lost == 0  # four pictures with a caption and a question each, and a row without
-    short = images.Examples(squares, "train", tok, see.image_id, 4, 6, {})  # BOS and 4 image tokens: no room for words
+    short = examples.Examples(squares, "train", tok, 4, 6, {})  # BOS and 4 image tokens: no room for words
     assert len(short) == 1 and short.lost == 8 and short.examples[0][0].pictures == ()
     with pytest.raises(config.Mistake, match="fits block_size"):
-        images.Examples(squares, "val", tok, see.image_id, 4, 4, {})
+        examples.Examples(squares, "val", tok, 4, 4, {})
 
 
 def test_batch_has_targets_at_the_words_only(squares):
@@ -303,12 +303,78 @@ def test_padding_and_company_change_nothing():
     prompts = [tok.encode("<image> a", bos=True), tok.encode("<image> long prompt <image>", bos=True)]
     together = see.generate(prompts, x, 12, {257})
     assert together == see.generate(prompts[:1], x[:1], 12, {257}) + see.generate(prompts[1:], x[1:], 12, {257})
-    ids = torch.from_numpy(images.spread(np.array(prompts[1]), see.image_id, 4))[None]
+    ids = torch.from_numpy(examples.spread(np.array(prompts[1]), see.image_id, 4))[None]
     for token in together[1]:  # the cache gives what the full forward gives
         assert see(ids, None, x[1:])[0][0, -1].argmax() == token or token == see.image_id
         if token == see.image_id:
             break
         ids = torch.cat((ids, torch.tensor([[token]])), 1)
+
+
+@pytest.mark.parametrize("seed, beams", [(seed, beams) for seed in range(4) for beams in (2, 3, 6)])
+@pytest.mark.parametrize("more", [dict(), dict(arch="llama4", nope_every=2, chunk=4, n_experts=2)], ids=["llama", "4"])
+def test_beams_are_those_of_transformers(seed, beams, more, tmp_path):
+    """Of ids and of their embeddings: texts that end early, late, never; two ids that end one."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    shape = TINY | dict(vocab_size=13, context=40, n_kv_head=2, eos_ids=()) | more
+    llama = Llama(train.shape_from(PRESETS["llama4-tiny" if more else "stories15m"], shape)).eval()
+    with torch.no_grad():
+        for p in llama.parameters():
+            p.mul_(2)
+    llama.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    lengths = set()
+    for T, ends, new in (1, {3}, 12), (7, {3}, 9), (5, {3, 4}, 12), (5, set(), 8), (9, {5}, 60):
+        idx = torch.randint(13, (1, T))
+        wanted = theirs.generate(idx, attention_mask=torch.ones_like(idx), num_beams=beams, do_sample=False,
+                                 max_new_tokens=min(new, 40 - T), eos_token_id=sorted(ends) or None, pad_token_id=0)
+        wanted = wanted[0, T:].tolist()
+        embeds = llama.model.embed_tokens(idx)[0]
+        for prompt in idx[0].tolist(), embeds:
+            found = decode.beam_search(llama, prompt, new, beams, frozenset(ends))
+            assert found == wanted[:len(found)] and not any(wanted[len(found):]), (T, ends)
+        lengths.add(len(found))
+    assert len(lengths) > 1
+
+
+def test_beams_find_likelier_texts():
+    """About pictures, by the mean log-probability of their tokens; of some prompts they are those of the greedy way."""
+    see, tok = tiny()
+    with torch.no_grad():
+        for p in see.llama.parameters():
+            p.mul_(2)
+    x, prompts = torch.randn(6, 3, 16, 16), [tok.encode(f"<image> {i}", bos=True) for i in range(6)]
+
+    def mean(prompt, new, picture):
+        with torch.no_grad():
+            words = see.llama.model.embed_tokens(torch.tensor([new[:-1]]).long())
+            embeds = torch.cat((see.embed(torch.from_numpy(see.spread(prompt))[None], picture[None]), words), 1)
+            p = see.llama(embeds=embeds)[0].log_softmax(-1)[0, -len(new):]
+        return p.gather(1, torch.tensor(new)[:, None]).mean().item()
+    greedy, beams = ([mean(*one) for one in zip(prompts, see.generate(prompts, x, 12, {257}, num_beams=n), x)]
+                     for n in (1, 8))
+    assert np.mean(beams) > np.mean(greedy) + 0.01
+
+
+def test_what_does_not_fit_the_context_is_one_line(zoo, tmp_path, capsys):
+    """A prompt with its picture, and an answer that would be longer than what is left."""
+    good, _ = zoo
+    use = dict(device="cpu", dtype="float32", caption=(str(good["plain.jpg"]),))
+    for context in 6, 9:  # BOS, four image tokens and a line's end are six
+        see, tok = tiny(context=context)
+        see.freeze({"encoder"}).save_pretrained(tmp_path / str(context), tok)
+    with pytest.raises(SystemExit) as e:
+        vlm.main(use | dict(init_from=str(tmp_path / "6")), {})
+    assert e.value.code == 2 and capsys.readouterr().err == (
+        f"error: {good['plain.jpg']}: its 6 tokens leave no room in the model's context=6\n")
+    for length, said in (3, ""), (4, "(the model's context of 9 tokens is full: 1 texts were cut)\n"):
+        vlm.main(use | dict(init_from=str(tmp_path / "9"), sample_tokens=length), {})
+        assert capsys.readouterr().err == said
+    for length, said in (1, ""), (3, "(the model's context of 9 tokens is full)\n"):  # a question has two tokens more
+        vlm.main(use | dict(init_from=str(tmp_path / "9"), sample_tokens=length, caption=(),
+                            ask=("x", str(good["plain.jpg"]))), {})
+        assert capsys.readouterr().err == said
 
 
 # -- pictures of every kind ----------------------------------------------------------------------------------------
@@ -498,8 +564,8 @@ def test_a_frozen_encoder_sees_each_picture_once(start, squares, tmp_path, monke
     vlm.fit(settings(squares, tmp_path / "b", **more), {})
     assert sum(seen) == 8
     see, names = vlm.Vlm.from_pretrained(start), list(range(8))
-    kept = vision.Pictures(squares, names, see.encoder, torch.device("cpu"), nullcontext(), 1.0)([5, 2])
-    fresh = vision.Pictures(squares, names, see.encoder, torch.device("cpu"), nullcontext(), 0.0)([5, 2])
+    kept = features.Pictures(squares, names, see.encoder, torch.float32, 1.0)([5, 2])
+    fresh = features.Pictures(squares, names, see.encoder, torch.float32, 0.0)([5, 2])
     assert torch.allclose(kept, fresh, atol=2e-3) and kept.std() > 0.1
 
 
@@ -520,8 +586,8 @@ def test_preferences(start, squares, tmp_path):
     old, new, tok = vlm.Vlm.from_pretrained(start), vlm.Vlm.from_pretrained(tmp_path / "run"), tokenizer.load(start)
     logp = {}
     for name, see in (("old", old), ("new", new)):
-        for row in images.rows_of(pairs[0], tok, {0: 0}):
-            ids = torch.from_numpy(images.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
+        for row in examples.rows_of(pairs[0], tok, {0: 0}):
+            ids = torch.from_numpy(examples.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
             x = vision.square(np.load(folder / "images.npy")[0], 16)
             with torch.no_grad():
                 p = see(ids[:, :-1], None, x)[0].log_softmax(-1)
@@ -563,7 +629,7 @@ def test_saved_model_is_the_same(tmp_path):
     see, tok = tiny()
     see.freeze({"encoder"}).eval().save_pretrained(tmp_path, tok)
     again = vlm.Vlm.from_pretrained(tmp_path)
-    idx = torch.from_numpy(images.spread(np.array(tok.encode("<image> hi", bos=True)), see.image_id, 4))[None]
+    idx = torch.from_numpy(examples.spread(np.array(tok.encode("<image> hi", bos=True)), see.image_id, 4))[None]
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(see(idx, None, x)[0], again(idx, None, x)[0])
@@ -582,7 +648,7 @@ def test_ask_and_chat(start, zoo, monkeypatch, capsys):
         vlm.main(use | dict(ask=("colour?", str(bad["text.jpg"]))), {})
     with pytest.raises(config.Mistake, match="places 2 pictures"):
         vlm.main(use | dict(ask=("<image> or <image>?", str(good["plain.jpg"]))), {})
-    with pytest.raises(config.Mistake, match="too many for the model's context=64"):
+    with pytest.raises(config.Mistake, match="context holds 64: shorten it"):
         vlm.main(use | dict(ask=("very " * 20, str(good["plain.jpg"]))), {})
     with pytest.raises(config.Mistake, match="a question and at least one picture"):
         vlm.main(use | dict(ask=("colour?",)), {})
@@ -602,8 +668,8 @@ def test_eval_scores(start, squares, capsys):
     nats = n = 0
     pixels = np.load(squares / "images.npy")
     for record in images.load(squares, "val"):
-        for row in images.rows_of(record, tok, {i: i for i in range(8)}):
-            ids = torch.from_numpy(images.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
+        for row in examples.rows_of(record, tok, {i: i for i in range(8)}):
+            ids = torch.from_numpy(examples.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
             with torch.no_grad():
                 p = see(ids[:, :-1], None, vision.square(pixels[row.pictures[0]], 16))[0].log_softmax(-1)
             k = int(row.learn.sum())
@@ -615,7 +681,7 @@ def test_eval_scores(start, squares, capsys):
 def test_caption_scores_of_known_captions():
     pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap")
     texts = ["A dog runs on green grass.", "Two children play in the blue water.", "The old man sits at a long table."]
-    rows = [images.Row(None, None, (), (t.replace(".", " ."), "some other words entirely here"), "caption")
+    rows = [examples.Row(None, None, (), (t.replace(".", " ."), "some other words entirely here"), "caption")
             for t in texts]
     right = vlm.caption_scores(list(zip(texts, rows)))
     wrong = vlm.caption_scores(list(zip(texts[1:] + texts[:1], rows)))
