@@ -1,10 +1,10 @@
 """The quick start's Llama learns to answer questions about its tales: some minutes on two cores.
 
-    python prepare/tales.py && python train.py config/tales.py
+    python train.py config/quiz_begin.py      # after what it begins with
     python prepare/quiz.py && python train.py config/quiz.py
 """
 dataset = "quiz"
-init_from = "out/tales"
+init_from = "out/quiz_begin"
 context = 448  # the tales' is 120; the longest conversation has some 400 tokens
 block_size = 448
 batch_size = 5  # sequences of conversations, about 2,200 tokens

@@ -1,7 +1,7 @@
 """Built-in conversations: questions about the tales of prepare/tales.py, whose answers are exact.
 
-    python prepare/tales.py && python prepare/quiz.py       # writes data/quiz: no download, two minutes
-    python prepare/quiz.py --conversations=80000            # more of them
+    python prepare/tales.py && python prepare/quiz.py       # writes data/quiz: no download, a minute
+    python prepare/quiz.py --names=False --excerpts=1 --conversations=8000 --out=data/quiz_begin      # to begin with
 
 A conversation begins with one tale or two, told by the grammar; the answer to every question is in them. Every seventh
 combination of hero, helper and what the helper wears is held out (see `combinations`): validation tells of these only,
@@ -9,9 +9,9 @@ training of the others only. So a model that answers about validation has read t
 is right who has not read it, exact from the grammar; kinds of questions where that is more than half are not asked.
 
 The quick start's model copies names, which tales repeat. What a tale tells once, as where a hat was, it has never
-copied: none of its heads looks for it, and its outputs hardly tell such words apart. Both are learned together, the
-sooner the more of what is read is asked about and the shorter it is. So most conversations to learn from are about a
-sentence or two.
+copied: none of its heads looks for it, and its outputs hardly tell such words apart. Neither is learned without the
+other, and beside questions for names, which are easy, it is not learned at all. So data/quiz_begin asks for no names,
+and about a sentence or two, where there are few words to look among.
 
 train.jsonl, val.jsonl: the conversations as {"messages": [...], "wrong": [...]}, for any model and its chat template.
 meta.json, shards: the same in the ids of the tales' tokenizer, with marks of what is learned (see prepare/chat.py). It
@@ -221,11 +221,12 @@ FILES = rf"{shards.DATA_FILES}|(train|val)\.jsonl(\.\d+\.tmp)?"  # those of this
 @dataclass
 class Settings:
     """How many conversations, and where they go."""
-    conversations: int = 40000  # [1, inf) to learn from, 3.5 million tokens: as much as two cores read in five minutes
+    conversations: int = 20000  # [1, inf) to learn from, 4 million tokens: more than a laptop reads in five minutes
     val_conversations: int = 6000  # [1, inf) of held-out combinations, a question each: 95 % has an error of 0.3 points
     questions: int = 20  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
-    two_tales: float = 0.25  # [0, 1] share of the conversations about whole tales that have two, and are learned last
-    excerpts: float = 0.8  # [0, 1] share of the training conversations about a sentence or two: copying begins there
+    names: bool = True  # False: no questions for the name of a hero or a helper
+    two_tales: float = 0.2  # [0, 1] share of the conversations about whole tales that have two, which are learned last
+    excerpts: float = 0.0  # [0, 1] share of the training conversations that are about a sentence or two
     tokenizer: str | None = None  # file or folder, of the model that is to learn; None: data/tales, the quick start's
     seed: int = 1337  # [0, inf) the same seed gives the same files
     out: str | None = None  # folder to write; None: data/quiz
@@ -253,7 +254,8 @@ def main():
     out, tales = shards.own_folder(cfg.out or config.ROOT / "data/quiz", FILES), config.ROOT / "data/tales"
     if cfg.tokenizer is None and not (tales / "meta.json").is_file():
         raise config.Mistake("no data in data/tales: run `python prepare/tales.py` first, or give --tokenizer FOLDER")
-    tok, asked = with_template(tokenizer.load(cfg.tokenizer or tales)), kinds()
+    tok = with_template(tokenizer.load(cfg.tokenizer or tales))
+    asked = [kind for kind in kinds() if cfg.names or not kind.question.startswith("who")]
     with config.mistakes(OSError):
         out.mkdir(parents=True, exist_ok=True)
         write(out, cfg, asked)

@@ -1,6 +1,7 @@
 """The quiz's table: what answers, rewards and their controls teach the quick start's model.
 
     python prepare/tales.py && python train.py config/tales.py && python prepare/quiz.py
+    python prepare/quiz.py --names=False --excerpts=1 --conversations=8000 --out=data/quiz_begin
     python tests/quiz_table.py                                      # all rows; two cores: 40 minutes
     python tests/quiz_table.py half grpo --device=cpu               # some, with keys for all of them
 
@@ -21,9 +22,11 @@ import runs  # noqa: E402
 
 OUT = ROOT / "out/quiz_table"
 ROWS = {  # name: (what is learned, the command, where it begins)
-    "sft": ("the answers (SFT)", "train.py config/quiz.py", "out/tales"),
-    "lora": ("the same with LoRA", "train.py config/quiz.py --lora_rank=16", "out/tales"),
-    "half": ("SFT, stopped early", "train.py config/quiz.py --max_iters=200", "out/tales"),
+    "begin": ("to copy", "train.py config/quiz_begin.py", "out/tales"),
+    "sft": ("then the answers (SFT)", "train.py config/quiz.py", "begin"),
+    "lora_begin": ("to copy, with LoRA", "train.py config/quiz_begin.py --lora_rank=16", "out/tales"),
+    "lora": ("then the answers, with LoRA", "train.py config/quiz.py", "lora_begin"),
+    "half": ("SFT, stopped early", "train.py config/quiz.py --max_iters=250", "begin"),
     "grpo": ("rewards (GRPO)", "feedback.py config/quiz_grpo.py", "half"),
     "rank1": ("rewards, LoRA of rank 1", "feedback.py config/quiz_grpo.py --lora_rank=1", "half"),
     "rejection": ("its own right answers (rejection sampling)", "feedback.py config/quiz_grpo.py --baseline=zero",
