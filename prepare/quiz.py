@@ -60,13 +60,8 @@ story: who was in a {shade} {garment}? the {helper}
 story: what was the {helper} in? a {shade} {garment}
 story: who liked {soup} soup? {hero}
 story: what did {hero} like? {soup} soup
-story: what was {hero}? a {trait} {kind}
-story: how was the {helper}? {look}
 story: how was the weather? {weather}
-story: what did they share? {treat}
-lost: what did {hero} find first? {junk}
 mystery: what did {hero} think of? a {monster}
-rescue: what did {hero} have? a {color} {tool}
 """
 COMBINATION = ("hero", "helper", "shade", "garment")  # every tale has one of each
 TEMPLATE = """\
