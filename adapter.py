@@ -22,13 +22,11 @@ class MergeConfig:
     """How to merge an adapter into its base model."""
     merge: str | None = None  # directory or hub name of the adapter
     out: str | None = None  # directory for the whole weights
-    dtype: str = "float32"  # "float32" keeps the change as it was learned; "bfloat16" is half as large and rounds it
+    dtype: str = "float32"  # {float32, bfloat16, float16} float32 keeps what was learned; the others round it
 
     def __post_init__(self):
         if not self.merge or not self.out:
             raise ValueError("what is to be merged, and where to? --merge=ADAPTER --out=DIRECTORY")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
 
 
 if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
@@ -106,7 +104,8 @@ def describe(llama):
     """What learns, as people read it."""
     a, count = llama.adapter, sum(p.numel() for p in llama.parameters() if p.requires_grad)
     return (f"rank {a['r']}, alpha {a['lora_alpha']}, on {a['base_model_name_or_path']}: {count:,} parameters learn, "
-            f"the others are {str(llama.lm_head.weight.dtype).removeprefix('torch.')} and frozen")
+            f"the others are {str(llama.lm_head.weight.dtype).removeprefix('torch.')} and frozen"
+            + "; without the dropout that it was learned with" * bool(a.get("lora_dropout")))
 
 
 # -- layout of the tensors -------------------------------------------------------------------------------------------
@@ -284,8 +283,8 @@ def main(cfg):
         directory = checkpoint.find_checkpoint(cfg.merge)
         if not is_adapter(directory):
             raise config.Mistake(f"{directory} holds no adapter (adapter_config.json)")
-        if is_adapter(cfg.out):
-            raise config.Mistake(f"{cfg.out} holds an adapter: give another --out")
+        if Path(cfg.out).is_dir() and any(Path(cfg.out).iterdir()):
+            raise config.Mistake(f"{cfg.out} is not empty: give another --out")
         llama, tok = load(directory, torch.float32), load_tokenizer(directory)
         lost = lora.merge(llama, getattr(torch, cfg.dtype))
         checkpoint.save(llama, cfg.out)

@@ -2,6 +2,7 @@
 
     python feedback.py config/quiz_grpo.py --init_from=out/quiz     its own answers, rewarded where they are right
     python feedback.py config/quiz_dpo.py --init_from=out/quiz      pairs of a right and a wrong answer
+    python feedback.py --eval_only --init_from=out/quiz             how many of all validation questions it answers
 
 GRPO, on policy: for each question the model draws a group of answers; one that earns more than the mean of its group
 becomes likelier, one that earns less becomes rarer. Each answer is used once, so nothing has to be clipped, and there
@@ -11,7 +12,9 @@ Sources: GRPO, DeepSeekMath (arXiv:2402.03300); the mean over tokens, DAPO (2503
 """
 import copy
 import json
+from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import config
 
@@ -37,41 +40,32 @@ class FeedbackConfig(train.TrainConfig):
     """How to learn from feedback; batch_size counts questions (or pairs)."""
     dataset: str = "quiz"  # folder under data/ (or a path) with conversations in train.jsonl and val.jsonl
     out_dir: str | None = None  # where the run is kept; None: out/feedback_<dataset>
-    objective: str = "grpo"  # "grpo" draws answers and rewards them; "dpo" compares two that are given
+    objective: str = "grpo"  # {grpo, dpo} grpo draws answers and rewards them; dpo compares two that are given
     group: int = 8  # [2, inf) answers to one question: some must be right and some wrong to teach anything
-    baseline: str = "mean"  # what a reward is compared to: "mean" of its group; "zero" learns right answers alone
-    reward: str = "right"  # "right" rewards the right answer; "random" is the control, which must gain nothing
+    baseline: str = "mean"  # {mean, zero} that rewards count beside: the mean of a group; zero learns right ones alone
+    reward: str = "right"  # {right, random} random is the control, which must gain nothing
     answer_tokens: int = 16  # [1, inf) longest answer
     eval_questions: int = 1000  # [1, inf) validation questions answered greedily at each evaluation
     beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
     reference: str | None = None  # DPO's reference model; None: what the run starts from
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name, allowed in (("objective", ("grpo", "dpo")), ("baseline", ("mean", "zero")),
-                              ("reward", ("right", "random"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
-
-@dataclass
-class Question:
-    """A place in a conversation where the model is to answer."""
-    turns: list  # the messages before the answer
+class Question(NamedTuple):
+    """What a model is asked."""
+    turns: list  # messages, up to the answer
     answer: str
     wrong: str | None = None  # a wrong answer, if the data has one
 
 
 def read_questions(folder, split):
-    """The questions of <split>.jsonl, whose lines are {"messages": [...], "wrong": [an answer to each question]}."""
+    """The first question of each conversation in <split>.jsonl: lines {"messages": [...], "wrong": [an answer to each
+    question]}."""
     path, questions = folder / f"{split}.jsonl", []
     with config.mistakes(OSError, ValueError, KeyError, prefix=f"cannot read {path}: "):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            wrong = iter(record.get("wrong", ()))
-            for i, message in enumerate(record["messages"]):
-                if message["role"] == "assistant":
-                    questions.append(Question(record["messages"][:i], message["content"], next(wrong, None)))
+        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            turns = record["messages"]
+            n = [message["role"] for message in turns].index("assistant")
+            questions.append(Question(turns[:n], turns[n]["content"], *record.get("wrong", ())[:1]))
     if not questions:
         raise config.Mistake(f"{path} asks nothing")
     return questions
@@ -79,24 +73,24 @@ def read_questions(folder, split):
 
 # -- objectives --------------------------------------------------------------------------------------------------
 
-def row_losses(llama, idx, targets):
-    """The summed nats of each row's targets, (B,), for idx and targets (B, T), -100 where nothing is learned."""
-    source = (targets.flatten() != -100).nonzero().squeeze(1)  # (M,)
-    nats = llama.losses(idx, None, source, targets.flatten()[source])  # (M,)
-    row = source // idx.shape[1]
-    return torch.zeros(len(idx), device=idx.device).index_add(0, row, nats)
+class Answers(nn.Module):
+    """A Llama and what its answers are to become: loss_of(nats of each (B,), what belongs to them) -> (any, loss)."""
 
-
-class Rewarded(nn.Module):
-    """A Llama whose loss is the policy gradient's: nats of each answer times its weight."""
-
-    def __init__(self, llama):
+    def __init__(self, llama, loss_of):
         super().__init__()
-        self.llama = llama
+        self.llama, self.loss_of = llama, loss_of
 
-    def forward(self, idx, targets, weights):
-        """idx, targets (B, T), weights (B,): advantage over the tokens of the micro-batch -> (None, loss)."""
-        return None, (row_losses(self.llama, idx, targets) * weights).sum()
+    def forward(self, idx, targets, given=None):
+        """idx, targets (B, T), -100 where nothing is learned."""
+        place = (targets.flatten() != -100).nonzero().squeeze(1)  # (M,)
+        nats = self.llama.losses(idx, None, place, targets.flatten()[place])  # (M,)
+        answer = place // idx.shape[1]  # (M,): which each belongs to
+        return self.loss_of(torch.zeros(len(idx), device=idx.device).index_add(0, answer, nats), given)
+
+
+def policy_loss(nats, weights):
+    """The policy gradient's loss, for weights (B,): advantages over the tokens of the micro-batch."""
+    return None, (nats * weights).sum()
 
 
 def preference(log_probs, reference, beta):
@@ -105,18 +99,6 @@ def preference(log_probs, reference, beta):
     gain = log_probs - reference
     margins = beta * (gain[0] - gain[1])
     return margins, -F.logsigmoid(margins).mean()
-
-
-class Preferred(nn.Module):
-    """A Llama whose loss is DPO's."""
-
-    def __init__(self, llama, beta):
-        super().__init__()
-        self.llama, self.beta = llama, beta
-
-    def forward(self, idx, targets, reference):
-        """idx, targets (2B, T): B chosen answers, then B rejected; reference (2, B) -> margins (B,), loss."""
-        return preference(-row_losses(self.llama, idx, targets).view(2, -1), reference, self.beta)
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------
@@ -181,7 +163,7 @@ class Feedback:
         """Answers (ids with their end) to these prompts."""
         self.llama.eval()
         with self.autocast:
-            answers = decode_all(self.llama, prompts, self.cfg.answer_tokens, rows=len(prompts), seed=seed,
+            answers = decode_all(self.llama, prompts, self.cfg.answer_tokens, rows=64, seed=seed,
                                  temperature=temperature, stop_ids=self.tok.stop_ids)
         self.llama.train()
         return answers
@@ -191,17 +173,18 @@ class Feedback:
         return self.tok.decode([i for i in ids if i not in self.tok.stop_ids])
 
     def accuracy(self):
-        """The share of validation questions that are answered rightly, greedily; prints some."""
+        """The share of validation questions that are answered rightly, greedily; prints some, and the share of those
+        that begin with each word."""
         mine = self.val[:self.cfg.eval_questions][RANK::WORLD]
-        right = 0
-        for i in range(0, len(mine), 64):  # rows that share a cache
-            some = mine[i:i + 64]
-            texts = [self.text(ids) for ids in self.answer([self.prompt(q) for q in some], temperature=0)]
-            right += sum(grade(text, q.answer) for text, q in zip(texts, some))
-            for text, q in list(zip(texts, some))[:3 if i == 0 else 0]:
-                print0(f"  | {q.turns[-1]['content'].splitlines()[-1]} {text.strip()} "
-                       f"({'right' if grade(text, q.answer) else q.answer})")
-        right, count = common.all_reduce_sum(right, len(mine))
+        texts = [self.text(ids) for ids in self.answer([self.prompt(q) for q in mine], temperature=0)]
+        right = [grade(text, q.answer) for text, q in zip(texts, mine)]
+        asked, words = [q.turns[-1]["content"].splitlines()[-1] for q in mine], defaultdict(list)
+        for question, ok in zip(asked, right):
+            words[question.split()[0]].append(ok)
+        for question, text, q, ok in list(zip(asked, texts, mine, right))[:3]:
+            print0(f"  | {question} {text.strip()} ({'right' if ok else q.answer})")
+        print0("  | " + ", ".join(f"{word} {np.mean(oks):.1%} of {len(oks):,}" for word, oks in sorted(words.items())))
+        right, count = common.all_reduce_sum(sum(right), len(mine))
         return right / count
 
     def save(self, directory):
@@ -214,7 +197,7 @@ class Rewards(Feedback):
     """GRPO."""
 
     def objective(self):
-        return Rewarded(self.llama)
+        return Answers(self.llama, policy_loss)
 
     def micro_batch(self, questions, number):
         """(tokens, (idx, targets, weights)): a group of answers to each question; those of no advantage are left out,
@@ -248,39 +231,37 @@ class Preferences(Feedback):
     def objective(self):
         if any(q.wrong is None for q in (*self.questions, *self.val)):
             raise config.Mistake(f"{self.folder} has no wrong answers to compare with: DPO takes pairs")
-        self.frozen = copy.deepcopy(self.llama)  # on a resume, what the run began with
+        frozen = copy.deepcopy(self.llama)  # on a resume, what the run began with
         if self.cfg.init_from == "resume":
             place = train.Place(self.cfg, self.device, self.dtype)
-            self.frozen, _ = train.load_llama(replace(self.cfg, lora_rank=0), {}, self.cfg.reference, place)
-        self.frozen.to(self.device).eval().requires_grad_(False)
-        return Preferred(self.llama, self.cfg.beta)
+            frozen, _ = train.load_llama(replace(self.cfg, lora_rank=0), {}, self.cfg.reference, place)
+        self.frozen = Answers(frozen.to(self.device).eval(), lambda nats, _: -nats.view(2, -1))
+        return Answers(self.llama, lambda nats, reference: preference(-nats.view(2, -1), reference, self.cfg.beta))
 
     def micro_batch(self, questions, number=0):
-        """(pairs, (idx, targets, reference))."""
+        """(pairs, (idx, targets, reference)): the chosen answers, then the rejected."""
         answers = [self.ids_of(q, q.answer) for q in questions] + [self.ids_of(q, q.wrong) for q in questions]
         idx, targets = self.rows([*map(self.prompt, questions)] * 2, answers)
         with torch.no_grad(), self.autocast:
-            nats = row_losses(self.frozen, *common.to_device(self.device, idx, targets))
-        return len(questions), (idx, targets, -nats.view(2, -1))
+            reference = self.frozen(*common.to_device(self.device, idx, targets))
+        return len(questions), (idx, targets, reference)
 
     @torch.no_grad()
     def evaluate(self, model):
         """{"val_loss": DPO's, ...} for the log: how often the chosen answer gained more, and by how much."""
-        margins, mine = [], self.val[:self.cfg.eval_questions][RANK::WORLD]
+        sums, mine = np.zeros(4), self.val[:self.cfg.eval_questions][RANK::WORLD]
         model.eval()
         for i in range(0, len(mine), self.cfg.batch_size):
             _, args = self.micro_batch(mine[i:i + self.cfg.batch_size])
             with self.autocast:
-                margins.append(model(*common.to_device(self.device, *args))[0].float().cpu())
+                margins = model(*common.to_device(self.device, *args))[0].float()
+            sums += [t.sum().item() for t in (-F.logsigmoid(margins), margins > 0, margins)] + [len(margins)]
         model.train()
-        margins = torch.cat(margins)
-        loss, gained, margin, count = common.all_reduce_sum(
-            -F.logsigmoid(margins).sum().item(), (margins > 0).sum().item(), margins.sum().item(), len(margins))
+        *sums, count = common.all_reduce_sum(*sums.tolist())
+        loss, gained, margin = (total / count for total in sums)
         accuracy = self.accuracy()
-        print0(f"val loss {loss / count:.4f}  preferred {gained / count:.4f}  margin {margin / count:.3f}  "
-               f"answers right {accuracy:.4f}")
-        return {"val_loss": loss / count, "val_preferred": gained / count, "val_margin": margin / count,
-                "val_accuracy": accuracy}
+        print0(f"val loss {loss:.4f}  preferred {gained:.4f}  margin {margin:.3f}  answers right {accuracy:.4f}")
+        return {"val_loss": loss, "val_preferred": gained, "val_margin": margin, "val_accuracy": accuracy}
 
 
 def main(given, shape):
@@ -294,7 +275,13 @@ def main(given, shape):
     if cfg.shard:
         raise config.Mistake("--shard=True is train.py's: feedback has a copy of the model on each process")
     cfg.reference = cfg.reference or cfg.init_from
-    train.start({"grpo": Rewards, "dpo": Preferences}[cfg.objective], cfg, shape, "feedback_")
+    if cfg.eval_only:
+        device = common.pick_device(cfg.device)
+        common.init_distributed(device)
+        task = Rewards(replace(cfg, eval_questions=10**9), shape, None, device)
+        print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions")
+    else:
+        train.start({"grpo": Rewards, "dpo": Preferences}[cfg.objective], cfg, shape, "feedback_")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """Built-in conversations: questions about the tales of prepare/tales.py, whose answers are exact.
 
-    python prepare/tales.py && python prepare/quiz.py       # writes data/quiz: no download, a few seconds
-    python prepare/quiz.py --conversations=50000            # more of them
+    python prepare/tales.py && python prepare/quiz.py       # writes data/quiz: no download, a minute
+    python prepare/quiz.py --names=False --excerpts=1 --conversations=8000 --out=data/quiz_begin      # to begin with
 
 A conversation begins with one tale or two, told by the grammar; the answer to every question is in them. Every seventh
 combination of hero, helper and what the helper wears is held out (see `combinations`): validation tells of these only,
 training of the others only. So a model that answers about validation has read the tale. `best_guess` is how often one
 is right who has not read it, exact from the grammar; kinds of questions where that is more than half are not asked.
+
+The quick start's model copies names, which tales repeat. What a tale tells once, as where a hat was, it has never
+copied: none of its heads looks for it, and its outputs hardly tell such words apart. Neither is learned without the
+other, and beside questions for names, which are easy, it is not learned at all. So data/quiz_begin asks for no names,
+and about a sentence or two, where there are few words to look among.
 
 train.jsonl, val.jsonl: the conversations as {"messages": [...], "wrong": [...]}, for any model and its chat template.
 meta.json, shards: the same in the ids of the tales' tokenizer, with marks of what is learned (see prepare/chat.py). It
@@ -14,7 +19,6 @@ has no chat template, so it gets the plainest one (TEMPLATE): tales, line end, q
 space the words of an answer are the tokens that they are in the tale.
 
     grade("the owl", "the owl")       # the reward of an answer: right or not
-    pairs(records)                    # preferences: the answer, and a wrong one of the same kind
 """
 import functools
 import itertools
@@ -56,6 +60,8 @@ story: who was in a {shade} {garment}? the {helper}
 story: what was the {helper} in? a {shade} {garment}
 story: who liked {soup} soup? {hero}
 story: what did {hero} like? {soup} soup
+story: how was the weather? {weather}
+mystery: what did {hero} think of? a {monster}
 """
 COMBINATION = ("hero", "helper", "shade", "garment")  # every tale has one of each
 TEMPLATE = """\
@@ -79,15 +85,27 @@ class Kind:
         asked, told = (set(re.findall(r"{(\w+)", text)) for text in (self.question, self.answer))
         return asked, told - asked
 
-    def ask(self, bound):
-        """(question, answer) about a tale in which `bound` says what each slot is; None where it does not say."""
+    @functools.cached_property
+    def named(self):
+        """The slots, and facts about slots, that question and answer name."""
+        return re.findall(r"{([\w.]+)}", self.question + self.answer)
+
+    def ask(self, heard, bound):
+        """(question, answer) about a tale, or some of it, in which `bound` says what each slot is. None where `heard`,
+        its words between spaces, does not tell what they need."""
         if any(plot in bound for plot in self.plots) and set().union(*self.slots) <= bound.keys():
-            return finish(spell(self.question, bound)), spell(self.answer, bound)
+            told = (bound.get(slot) or spell(f"{{{slot}}}", bound) for slot in self.named)
+            if all(f" {words.lower()} " in heard for words in told):
+                return finish(spell(self.question, bound)), spell(self.answer, bound)
+        return None
+
+
+parse = functools.cache(parse_choice)
 
 
 def spell(text, bound, rng=random):
     """A text with slots, where `bound` does not say what they are drawn anew."""
-    said, _ = GRAMMAR.draw(parse_choice(text), dict(bound), rng)
+    said, _ = GRAMMAR.draw(parse(text), dict(bound), rng)
     return said[0] + finish(said)[1:]  # the "a" becomes "an" where it should; nothing new begins with a capital
 
 
@@ -141,13 +159,22 @@ def tell(rng, number, held_out):
     return told
 
 
+def excerpt(text, rng):
+    """One or two sentences of a tale."""
+    sentences = re.findall(r'.+?[.!?]"?(?: |$)', text)
+    count = rng.randint(1, 2)
+    first = rng.randrange(len(sentences) - count + 1)
+    return "".join(sentences[first:first + count]).strip()
+
+
 def questions(tales, asked, rng):
     """[(question, answer, wrong answer), ...] about these tales together: all of these kinds that have one answer. The
     wrong one is what the same kind asks of the other tale, if there is one, or drawn anew."""
     found = []
-    for _, bound in tales:
+    for text, bound in tales:
+        heard = re.sub(r"\W+", " ", f" {text.lower()} ")
         for kind in asked:
-            if pair := kind.ask(bound):
+            if pair := kind.ask(heard, bound):
                 others = [spell(kind.answer, other, rng) for _, other in tales if other is not bound]
                 while (wrong := others.pop() if others else spell(kind.answer, {}, rng)) == pair[1]:
                     pass
@@ -156,11 +183,17 @@ def questions(tales, asked, rng):
     return [one for one in found if times[one[0]] == 1]
 
 
-def conversation(asked, rng, held_out, most, two_tales=0.2):
-    """{"messages": [...], "wrong": [a wrong answer to each]}: at most so many questions about one tale, or about two in
-    a share of the conversations. No answer comes twice: most ask for a name, which would repeat what was just said."""
-    tales = tell(rng, 1 + (rng.random() < two_tales), held_out)
-    found = questions(tales, asked, rng)
+def conversation(asked, rng, held_out, most, two_tales=0.2, excerpts=0.0):
+    """{"messages": [...], "wrong": [a wrong answer to each]}: at most so many questions about an excerpt of a tale in a
+    share of the conversations, in a share of the others about two tales, else about one. No answer comes twice: most
+    ask for a name, which would repeat what was just said."""
+    while True:
+        if rng.random() < excerpts:
+            tales = [(excerpt(text, rng), bound) for text, bound in tell(rng, 1, held_out)]
+        else:
+            tales = tell(rng, 1 + (rng.random() < two_tales), held_out)
+        if found := questions(tales, asked, rng):
+            break
     rng.shuffle(found)
     found = list({answer: (question, answer, wrong) for question, answer, wrong in found}.values())[:most]
     messages = [{"role": role, "content": text} for question, answer, _ in found
@@ -174,17 +207,6 @@ def grade(text, answer):
     return text.strip() == answer
 
 
-def pairs(records):
-    """Preferences, one for each question of these records: {"prompt", "chosen", "rejected"}, lists of messages."""
-    for record in records:
-        tales = record["messages"][0]["content"].rpartition("\n")[0]
-        turns = iter(record["messages"])
-        for asked, told, wrong in zip(turns, turns, record["wrong"]):
-            question = asked["content"].rpartition("\n")[2]
-            yield {"prompt": [asked | {"content": f"{tales}\n{question}"}], "chosen": [told],
-                   "rejected": [told | {"content": wrong}]}
-
-
 # -- the script --------------------------------------------------------------------------------------------------
 
 LONGEST = 1024  # tokens in a conversation: the longest has a third of them in the tokens of the tales
@@ -196,8 +218,10 @@ class Settings:
     """How many conversations, and where they go."""
     conversations: int = 20000  # [1, inf) to learn from, 4 million tokens: more than a laptop reads in five minutes
     val_conversations: int = 6000  # [1, inf) of held-out combinations, a question each: 95 % has an error of 0.3 points
-    questions: int = 10  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
-    two_tales: float = 0.2  # [0, 1] share of the conversations about two tales at once, which are learned far later
+    questions: int = 20  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
+    names: bool = True  # False: no questions for the name of a hero or a helper
+    two_tales: float = 0.2  # [0, 1] share of the conversations about whole tales that have two, which are learned last
+    excerpts: float = 0.0  # [0, 1] share of the training conversations that are about a sentence or two
     tokenizer: str | None = None  # file or folder, of the model that is to learn; None: data/tales, the quick start's
     seed: int = 1337  # [0, inf) the same seed gives the same files
     out: str | None = None  # folder to write; None: data/quiz
@@ -212,9 +236,10 @@ def with_template(tok):
 def write(out, cfg, asked):
     """Write both splits as jsonl."""
     from tqdm import tqdm
-    for split, count, most in ("train", cfg.conversations, cfg.questions), ("val", cfg.val_conversations, 1):
+    for split, count, how in (("train", cfg.conversations, dict(most=cfg.questions, excerpts=cfg.excerpts)),
+                              ("val", cfg.val_conversations, dict(most=1))):
         rng = random.Random(f"{cfg.seed} {split}")
-        lines = [json.dumps(conversation(asked, rng, split == "val", most, cfg.two_tales)) + "\n"
+        lines = [json.dumps(conversation(asked, rng, split == "val", two_tales=cfg.two_tales, **how)) + "\n"
                  for _ in tqdm(range(count), split, unit=" conversations")]
         shards.write_text(out / f"{split}.jsonl", "".join(lines))
 
@@ -224,7 +249,8 @@ def main():
     out, tales = shards.own_folder(cfg.out or config.ROOT / "data/quiz", FILES), config.ROOT / "data/tales"
     if cfg.tokenizer is None and not (tales / "meta.json").is_file():
         raise config.Mistake("no data in data/tales: run `python prepare/tales.py` first, or give --tokenizer FOLDER")
-    tok, asked = with_template(tokenizer.load(cfg.tokenizer or tales)), kinds()
+    tok = with_template(tokenizer.load(cfg.tokenizer or tales))
+    asked = [kind for kind in kinds() if cfg.names or not kind.question.startswith("who")]
     with config.mistakes(OSError):
         out.mkdir(parents=True, exist_ok=True)
         write(out, cfg, asked)

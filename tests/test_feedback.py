@@ -48,7 +48,7 @@ def test_policy_gradient_is_that_of_the_formula():
     idx, targets = torch.randint(19, (3, 9)), torch.randint(19, (3, 9))
     targets[0, :5] = targets[1, :2] = targets[2, 7:] = -100
     weights = torch.tensor([0.5, -0.25, 0.0], dtype=torch.float64)
-    feedback.Rewarded(llama)(idx, targets, weights)[1].backward()
+    feedback.Answers(llama, feedback.policy_loss)(idx, targets, weights)[1].backward()
     found = {name: p.grad.clone() for name, p in llama.named_parameters()}
     llama.zero_grad()
     log_p = llama(idx)[0].log_softmax(-1)
@@ -134,5 +134,15 @@ def test_mistakes(place, tmp_path):
         feedback.main({"dataset": str(place / "data")}, {})
     with pytest.raises(config.Mistake, match="leaves no room"):
         feedback.main(vars(settings(place, tmp_path / "run", answer_tokens=100)), {})
-    with pytest.raises(ValueError, match="objective must be one of grpo, dpo"):
-        settings(place, tmp_path, objective="ppo")
+    with pytest.raises(config.Mistake, match="objective must be one of grpo, dpo"):
+        config.load(feedback.FeedbackConfig, ["--objective=ppo"])
+
+
+def test_eval_only_answers_all_validation_questions(place, tmp_path, capsys, monkeypatch):
+    task = feedback.Rewards(settings(place, tmp_path / "run"), {}, tmp_path / "run", CPU)
+    left = task.ids_of(task.val[0], "left")
+    monkeypatch.setattr(feedback.Rewards, "answer", lambda self, prompts, **how: [left] * len(prompts))
+    feedback.main(vars(settings(place, tmp_path / "run", eval_only=True, eval_questions=2)), {})
+    said = capsys.readouterr().out
+    assert "val accuracy 0.5000 of 8" in said and "left 100.0% of 4, right 0.0% of 4" in said
+    assert not (tmp_path / "run").exists()

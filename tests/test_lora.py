@@ -389,6 +389,8 @@ def test_merging_says_what_rounding_takes(words, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{math.sqrt(errors / changes):.0%}"[:1] in said and "keep the adapter" in said
     assert Llama.from_pretrained(tmp_path / "merged").lm_head.weight.dtype == torch.bfloat16
+    with pytest.raises(config.Mistake, match="not empty"):
+        adapter.main(adapter.MergeConfig(merge=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
 
 
 def test_frozen_weights_are_bfloat16_where_products_are(words, run, tmp_path):

@@ -1,0 +1,79 @@
+"""The quiz's table: what answers, rewards and their controls teach the quick start's model.
+
+    python prepare/tales.py && python train.py config/tales.py && python prepare/quiz.py
+    python prepare/quiz.py --names=False --excerpts=1 --conversations=8000 --out=data/quiz_begin
+    python tests/quiz_table.py                                      # all rows; two cores: 40 minutes
+    python tests/quiz_table.py half grpo --device=cpu               # some, with keys for all of them
+
+Each row is a run in out/quiz_table/, which then answers all validation questions greedily; one that is there is not
+made again. Those after "grpo" begin where it does and take its steps, "more" as many seconds: equal compute.
+"""
+import math
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import config  # noqa: E402
+import runs  # noqa: E402
+
+OUT = ROOT / "out/quiz_table"
+ROWS = {  # name: (what is learned, the command, where it begins)
+    "begin": ("to copy", "train.py config/quiz_begin.py", "out/tales"),
+    "sft": ("then the answers (SFT)", "train.py config/quiz.py", "begin"),
+    "lora_begin": ("to copy, with LoRA", "train.py config/quiz_begin.py --lora_rank=16", "out/tales"),
+    "lora": ("then the answers, with LoRA", "train.py config/quiz.py", "lora_begin"),
+    "half": ("SFT, stopped early", "train.py config/quiz.py --max_iters=250", "begin"),
+    "grpo": ("rewards (GRPO)", "feedback.py config/quiz_grpo.py", "half"),
+    "rank1": ("rewards, LoRA of rank 1", "feedback.py config/quiz_grpo.py --lora_rank=1", "half"),
+    "rejection": ("its own right answers (rejection sampling)", "feedback.py config/quiz_grpo.py --baseline=zero",
+                  "half"),
+    "random": ("random rewards", "feedback.py config/quiz_grpo.py --reward=random", "half"),
+    "more": ("more SFT", "train.py config/quiz.py", "half"),
+    "dpo": ("preferences (DPO)", "feedback.py config/quiz_dpo.py", "half"),
+}
+
+
+def python(command):
+    """Run a script of ours -> what it printed. Raises CalledProcessError."""
+    print(f"\n$ python {command}", flush=True)
+    with subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        lines = [line for line in process.stdout if not print(line, end="", flush=True)]
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return "".join(lines)
+
+
+def last(name):
+    """The last entry of a row's log that says what a step took."""
+    return [entry for entry in runs.read_log(OUT / name / "log.jsonl") if "train_loss" in entry][-1]
+
+
+def row(name, keys):
+    """The line of the table for one run, made if it is not there."""
+    what, command, start = ROWS[name]
+    out = OUT / name
+    if name == "more":
+        keys = [*keys, f"--max_iters={round(last('grpo')['seconds'] * last('half')['step'] / last('half')['seconds'])}"]
+    if not (out / "log.jsonl").is_file():
+        python(f"{command} --init_from={start if '/' in start else OUT / start} --out_dir={out} {' '.join(keys)}")
+    said = python(f"feedback.py --eval_only --init_from={out}")
+    share, count = re.search(r"val accuracy (\S+) of (\S+)", said).groups()
+    error = math.sqrt(float(share) * (1 - float(share)) / int(count.replace(",", "")))
+    end = last(name)
+    return (f"| {what} | `{command}` | {end['step']:,} | {end['seconds']:.0f} | {100 * float(share):.1f} ± "
+            f"{100 * error:.1f} |")
+
+
+def main():
+    names, keys = config.names_first(sys.argv[1:], ROWS, "row")
+    lines = [row(name, keys) for name in names or ROWS]
+    print(f"\n{platform.processor() or platform.machine()}\n\n| learned | command | steps | seconds | right, % |\n"
+          "|---|---|---|---|---|", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    config.run(main)
