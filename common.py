@@ -139,18 +139,16 @@ def pick_dtype(name, device):
 
 def bfloat16_speed():
     """How many times faster than float32 this processor multiplies in bfloat16: it may have units for it, or crawl."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(3):  # the first one warms up
+    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    least = [math.inf, math.inf]
+    for _ in range(20):  # in turn, and the least counts: on a busy machine some of them wait
+        for i, a in enumerate(matrices):
             start = time.perf_counter()
             a @ a
-            times.append(time.perf_counter() - start)
-            if times[0] > 50 * seconds.get(torch.float32, math.inf):
-                break  # it crawls: known after 0.2 s
-        seconds[dtype] = min(times)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+            least[i] = min(least[i], time.perf_counter() - start)
+        if least[1] > 50 * least[0]:
+            break  # it crawls: known after half a second
+    return least[0] / least[1]
 
 
 def autocast_to(dtype, device):
