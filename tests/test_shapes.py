@@ -283,7 +283,7 @@ def test_each_stage_goes_on_from_the_one_before_and_changes_its_parts_alone(monk
         data, out = tmp_path / f"data_{stage}", tmp_path / stage
         run(monkeypatch, data, f"--stage={stage}", *few)
         words = [f"config/shapes_{stage}.py", f"--dataset={data}", f"--out_dir={out}", "--max_iters=2",
-                 "--batch_size=4", "--sample_images=2", "--device=cpu", "--dtype=float32"]
+                 "--batch_size=4", "--sample_tokens=3", "--device=cpu", "--dtype=float32"]
         keys = train.KEYS if stage == "text" else "vlm.py:VlmConfig"
         given, shape = config.load(keys, words, train.SHAPE_KEYS)
         if stage == "text":
