@@ -73,6 +73,13 @@ def read_questions(folder, split):
 
 # -- objectives --------------------------------------------------------------------------------------------------
 
+def row_losses(llama, idx, targets):
+    """The summed nats of each row's targets, (B,), for idx (B, T), or embeddings (B, T, D), and targets (B, T)."""
+    place = (targets.flatten() != -100).nonzero().squeeze(1)  # (M,)
+    nats = llama.losses(idx, None, place, targets.flatten()[place])  # (M,)
+    return torch.zeros(len(idx), device=idx.device).index_add(0, place // idx.shape[1], nats)
+
+
 class Answers(nn.Module):
     """A Llama and what its answers are to become: loss_of(nats of each (B,), what belongs to them) -> (any, loss)."""
 
@@ -82,10 +89,7 @@ class Answers(nn.Module):
 
     def forward(self, idx, targets, given=None):
         """idx, targets (B, T), -100 where nothing is learned."""
-        place = (targets.flatten() != -100).nonzero().squeeze(1)  # (M,)
-        nats = self.llama.losses(idx, None, place, targets.flatten()[place])  # (M,)
-        answer = place // idx.shape[1]  # (M,): which each belongs to
-        return self.loss_of(torch.zeros(len(idx), device=idx.device).index_add(0, answer, nats), given)
+        return self.loss_of(row_losses(self.llama, idx, targets), given)
 
 
 def policy_loss(nats, weights):
