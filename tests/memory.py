@@ -8,6 +8,7 @@ takes as much as the one before it; the shares of weights, gradients and AdamW's
 on a GPU here; tests/host_memory.py measures what processes take of a host.
 """
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,9 +93,10 @@ def on_one_card(preset, cfg, dtype=torch.bfloat16):
             for _ in range(2):  # as in `counted`
                 tracker = MemTracker()
                 tracker.track_external(llama)
+                none = OrderedDict()
                 for p in llama.parameters():
                     if not p.requires_grad:  # of these too it would ask for a gradient
-                        tracker._param_to_grad_hook_handles[p] = RemovableHandle({}), RemovableHandle({})
+                        tracker._param_to_grad_hook_handles[p] = RemovableHandle(none), RemovableHandle(none)
                 with tracker, torch.autocast("cpu", dtype):
                     llama(x, x)[1].backward()
         states = sum(p.numel() * (4 if optim.for_muon(name, p, cfg) else 8)
