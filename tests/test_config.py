@@ -57,7 +57,7 @@ class Settings:
     (["--lora=1"], None, "did you mean 'lora_rank'"),
     (["--optimizer=adamw"], "optimizer", "adamw"),
     (["--optimizer=sgd"], None, "optimizer must be one of muon, adamw, not 'sgd'"),
-    (["--learning_rate=nan"], None, "learning_rate takes float, not 'nan'"),
+    (["--learning_rate=nan"], None, "learning_rate must lie in (0, 1], not nan"),
     (["--batch_size=[8]"], None, "batch_size takes int, not '[8]'"),
     (["--learning_rate=0"], None, "learning_rate must lie in (0, 1], not 0.0"),
     (["--learning_rate=1"], "learning_rate", 1.0),

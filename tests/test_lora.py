@@ -349,7 +349,7 @@ def test_scripts_open_an_adapter_as_any_other_directory(words, run, tmp_path, ca
     tok, idx = tokenizer.load(words), torch.from_numpy(shards.Split(words, "val")[:32].astype(np.int64))[None]
     assert sample.newest_run(tmp_path / "out") == out
     adapted = adapter.load(out)
-    model, its_tok, _ = sample.load(sample.SampleConfig(init_from=str(out), device="cpu"))
+    model, its_tok, _ = sample.load(sample.SampleConfig(init_from=str(out), device="cpu", dtype="float32"))
     assert its_tok.fingerprint == tok.fingerprint and not hasattr(model, "adapter")
     adapter.main(adapter.MergeConfig(merge=str(out), out=str(tmp_path / "merged")))
     merged = Llama.from_pretrained(tmp_path / "merged")
