@@ -106,7 +106,7 @@ class Key:
         with contextlib.suppress(ValueError, SyntaxError, OverflowError):
             if isinstance(value, str) and name != "str":
                 found = BOOLS.get(value.lower(), value) if name == "bool" else \
-                    float(value) if name == "float" else ast.literal_eval(value)  # a float may be nan, which none allows
+                    float(value) if name == "float" else ast.literal_eval(value)  # nan is a float
             if type(found) in (int, float) and name in ("int", "float") and KINDS[name](found) == found:
                 found = KINDS[name](found)  # 1 for a float, and 1e6 for an int
         if type(found) is not KINDS[name]:
