@@ -404,9 +404,11 @@ def test_the_page_talks(tmp_path):
             until(lambda: answers(address))
             assert "gradio" in httpx.get(address).text
             client = gradio_client.Client(address, verbose=False)
-            assert all(len(client.predict(text, api_name="/chat")) > 3 for text in map(str, range(6)))  # 64 tokens each
+            said = [client.predict(str(text), api_name="/chat") for text in range(6)]  # each ends where chance has it
+            assert any(len(text) > 3 for text in said) and not any(text.startswith("(no answer") for text in said)
             assert client.predict("x" * 300, api_name="/chat").startswith("(no answer: a prompt of ")
-            assert len(client.predict("and now?", api_name="/chat")) > 3  # as if it had not been asked
+            said = client.predict("and now?", api_name="/chat")  # as if it had not been asked
+            assert not said.startswith("(no answer")
             assert not any("<" in client.predict(f"<b>{i}</b>", api_name="/chat") for i in range(3))  # text, no HTML
             assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "run"
         finally:
