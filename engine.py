@@ -35,11 +35,13 @@ class Url(BaseModel):
 
 
 class Text(BaseModel):
+    """A part of a turn that is read as text."""
     type: Literal["text"]
     text: str
 
 
 class Picture(BaseModel):
+    """A part of a turn that is seen: a data URI."""
     type: Literal["image_url"]
     image_url: Url
 

@@ -37,6 +37,7 @@ def read_file(path, cfg):
 
 
 def download():
+    """The text of URL. Raises `Mistake` without a network."""
     try:
         with urllib.request.urlopen(URL, timeout=20) as answer:
             return answer.read().decode("utf-8")
