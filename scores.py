@@ -14,10 +14,10 @@ from prepare import hellaswag
 
 # -- loss --------------------------------------------------------------------------------------------------------
 
-def track(batches, what, total):
-    """The batches, with a bar on the first process."""
+def track(batches, what, total=None, delay=0):
+    """The batches, with a bar on the first process, once they take longer than `delay` seconds."""
     from tqdm import tqdm
-    return tqdm(batches, what, total, unit="batch", leave=False, disable=RANK > 0)
+    return tqdm(batches, what, total, unit="batch", leave=False, delay=delay, disable=RANK > 0)
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ from prepare.examples import (  # noqa: E402
 from prepare.features import Pictures, fingerprint, read_references, save_references  # noqa: E402
 from prepare.images import IMAGE, with_pictures  # noqa: E402
 from prepare.windows import order  # noqa: E402
-from scores import agree, measured  # noqa: E402
+from scores import agree, measured, track  # noqa: E402
 from vision import sees  # noqa: E402
 
 STAGES = {  # what learns in each; the loss is that of the assistant's words, in "prefer" DPO's
@@ -450,7 +450,7 @@ class Runner:
         found, size, was = torch.zeros(2, len(which)), self.cfg.batch_size, self.vlm.training
         mine = np.arange(len(which))[RANK::WORLD]
         self.vlm.eval()
-        for i in track(range(0, len(mine), size), "pairs"):
+        for i in track(range(0, len(mine), size), "pairs", delay=2):
             x, y, seen, _ = common.to_device(self.device, *self.batch(data, which[mine[i:i + size]]))
             with self.autocast:
                 nats = row_losses(self.vlm, self.vlm.embed(x, seen), y)
@@ -463,7 +463,7 @@ class Runner:
     def answers(self, rows):
         """The model's text for each row's prompt."""
         texts, size = [], self.cfg.batch_size
-        for i in track(range(0, len(rows), size), "answering"):
+        for i in track(range(0, len(rows), size), "answering", delay=2):
             batch = rows[i:i + size]
             seen = self.pictures([p for r in batch for p in r.pictures])
             texts += self.texts([r.prompt() for r in batch], seen, number=i)
@@ -479,12 +479,6 @@ class Runner:
         if cut := sum(len(ids) < cfg.sample_tokens and ids[-1] not in stops for ids in new):
             print(f"(the model's context of {context} tokens is full: {cut} texts were cut)", file=sys.stderr)
         return [self.tok.decode([i for i in ids if i not in stops]).strip() for ids in new]
-
-
-def track(batches, what):
-    """The batches, with a bar on the first process once they take a while."""
-    from tqdm import tqdm
-    return tqdm(batches, what, unit="batch", leave=False, delay=2, disable=RANK > 0)
 
 
 # -- use ---------------------------------------------------------------------------------------------------------
