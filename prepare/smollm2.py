@@ -16,11 +16,6 @@ import config  # noqa: E402
 from prepare import tokenizer, weights  # noqa: E402
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TENSORS = {  # llama.cpp's name of a tensor: Hugging Face's
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 
 
 @dataclass
@@ -59,7 +54,7 @@ def read_gguf(path):
         import gguf
     except ImportError:
         raise config.Mistake("reading a GGUF file needs `pip install gguf`") from None
-    from model import LlamaConfig
+    from model import Llama, LlamaConfig
     with config.mistakes(ValueError, OSError, IndexError, prefix=f"{path} is no GGUF file: "):
         file = gguf.GGUFReader(path)
 
@@ -75,12 +70,17 @@ def read_gguf(path):
             norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # float32 there
             bos_id=tok.bos_id, eos_ids=(tok.eos_id,),
             tie_embeddings=all(t.name != "output.weight" for t in file.tensors))
-        heads = {"attn_q": cfg.n_head, "attn_k": cfg.n_kv_head}
-        for t in file.tensors:
-            *layer, name, _ = t.name.removeprefix("blk.").split(".")
+        with torch.device("meta"):
+            names = [name for name, _ in Llama(cfg).named_parameters()]
+        tensors = {t.name: t for t in file.tensors}
+        theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.n_layer)  # llama.cpp's name of each of ours
+        for name in names:
+            t = tensors.pop(theirs.get_name(name, [".weight"]))
             weight = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).to(torch.bfloat16)
-            place = f"model.layers.{layer[0]}." if layer else ""
-            state[f"{place}{TENSORS[name]}.weight"] = weights.halves(weight, heads[name]) if name in heads else weight
+            heads = cfg.n_head if "q_proj" in name else cfg.n_kv_head if "k_proj" in name else None
+            state[name] = weights.halves(weight, heads) if heads else weight
+        if tensors:
+            raise ValueError(f"a Llama has no {min(tensors)}")
     return cfg, state, tok
 
 
