@@ -16,7 +16,7 @@ from pathlib import Path
 
 import config
 from prepare import chat_template, tokenizer_files
-from prepare.tokenizer_files import SIDE_FILES, content, named_tokens
+from prepare.tokenizer_files import SIDE_FILES, named_tokens
 from prepare.tokenizer_spec import (CHAR_TO_BYTE, CHARACTERS, around, bpe, byte_level, bytes_of_tokens, ends_of,
                                     kind_of, make_spec, split, valid)
 
@@ -64,7 +64,7 @@ class Tokenizer(chat_template.Conversations):
 
     def _read_settings(self):
         """BOS, EOS, stop tokens and chat templates."""
-        self._named = {key: content(token) for key, token in named_tokens(self.settings).items()}
+        self._named = named_tokens(self.settings)
         before, after = ends_of(self.spec)  # which every text gets, even if nobody names them
         self.bos_id, self.eos_id = (self.ids.get(self._named.get(key), ends[0] if ends else None)
                                     for key, ends in (("bos_token", before), ("eos_token", after)))
@@ -95,12 +95,8 @@ class Tokenizer(chat_template.Conversations):
     def _library(self):
         """The tokenizer that the `tokenizers` library makes of the spec."""
         import tokenizers
-        try:
+        with tokenizer_files.one_line():
             library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
-        except BaseException as e:  # the library raises plain Exceptions, and panics, which are not even those
-            if isinstance(e, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise config.Mistake(" ".join(str(e).split())) from e
         for text, i in self.added.items():
             if library.token_to_id(text) != i:
                 raise config.Mistake(f"its token {text!r} should have the id {i}, but the ids before it have holes: "

@@ -1,23 +1,20 @@
 """The files that hold a tokenizer, each read as a tokenizer.json: what prepare/tokenizer.py runs.
 
-A folder means what AutoTokenizer of transformers (5.24) makes of it, with what lies beside the vocabulary:
-tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json and chat templates. Where
-other ids would come out, one line says why. Two departures: the rank files of Llama 3 and 4 get Meta's special tokens
+A folder means what AutoTokenizer of transformers makes of it. A tokenizer.json of which it would change nothing, as of
+those that are saved here, is read without it. Two departures: the rank files of Llama 3 and 4 get Meta's special tokens
 and its cut of words, of which AutoTokenizer knows nothing; and a folder without any settings gets BOS and EOS by their
 usual names. A lone tokenizer.model means what Meta's code makes of it: BOS begins a text, and decoding gives back every
 character.
-
-Sources: transformers, tokenization_utils_tokenizers.py, tokenization_utils_base.py, convert_slow_tokenizer.py.
 """
 import base64
+import contextlib
 import json
 import re
 
 import config
-from prepare.tokenizer_spec import (BYTE_TO_CHAR, LLAMA3_WORDS, LLAMA4_WORDS, STRIP, added, around, bpe, byte_level,
-                                    make_spec, merges_of, replace, split)
+from prepare.tokenizer_spec import (BYTE_TO_CHAR, LLAMA3_WORDS, LLAMA4_WORDS, STRIP, around, bpe, byte_level, make_spec,
+                                    merges_of, split)
 
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # GPT-2's two files, under both names
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # what a rank file begins with
@@ -26,18 +23,23 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces 
 USUAL_NAMES = {  # the first that exists, where no settings name one
     "bos_token": ("<|begin_of_text|>", "<s>", "<|endoftext|>"),
     "eos_token": ("<|end_of_text|>", "</s>", "<|endoftext|>")}
-BUILD_ONLY = ("added_tokens_decoder", "add_bos_token", "add_eos_token", "legacy", "auto_map")  # tokenizer.json says it
-
-CLASS_NAMES = {  # the tokenizer classes that build a tokenizer of their own, and the tokens that they name unasked
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")}
-CLASS_FORMS = {"LlamaTokenizer": ("json", "sentencepiece"), "GPT2Tokenizer": ("json", "gpt2")}  # what they read
-AS_IT_IS = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # classes that build none
-MODEL_CLASSES = {"gpt2": "GPT2Tokenizer"}  # the class that a model_type implies
-RUN_AS_IT_IS = ("mistral", "mixtral", "llava", "llava_next")  # model types for which AutoTokenizer heeds no class
+BUILD_ONLY = ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens", "add_bos_token",
+              "add_eos_token", "legacy", "auto_map")  # settings whose effect the tokenizer.json then has
+BUILD_NONE = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that run a tokenizer.json as it is
 
 
-# -- what lies beside the vocabulary in a folder -----------------------------------------------------------------
+@contextlib.contextmanager
+def one_line():
+    """What the libraries raise is a `config.Mistake`: plain Exceptions, and panics, which are not even those."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise config.Mistake(" ".join(str(e).split())) from e
+
+
+# -- a folder ----------------------------------------------------------------------------------------------------
 
 def read_json(path):
     """The object in a JSON file, {} where there is no such file."""
@@ -55,17 +57,16 @@ def content(token):
     return token["content"] if isinstance(token, dict) else token
 
 
+def named_tokens(settings):
+    """{key: text} of the tokens that settings name: bos_token, eos_token, ..."""
+    return {key: content(token) for key, token in settings.items()
+            if key.endswith("_token") and isinstance(token, (str, dict))}
+
+
 def read_settings(folder):
-    """A folder's tokenizer_config.json, with what special_tokens_map.json, generation_config.json (as "stop_ids") and
-    the files of chat templates add to it or put in its place."""
+    """A folder's tokenizer_config.json, with what generation_config.json (as "stop_ids") and the files of chat
+    templates add to it or put in its place."""
     settings = read_json(folder / "tokenizer_config.json")
-    if "additional_special_tokens" in settings and not settings.get("extra_special_tokens"):
-        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
-    if "added_tokens_decoder" not in settings:  # the older way
-        older, extra = read_json(folder / "special_tokens_map.json"), settings.get("extra_special_tokens")
-        settings |= older
-        if isinstance(extra, list) and "extra_special_tokens" in older:
-            settings["extra_special_tokens"] = extra + [t for t in older["extra_special_tokens"] if t not in extra]
     stops = read_json(folder / "generation_config.json").get("eos_token_id")
     if stops is not None:
         settings["stop_ids"] = stops if isinstance(stops, list) else [stops]
@@ -80,46 +81,38 @@ def read_settings(folder):
     return settings
 
 
-def declared_tokens(folder, settings, own):
-    """{id: token} that a folder declares. own: the added_tokens of its tokenizer.json."""
-    if "added_tokens_decoder" in settings:
-        return {int(i): token for i, token in settings["added_tokens_decoder"].items()}
-    special = {content(settings[key]) for key in NAMED if settings.get(key)}
-    special |= {content(token) for token in settings.get("extra_special_tokens") or []}
-    older = read_json(folder / "added_tokens.json").items()
-    return {int(i): added(text, int(i), text in special) for text, i in older} | {token["id"]: token for token in own}
+def why_not_alone(folder, spec, settings):
+    """Why AutoTokenizer does not take a folder's tokenizer.json as it is, or None, as for each that is saved here."""
+    if settings.get("tokenizer_class") not in BUILD_NONE:
+        return f"its tokenizer_class {settings.get('tokenizer_class')} does not read it"
+    declared, own = settings.get("added_tokens_decoder"), {token["content"]: token for token in spec["added_tokens"]}
+    if declared is None and any((folder / name).is_file() for name in SIDE_FILES[1:]):
+        return "older side files add to it"
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    special = [*named_tokens(settings).values(), *map(content, more)]
+    wanted = [{"content": text, "special": True} for text in special] + [*(declared or {}).values()]
+    lacking = [token["content"] for token in wanted if not token.items() <= own.get(token["content"], {}).items()]
+    return f"{lacking[0]!r} is no special token of it" if lacking else None
 
 
-def named_tokens(settings):
-    """{key: token} of the tokens that settings name: bos_token, ..., then those that only this model has."""
-    keys = [*NAMED, *(key for key in settings if key.endswith("_token") and key not in NAMED)]
-    return {key: settings[key] for key in keys if isinstance(settings.get(key), (str, dict))}
-
-
-def add_tokens(spec, settings, declared, extra):
-    """spec with the tokens that it lacks, added in AutoTokenizer's order: declared, named, extra. The `tokenizers`
-    library gives each the next free id, or that of a piece of the same text."""
-    named = list(named_tokens(settings).values())
-    names = {content(token) for token in named}
-    wanted = {t["content"]: t | {"special": t.get("special", False) or t["content"] in names}
-              for _, t in sorted(declared.items())}
-    there = {t["content"]: t for t in spec["added_tokens"]}
-    known = there.keys() | wanted.keys()
-    for token in named + extra:
-        if (text := content(token)) not in known:
-            token = token if isinstance(token, dict) else {"content": text}
-            wanted[text] = token | {"special": token.get("special", True) or text in names}
-    if all(there.get(text) == there.get(text, {}) | token for text, token in wanted.items()):
-        return spec
-    import tokenizers
-    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    with config.mistakes(Exception):  # the library raises nothing more exact
-        library = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        library.add_tokens([tokenizers.AddedToken(**{k: t[k] for k in flags if k in t}) for t in wanted.values()])
-    for i, token in declared.items():
-        if (given := library.token_to_id(token["content"])) != i:
-            raise ValueError(f"it declares {token['content']!r} as id {i}, but AutoTokenizer gives it {given}")
-    return json.loads(library.to_str())
+def from_transformers(folder, settings):
+    """(tokenizer.json, {"bos_token": text, ...}) of what AutoTokenizer makes of a folder."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as e:
+        raise config.Mistake("transformers reads such a folder: `pip install transformers`") from e
+    declared = {int(i): content(token) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    declared = declared or {int(i): text for text, i in read_json(folder / "added_tokens.json").items()}
+    with one_line():
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if not getattr(theirs, "is_fast", False):
+        raise ValueError(f"transformers has no fast {type(theirs).__name__}")
+    if not all(theirs.special_tokens_map.values()):
+        raise ValueError("a side file has a token without content")
+    for i, text in declared.items():
+        if (given := theirs.convert_tokens_to_ids(text)) != i:
+            raise ValueError(f"it declares {text!r} as id {i}, but AutoTokenizer gives it {given}")
+    return json.loads(theirs.backend_tokenizer.to_str()), theirs.special_tokens_map
 
 
 # -- SentencePiece: Llama 1 and 2, TinyLlama, Mistral, or trained here -------------------------------------------
@@ -140,65 +133,29 @@ def parse_sentencepiece(data):
     return proto
 
 
-def sentencepiece_names(proto):
-    """{"bos_token": text, ...} of the tokens that a SentencePiece model names."""
-    trainer = proto.trainer_spec
-    return {f"{end}_token": getattr(trainer, f"{end}_piece") for end in ("bos", "eos", "unk")
-            if getattr(trainer, f"{end}_id") >= 0}
-
-
-def sentencepiece_spec(proto, pieces, legacy, space):
-    """What AutoTokenizer makes of a SentencePiece model where no class is named: its ids are SentencePiece's.
-
-    pieces: the text of each id. legacy: every part of a text between special tokens, not the first alone, gets a space
-    in front. space: what stands for a space in pieces.
-    """
-    prefix, fallback = proto.normalizer_spec.add_dummy_prefix, proto.trainer_spec.byte_fallback
-    whole = [re.escape(piece) for piece, p in zip(pieces, proto.pieces) if p.type == USER_DEFINED]
-    ranks = {piece: (-p.score, i) for i, (piece, p) in enumerate(zip(pieces, proto.pieces)) if p.type == NORMAL}
-    model = bpe({piece: i for i, piece in enumerate(pieces)}, merges_of(ranks, lambda left, right: (left, right)),
-                unk_token=proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=fallback,
-                ignore_merges=bool(whole))
-    normalizers, cuts, decoders = [], [], []
-    if space != " ":
-        normalizers.append(replace({"String": " "}, space))
-        decoders.append(replace({"String": space}, " "))
-    if prefix and legacy:
-        normalizers.append({"type": "Prepend", "prepend": space})
-    elif prefix:
-        cuts.append({"type": "Metaspace", "replacement": space, "prepend_scheme": "first", "split": False})
-    if whole:
-        cuts.append(split("|".join(sorted(whole, key=len, reverse=True))))
-    decoders += [{"type": "ByteFallback"}] * fallback + [{"type": "Fuse"}] + [STRIP] * prefix
-    return make_spec(model, {}, {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
-                     {"type": "Sequence", "decoders": decoders},
-                     {"type": "Sequence", "normalizers": normalizers} if normalizers else None)
-
-
 def lone_sentencepiece(data):
-    """(tokenizer.json, settings) of a SentencePiece model by itself.
+    """(tokenizer.json, settings) of a SentencePiece model by itself: its ids are SentencePiece's.
 
     The vocabulary gets spaces where SentencePiece has U+2581. So a U+2581 in a text is spelled in bytes and comes back,
     which is the one departure from SentencePiece's ids: there it turns into a space.
     """
     proto = parse_sentencepiece(data)
+    trainer, prefix = proto.trainer_spec, proto.normalizer_spec.add_dummy_prefix
     pieces = [p.piece.replace("▁", " ") if p.type in (NORMAL, USER_DEFINED) else p.piece for p in proto.pieces]
-    names = {"bos_token": None, "eos_token": None} | sentencepiece_names(proto)
     special = {t: i for i, (t, p) in enumerate(zip(pieces, proto.pieces)) if p.type in (UNKNOWN, CONTROL)}
-    spec = sentencepiece_spec(proto, pieces, True, " ")
-    return spec | {"added_tokens": [added(t, i) for t, i in special.items()],
-                   "post_processor": around(special, names["bos_token"])}, names
-
-
-def folder_sentencepiece(proto, settings, declared):
-    """tokenizer.json of a SentencePiece model in a folder that names no class which would build its own."""
-    kept = {p.piece for i, p in enumerate(proto.pieces) if i not in declared}
-    pieces = [declared[i]["content"] if i in declared and declared[i]["content"] not in kept else p.piece
-              for i, p in enumerate(proto.pieces)]
-    if proto.normalizer_spec.add_dummy_prefix:
-        for token in declared.values():
-            token["normalized"] = False
-    return sentencepiece_spec(proto, pieces, settings.get("legacy", True), "▁")
+    names = {"bos_token": None, "eos_token": None} | {
+        f"{end}_token": getattr(trainer, f"{end}_piece") for end in ("bos", "eos", "unk")
+        if getattr(trainer, f"{end}_id") >= 0}
+    whole = [re.escape(t) for t, p in zip(pieces, proto.pieces) if p.type == USER_DEFINED]  # never cut, never merged
+    ranks = {t: (-p.score, i) for i, (t, p) in enumerate(zip(pieces, proto.pieces)) if p.type == NORMAL}
+    model = bpe({t: i for i, t in enumerate(pieces)}, merges_of(ranks, lambda left, right: (left, right)),
+                unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback,
+                ignore_merges=bool(whole))
+    cut = split("|".join(sorted(whole, key=len, reverse=True))) if whole else None
+    decoders = [{"type": "ByteFallback"}] * trainer.byte_fallback + [{"type": "Fuse"}] + [STRIP] * prefix
+    spec = make_spec(model, special, cut, {"type": "Sequence", "decoders": decoders},
+                     {"type": "Prepend", "prepend": " "} if prefix else None, names["bos_token"])
+    return spec, names
 
 
 # -- Meta's rank files and GPT-2's two files ---------------------------------------------------------------------
@@ -244,12 +201,14 @@ def read_ranks(data):
 
 
 def read_gpt2(path):
-    """The vocabulary and merges of GPT-2's encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt."""
+    """tokenizer.json of GPT-2's encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt."""
     first, second = next(pair for pair in PAIRS if path.name.endswith(pair))
     start = path.name.removesuffix(first).removesuffix(second)
     vocab = json.loads(path.with_name(start + first).read_bytes())
     lines = path.with_name(start + second).read_bytes().decode().split("\n")
-    return vocab, [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    end = "<|endoftext|>"
+    return make_spec(bpe(vocab, merges), {end: vocab.get(end, len(vocab))}, byte_level(True), byte_level(True))
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------
@@ -263,90 +222,36 @@ def form_of(path, data):
     return "json" if data.lstrip()[:1] == b"{" or path.suffix == ".json" else "sentencepiece"
 
 
-def class_of(path, form, data, settings):
-    """The tokenizer class that builds a tokenizer of its own from this vocabulary, or None: it is run as it is."""
-    model = read_json(path.parent / "config.json")
-    name = settings.get("tokenizer_class") or model.get("tokenizer_class") or MODEL_CLASSES.get(model.get("model_type"))
-    if name in AS_IT_IS or model.get("model_type") in RUN_AS_IT_IS:
-        return None
-    name = name.removesuffix("Fast")
-    if name == "LlamaTokenizer" and form == "json" and b'"ByteLevel"' in data:
-        return None  # Llama 3's, under the name of Llama 2's
-    if form not in CLASS_FORMS.get(name, ()):
-        raise ValueError(f"its tokenizer_class {name} does not read {path.name}, or is no Llama's")
-    return name
-
-
-def built_spec(family, form, source, settings):
-    """What the class `family` builds of a vocabulary, whatever else its tokenizer.json says. source: (vocab, merges) of
-    GPT-2's files, a SentencePiece message, or a tokenizer.json."""
-    if form == "gpt2":
-        vocab, merges = source
-    elif form == "sentencepiece":
-        vocab = {p.piece: i for i, p in enumerate(source.pieces)}
-        ranks = {p.piece: i for i, p in enumerate(source.pieces) if p.type not in (UNKNOWN, CONTROL)}
-        merges = merges_of(ranks, lambda left, right: len(left))
-    else:
-        vocab, merges = source["model"]["vocab"], source["model"].get("merges")
-        if not isinstance(vocab, dict) or merges is None:
-            raise ValueError(f"it is no BPE, as its tokenizer_class {family} wants")
-    prefix = settings.get("add_prefix_space")
-    if family == "GPT2Tokenizer":
-        spec = make_spec(bpe(vocab, merges), {}, byte_level(True, bool(prefix)), byte_level(True))
-    else:
-        prefix = prefix is not False
-        scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
-        decoders = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP] * prefix
-        spec = make_spec(bpe(vocab, merges, fuse_unk=True, byte_fallback=True), {},
-                         {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
-                         {"type": "Sequence", "decoders": decoders})
-    return spec | {"post_processor": source.get("post_processor") if form == "json" else None}
+def read_file(path, data, form):
+    """(tokenizer.json, settings) of a vocabulary's file by itself."""
+    if form == "sentencepiece":
+        return lone_sentencepiece(data)
+    spec = json.loads(data) if form == "json" else read_ranks(data) if form == "ranks" else read_gpt2(path)
+    spec["added_tokens"] = spec.get("added_tokens") or []
+    special = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    return spec, {key: next(filter(special.__contains__, usual), None) for key, usual in USUAL_NAMES.items()}
 
 
 def read(path, in_folder):
     """(tokenizer.json, settings) of a vocabulary's file. in_folder: with all that lies beside it."""
-    data = path.read_bytes()
-    form, settings, declared, family, unasked = form_of(path, data), {}, {}, None, None
-    if form == "sentencepiece" and not in_folder:
-        return lone_sentencepiece(data)
-    if in_folder:
-        settings = read_settings(path.parent)
-        family = class_of(path, form, data, settings)
-    if form == "sentencepiece":
-        source, own = parse_sentencepiece(data), []
-        unasked = [added(p.piece, i, p.type == CONTROL, normalized=False) for i, p in enumerate(source.pieces)
-                   if p.type == CONTROL or p.type == USER_DEFINED and family]
-    elif form == "gpt2":
-        source, family, own = read_gpt2(path), "GPT2Tokenizer", []
-    else:
-        source = read_ranks(data) if form == "ranks" else json.loads(data)
-        source["added_tokens"] = source.get("added_tokens") or []
-        own = source["added_tokens"] if form == "json" else []
-    if in_folder:
-        declared = declared_tokens(path.parent, settings, own)
-    if family:
-        spec, names = built_spec(family, form, source, settings), CLASS_NAMES[family]
-    elif form == "sentencepiece":
-        spec, names = folder_sentencepiece(source, settings, declared), sentencepiece_names(source)
-    else:
-        spec, names = source, {}
-    has_settings = in_folder and any(path.with_name(name).is_file() for name in SIDE_FILES)
-    if not has_settings:
-        special = {t["content"] for t in spec["added_tokens"] if t["special"]}
-        names = {key: next(filter(special.__contains__, usual), None) for key, usual in USUAL_NAMES.items()} | names
-    settings = names | settings
-    if isinstance(settings.get("extra_special_tokens"), dict):
-        settings |= settings.pop("extra_special_tokens")
-    older = settings.pop("additional_special_tokens", None)
-    extra = settings.pop("extra_special_tokens", older if unasked is None else unasked) or []
-    known = {t["content"] for t in [*spec["added_tokens"], *declared.values()]}
-    spec = add_tokens(spec, settings, declared, extra)
-    settings |= {key: content(token) for key, token in named_tokens(settings).items()}
-    ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
-    if form == "ranks" and ids.keys() - known:
-        raise ValueError(f"{min(ids.keys() - known)!r} is no special token of Meta's rank file, and nothing declares "
-                         "its id")
-    if form != "json" and (form != "ranks" or has_settings):  # a tokenizer.json does not heed these settings
+    data, folder = path.read_bytes(), path.parent
+    form = form_of(path, data)
+    spec, settings = read_file(path, data, form)
+    if not in_folder:
+        return spec, settings
+    has_settings = any((folder / name).is_file() for name in SIDE_FILES)
+    settings = read_settings(folder) if has_settings else settings | read_settings(folder)
+    builds = has_settings or form == "json" and (folder / "config.json").is_file()  # whose model type implies a class
+    if form == "ranks":
+        settings.setdefault("tokenizer_class", BUILD_NONE[0])
+    why = why_not_alone(folder, spec, settings) if builds else None
+    if form == "ranks" and has_settings:
+        if why:
+            raise ValueError(f"Meta's rank file: {why}")
         asked = (settings.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos"))
-        spec["post_processor"] = around(ids, *asked)
+        spec["post_processor"] = around({token["content"]: token["id"] for token in spec["added_tokens"]}, *asked)
+    elif form == "sentencepiece" or why:
+        spec, named = from_transformers(folder, settings)
+        settings |= named
+    settings |= named_tokens(settings)
     return spec, {key: value for key, value in settings.items() if key not in BUILD_ONLY}

@@ -71,11 +71,6 @@ def byte_level(use_regex, add_prefix_space=False):
     return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": use_regex}
 
 
-def replace(old, new):
-    """The step, of normalizing and of decoding, that replaces {"String": text} or {"Regex": pattern}."""
-    return {"type": "Replace", "pattern": old, "content": new}
-
-
 def merges_of(ranks, urgency):
     """Every way to make a piece of two others, the lowest rank first. ranks: {piece: rank}; urgency(left, right): which
     of the ways to make the same piece comes first."""

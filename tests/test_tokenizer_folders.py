@@ -2,6 +2,7 @@
 import functools
 import io
 import json
+import sys
 
 import pytest
 from conftest import ROOT, need_transformers_5_24, real_data
@@ -49,6 +50,11 @@ def byte_level_json(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), cut
     return json.loads(made.to_str())
 
 
+def replace(old, new):
+    """The step, of normalizing and of decoding, that replaces {"String": text}."""
+    return {"type": "Replace", "pattern": old, "content": new}
+
+
 def low_line_json(**parts):
     """A tokenizer.json of the form that Llama 2 has on the hub, with other parts in place of its own."""
     spec, _ = tokenizer_files.lone_sentencepiece(sentencepiece_model())
@@ -60,8 +66,8 @@ def low_line_json(**parts):
     model["vocab"] = {low(piece): i for piece, i in model["vocab"].items()}
     model["merges"] = [[low(left), low(right)] for left, right in model["merges"]]
     spec["normalizer"] = {"type": "Sequence", "normalizers": [
-        {"type": "Prepend", "prepend": "\u2581"}, tokenizer_spec.replace({"String": " "}, "\u2581")]}
-    spec["decoder"]["decoders"].insert(0, tokenizer_spec.replace({"String": "\u2581"}, " "))
+        {"type": "Prepend", "prepend": "\u2581"}, replace({"String": " "}, "\u2581")]}
+    spec["decoder"]["decoders"].insert(0, replace({"String": "\u2581"}, " "))
     return spec | parts
 
 
@@ -111,7 +117,7 @@ def vocabularies():
         "both by template": low | {"post_processor": tokenizer_spec.around(ends, "<s>", "</s>")},
         "llama 3's words": byte_level_json(cut=pre_tokenizers.Split(Regex(tokenizer_spec.LLAMA3_WORDS), "isolated")),
         "NFC": with_normalizer({"type": "NFC"}), "lower case": with_normalizer({"type": "Lowercase"}),
-        "replaced": with_normalizer({"type": "Prepend", "prepend": "_"}, tokenizer_spec.replace({"String": "a"}, "b")),
+        "replaced": with_normalizer({"type": "Prepend", "prepend": "_"}, replace({"String": "a"}, "b")),
         "unigram": trained_json("unigram"), "word level": trained_json("word level")}
     return {name: {"tokenizer.json": spec} for name, spec in specs.items()} | {
         "sentencepiece": {"tokenizer.model": sentencepiece_model()},
@@ -217,10 +223,8 @@ def made(folder, name, family, side):
     return write(folder, vocabularies()[name], files)
 
 
-def why_refused(folder, theirs, name, family):
+def why_refused(folder, theirs):
     """What the one line says of a folder that is refused, or None."""
-    if name in ("unigram", "word level") and family == LLAMA:
-        return "no BPE"
     settings, older = ({} if not (folder / file).exists() else json.loads((folder / file).read_text())
                        for file in ("tokenizer_config.json", "added_tokens.json"))
     declared = {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()} or older
@@ -242,7 +246,7 @@ def test_a_folder_means_what_autotokenizer_makes_of_it(name, tmp_path):
             continue  # transformers raises a TypeError
         folder, saved = made(tmp_path / str(n), *case), tmp_path / f"{n} saved"
         theirs = AutoTokenizer.from_pretrained(folder)
-        if why := why_refused(folder, theirs, *case[:2]):
+        if why := why_refused(folder, theirs):
             with pytest.raises(config.Mistake, match=why) as e:
                 tokenizer.load(folder)
             assert "\n" not in str(e.value)
@@ -333,6 +337,25 @@ def test_what_an_earlier_version_saved_opens_as_it_was(tmp_path):
     assert tokenizer.char("hello\n", ["<s>", "</s>"]).fingerprint.startswith("c7868358188befd0")
 
 
+@pytest.mark.parametrize("vocabulary, file, name", [
+    ("byte level", "tokenizer_config.json", "Qwen2Tokenizer"), ("low lines", "config.json", "CodeLlamaTokenizer")])
+def test_classes_of_others_are_followed(vocabulary, file, name, tmp_path):
+    from transformers import AutoTokenizer
+    folder = write(tmp_path / "a", vocabularies()[vocabulary], {file: {"tokenizer_class": name}})
+    ours, theirs = tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert [ours.encode(x, special=True) for x in TEXTS] == theirs(TEXTS, add_special_tokens=False)["input_ids"]
+    assert (ours.bos_id, ours.eos_id, ours.ids) == (theirs.bos_token_id, theirs.eos_token_id, theirs.get_vocab())
+
+
+def test_transformers_is_asked_for_where_a_folder_needs_it(tmp_path, monkeypatch):
+    folder = write(tmp_path / "a", vocabularies()["byte level"], {"tokenizer_config.json": LLAMA})
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(config.Mistake, match="pip install transformers"):
+        tokenizer.load(folder)
+    write(folder, {"tokenizer_config.json": PLAIN})
+    assert tokenizer.load(folder).encode("the")
+
+
 # ---- stop tokens, and one line where something cannot be ----------------------------------------------------------
 
 
@@ -349,8 +372,6 @@ def test_stop_tokens_are_those_of_generation_config(stops, expected, tmp_path):
 
 
 @pytest.mark.parametrize("file, content, why", [
-    ("tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"}, "Qwen2Tokenizer"),
-    ("config.json", {"tokenizer_class": "CodeLlamaTokenizer"}, "CodeLlamaTokenizer"),
     ("tokenizer_config.json", "{", "delimiter|property name"), ("tokenizer_config.json", "[]", "list"),
     ("added_tokens.json", {"<x>": 7000}, "'<x>' as id 7000, but AutoTokenizer gives it 600"),
     ("added_tokens.json", {"<x>": "a"}, "'a'"), ("special_tokens_map.json", {"bos_token": {"text": "<s>"}}, "content"),
