@@ -13,7 +13,8 @@ except ImportError:  # Python 3.10, where pytest brings this
     import tomli as tomllib
 
 FILES = ("requirements.txt", "requirements-dev.txt", "requirements-cuda.txt")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 
 def lines_of(file):
@@ -23,6 +24,11 @@ def lines_of(file):
 def pins(file):
     """The requirements that a file lists: a package may have several, for different Pythons or platforms."""
     return [Requirement(line) for line in lines_of(file) if not line.startswith("-")]
+
+
+def test_what_is_installed_has_every_module():
+    """A module that pyproject.toml leaves out is missing where the project was installed with pip."""
+    assert sorted(PYPROJECT["tool"]["setuptools"]["py-modules"]) == sorted(path.stem for path in ROOT.glob("*.py"))
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -35,7 +35,9 @@ def call(*command):
 
 def python_for(name):
     """The interpreter for an environment: the oldest supported one for "oldest", where there is one; else this one."""
-    return which(f"python{OLDEST_PYTHON}") if name == "oldest" and which(f"python{OLDEST_PYTHON}") else sys.executable
+    oldest = which(f"python{OLDEST_PYTHON}")
+    runs = oldest and not subprocess.run([oldest, "-c", ""], capture_output=True).returncode  # a shim of pyenv may not
+    return oldest if name == "oldest" and runs else sys.executable
 
 
 def environment(name, folder):
