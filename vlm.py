@@ -22,6 +22,7 @@ Sources: LLaVA (arXiv:2304.08485, 2310.03744), DPO (2305.18290), RLAIF-V (2405.1
 modeling_llama4.py and processing_llama4.py.
 """
 import contextlib
+import gc
 import hashlib
 import json
 import sys
@@ -244,25 +245,39 @@ def open_run(directory, vit_weights=None, **overrides):
 
 # -- training ----------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def without_collector():
+    """Within this block no garbage is looked for: among millions of new objects, such as records, it takes half of the
+    time. What is there at its end is looked at no more."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 class Stage:
     """A stage of training: what train.fit trains. Its model is a Vlm, of which some parts learn.
 
     Each picture of a data set is one square, also for Llama 4's tower, which would cut a large one into up to 16: so
     all take as many tokens, and what a frozen encoder saw is kept as one array. Pictures in use are cut."""
 
+    @without_collector()
     def __init__(self, cfg, shape, out, device):
         self.cfg, self.out, self.device, self.floor = cfg, out, device, None
         self.folder = train.folder_of(cfg)
-        need_records(cfg, self.folder)  # before any download
+        records = [images.load(self.folder, split) for split in ("train", "val")]
+        need_records(cfg, records)  # before any download
         resumed = runs.common_latest(out) if cfg.init_from == "resume" else None
-        self.model, self.tok = build(cfg, shape, self.folder, None if cfg.init_from == "scratch" else
+        self.model, self.tok = build(cfg, shape, records[0], None if cfg.init_from == "scratch" else
                                      resumed or cfg.init_from)
         self.model.freeze(STAGES[cfg.stage])
         self.llama = self.model.llama
         self.llama.model.checkpointing = cfg.checkpointing
         self.dtype, self.why_dtype = common.pick_dtype(cfg.dtype, device)
         self.run = Runner(cfg, self.model, self.tok, device, self.dtype)
-        self.data, self.val = self.run.read(self.folder, "train", "val")
+        self.data, self.val = self.run.read(*records)
         if self.model.learned is not None:
             self.model.learned |= {row.kind for rows in self.data.examples for row in rows}
         self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
@@ -337,10 +352,9 @@ class Stage:
             save_references(directory / "reference.pt", self.pairs, self.references)
 
 
-def need_records(cfg, folder):
-    """Refuse a stage that does not fit the records of a data set, or has nothing to go on from."""
-    records = [r for split in ("train", "val") for r in images.load(folder, split)]
-    if {"chosen" in r for r in records} != {cfg.stage == "prefer"}:
+def need_records(cfg, splits):
+    """Refuse a stage that does not fit the records of these splits, or has nothing to go on from."""
+    if {"chosen" in record for records in splits for record in records} != {cfg.stage == "prefer"}:
         raise config.Mistake(f"stage {cfg.stage!r} takes " + (
             "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
             "captions and conversations, not pairs of answers"))
@@ -348,8 +362,9 @@ def need_records(cfg, folder):
         raise config.Mistake("stage 'prefer' goes on from a model that answers: name its run with --init_from")
 
 
-def build(cfg, shape, folder, source):
-    """(Vlm, tokenizer) of the checkpoint `source`, to which a plain Llama adds a projector; None: a new one."""
+def build(cfg, shape, records, source):
+    """(Vlm, tokenizer) of the checkpoint `source`, to which a plain Llama adds a projector; None: a new one, with a
+    tokenizer trained on the texts of these records."""
     kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
     torch.manual_seed(cfg.seed)
     with config.mistakes(ValueError, FileNotFoundError):
@@ -365,7 +380,7 @@ def build(cfg, shape, folder, source):
             encoder = vision.make_encoder(cfg.encoder or "vit_b_16", cfg.vit_weights, pretrained)
             add, count = (with_frame, len(FRAME) + 1) if encoder.llama4 else (with_image, 1)
             vocab_size = shape.get("vocab_size", 512)
-            tok = adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size - count)
+            tok = adapter.load_tokenizer(source) if source else new_tokenizer(records, vocab_size - count)
             tok, *ids = add(tok)
             if source:
                 llama = adapter.load(source, torch.float32, **kept)
@@ -407,18 +422,18 @@ class Runner:
         self.cfg, self.vlm, self.tok, self.device, self.dtype = cfg, vlm.to(device), tok, device, dtype
         self.autocast = common.autocast_to(dtype, device)
 
-    def read(self, folder, *splits):
-        """The examples of these splits of a data set; from now on the runner sees its pictures."""
+    def read(self, *splits):
+        """The examples of these splits, as `images.load` gives them; from now on the runner sees their pictures."""
         number, vlm = {}, self.vlm
         size = min(self.cfg.block_size, vlm.llama.config.context)
         vlm.encoder.tiles = 1  # see `Stage`
-        found = [Examples(folder, split, self.tok, len(vlm.picture_ids()), size, number) for split in splits]
+        found = [Examples(records, self.tok, len(vlm.picture_ids()), size, number) for records in splits]
         if lost := sum(data.lost for data in found):
             print0(f"{lost:,} examples do not fit block_size={size} and were left out")
         if shortened := sum(data.shortened for data in found):
             print0(f"{shortened:,} conversations were cut after the last answer that ends within block_size={size}")
         limit = self.cfg.feature_gb if "encoder" in vlm.frozen else None
-        self.pictures = Pictures(folder, list(number), vlm.encoder, self.dtype, limit)
+        self.pictures = Pictures(splits[0].path.parent, list(number), vlm.encoder, self.dtype, limit)
         return found
 
     def batch(self, data, which, shift=0):
@@ -620,10 +635,11 @@ def trace(cfg):
 def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
     folder = train.folder_of(cfg)
-    if any("chosen" in record for record in images.load(folder, cfg.split)):  # before anything is encoded
+    records = images.load(folder, cfg.split)
+    if any("chosen" in record for record in records):  # before anything is encoded
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
     run = load(cfg, pack=False)
-    data, = run.read(folder, cfg.split)
+    data, = run.read(records)
     rows = data.questions()
     found, n = {"loss": run.loss(run.vlm, data)}, len(run.pictures.names)
     if n > 1:  # what the pictures are worth: each example gets another one's
