@@ -18,6 +18,7 @@ import config
 from prepare import images, tokenizer
 from prepare.images import IMAGE
 from prepare.tokenizer_spec import added
+from prepare.windows import order
 
 FRAME = "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>"
 PATCH = "<|patch|>"  # each image token of a square; FRAME stands around them, and <|image|> for a picture in a text
@@ -60,8 +61,8 @@ def with_frame(tok):
 
 def new_tokenizer(records, vocab_size):
     """A SentencePiece BPE of so many tokens, trained on the texts of a data set."""
-    texts = [text.replace(IMAGE, "") for talks in records.each(images.talks_of) for _, talk in talks for _, text in talk]
-    return tokenizer.train_sentencepiece(texts, vocab_size)
+    talks = [talk for talks in records.each(images.talks_of) for _, talk in talks]
+    return tokenizer.train_sentencepiece([text.replace(IMAGE, "") for talk in talks for _, text in talk], vocab_size)
 
 
 @dataclass(slots=True)
@@ -214,10 +215,19 @@ class Examples:
         x, y, positions = whole
         return x, y, positions if max(map(len, lines)) > 1 else None
 
-    def questions(self):
-        """One row for each picture and prompt (not one for each of its captions)."""
+    def some(self, limit=0):
+        """The numbers of the examples to evaluate, the same each time, until they have `limit` tokens (0: of all)."""
+        which = order(0, 0, len(self))
+        if not limit:
+            return which
+        learned = np.cumsum([sum(int(row.learn[1:].sum()) for row in self.examples[i]) for i in which])
+        return which[:int(np.searchsorted(learned, limit)) + 1]
+
+    def questions(self, most=None):
+        """One row for each picture and prompt (not one for each of its captions), or as many of them, spread evenly."""
         seen = {}
         for rows in self.examples:
             for row in rows:
                 seen.setdefault((row.pictures, row.prompt().tobytes()), row)
-        return list(seen.values())
+        rows = list(seen.values())
+        return [rows[i] for i in np.linspace(0, len(rows) - 1, min(most or len(rows), len(rows))).astype(int)]

@@ -87,7 +87,7 @@ def talks_of(record):
     return found
 
 
-@lru_cache(maxsize=2**16)  # many pictures are asked the same
+@lru_cache(maxsize=2**14)  # many pictures are asked the same
 def placed(talk, count):
     """talk, ((role, text), ...), with a mark for each of `count` pictures. Raises ValueError where it is no talk."""
     need(all(text.strip() or role == "system" for role, text in talk), "one of its texts is empty or no text")

@@ -10,7 +10,6 @@ file under the pictures' folder (without it, the record is text only). Those who
 pictures, or that say nothing, are counted and left out. Pictures are held out for validation, with all that is said
 about them, by a hash of their files; records without one by a hash of their text.
 """
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images, picture_files, shards  # noqa: E402
+from prepare import images, picture_files, shards, text  # noqa: E402
 
 
 @dataclass
@@ -48,21 +47,16 @@ def record_of(raw, place):
 def hold_out(records, files, fraction):
     """{"train": ..., "val": ...}: about `fraction` of the records held out, at least one where that can be, and no
     picture on both sides. files: {path: hash of the picture's file}."""
-    def digest(text):
-        return hashlib.sha256(text.encode()).hexdigest()
-    keys = [[files[p] for p in images.images_of(r)] or [digest(json.dumps(r, sort_keys=True))] for r in records]
-    group = {key: {key} for some in keys for key in some}  # pictures of one record stay together
-    for some in keys:
-        if len(some) > 1:
-            joined = set().union(*(group[key] for key in some))
-            group |= dict.fromkeys(joined, joined)
-    names = [min(group[some[0]]) for some in keys]  # of the group that a record belongs to
-    groups = sorted(set(names), key=digest)
-    count = sum(int(digest(name)[:8], 16) / 2**32 < fraction for name in groups)
-    held = set(groups[:max(1, min(count, len(groups) - 1)) if fraction and len(groups) > 1 else 0])
+    keys = [[files[p] for p in images.images_of(r)] or [json.dumps(r, sort_keys=True)] for r in records]
+    groups = {key: {key} for some in keys for key in some}  # pictures of one record stay together
+    for some in (some for some in keys if len(some) > 1):
+        joined = set().union(*(groups[key] for key in some))
+        groups |= dict.fromkeys(joined, joined)
+    hashes = [text.hash_of(min(groups[first])) for first, *_ in keys]
+    threshold = text.threshold_of(hashes, fraction) if fraction and len(set(hashes)) > 1 else 0
     sides = {"train": [], "val": []}
-    for record, name in zip(records, names):
-        sides["val" if name in held else "train"].append(record)
+    for record, hash in zip(records, hashes):
+        sides["val" if hash < threshold else "train"].append(record)
     return sides
 
 
