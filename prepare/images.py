@@ -211,8 +211,9 @@ def read_json(path):
     """The objects of a .json list or of a .jsonl file."""
     with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} cannot be read: "):
         text = Path(path).read_text(encoding="utf-8-sig")
-        whole = text.lstrip().startswith("[")
-        found = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+        if not text.lstrip().startswith("["):
+            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"  # read at once: faster
+        found = json.loads(text)
         if not all(isinstance(r, dict) for r in found):
             raise ValueError("it is not a list of objects")
     return found
