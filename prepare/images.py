@@ -26,6 +26,7 @@ IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}  # LLaVA's words: those of chat templates
 FILES = r"((train|val|test)\.jsonl|bad_images\.txt|images\.npy|meta\.json)(\.\d+)?(\.tmp)?|images|features"
 HALVES = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can hold and no UTF-8 file
+NOT_FROM = f"its turns are not all from {', '.join(ROLES)}"
 NAMED = 3  # records that are named for each reason why some are left out
 
 
@@ -62,7 +63,7 @@ def talks_of(record):
     kind: caption, answer, chosen or rejected. Raises ValueError, with the reason, for a record that is not as the first
     lines of this file say, or that teaches nothing."""
     pictures, found = images_of(record), []
-    need(all(isinstance(p, str) and p or type(p) is int and p >= 0 for p in pictures),
+    need(all([type(p) is int and p >= 0 or isinstance(p, str) and p for p in pictures]),
          "its image is no path, no row of images.npy and no list of those")
     if "captions" in record:
         captions = record["captions"]
@@ -71,10 +72,10 @@ def talks_of(record):
         found += [("caption", (("user", IMAGE * len(pictures)), ("assistant", text))) for text in captions]
     if "conversations" in record:
         turns = record["conversations"]
-        need(isinstance(turns, list) and turns and all(isinstance(t, dict) for t in turns),
-             "its conversations are not a list of turns")
-        need(all(t.get("from") in list(ROLES) for t in turns), f"its turns are not all from {', '.join(ROLES)}")
-        found.append(("answer", tuple((ROLES[t["from"]], t.get("value")) for t in turns)))
+        need(isinstance(turns, list) and {*map(type, turns)} == {dict}, "its conversations are not a list of turns")
+        talk = tuple([(ROLES.get(str(turn.get("from"))), turn.get("value")) for turn in turns])
+        need(all([role for role, _ in talk]), NOT_FROM)
+        found.append(("answer", talk))
     if "chosen" in record:
         found += [(key, (("user", record.get("question")), ("assistant", record.get(key))))
                   for key in ("chosen", "rejected")]
