@@ -93,8 +93,8 @@ class Pictures:
             self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
             os.utime(place / f"{name}.npy")  # it is in use
         missing = np.flatnonzero(ready == 0)[RANK::WORLD]
-        with together(), tqdm(total=len(missing), desc="encoding", unit=" pictures",
-                              disable=RANK > 0 or not len(missing)) as bar:
+        bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
+        with config.mistakes(OSError), together(), bar:
             for i in range(0, len(missing), 32):
                 chunk = missing[i:i + 32]
                 self.kept[chunk] = self.encode(chunk).numpy()
@@ -104,8 +104,7 @@ class Pictures:
 
 def make_room(folder, most):
     """Remove the features that were used longest ago, until those in a folder take `most` bytes."""
-    kept = sorted(folder.glob("*.npy"), key=lambda path: path.stat().st_mtime)
-    kept = [path for path in kept if not path.name.endswith(".ready.npy")]
+    kept = sorted(folder.glob("?" * 16 + ".npy"), key=lambda path: path.stat().st_mtime)  # named by a fingerprint
     while kept and sum(path.stat().st_size for path in kept) > most:
         oldest = kept.pop(0)
         print0(f"features   {oldest.name} of another run was removed: feature_gb is for all in the folder")
