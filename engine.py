@@ -165,7 +165,7 @@ class Engine:
         self.fitting(ids + len(files) * (sees.image_tokens - 1) * [0], room)  # before any is looked at
         if not files:
             return ids
-        _, features, canvases = zip(*vlm.look(run, files, need_all=True))
+        features, canvases = zip(*(vlm.look(run, file) for file in files))
         ids = self.fitting(torch.from_numpy(sees.spread(ids, iter(canvases))), room)
         with torch.no_grad(), self.autocast:
             return sees.embed(ids[None].to(run.device), torch.cat(features))[0]

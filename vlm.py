@@ -18,8 +18,7 @@ In shapes: B rows, T positions, D the Llama's width, V its vocabulary, N squares
 several), S their side in pixels, P image tokens of a square, W their width. The encoders are in vision.py, what is read
 and learned of a data set is in prepare/examples.py, and the loop is train.py's with its keys, checkpoints and log.
 
-Sources: LLaVA (arXiv:2304.08485, 2310.03744), DPO (2305.18290), RLAIF-V (2405.17220); for Llama 4, transformers
-modeling_llama4.py and processing_llama4.py.
+Sources: LLaVA (arXiv:2304.08485, 2310.03744), DPO (2305.18290), RLAIF-V (2405.17220); transformers' Llama 4.
 """
 import contextlib
 import hashlib
@@ -54,7 +53,7 @@ from feedback import preference, row_losses  # noqa: E402
 from prepare import images, picture_files, tokenizer  # noqa: E402
 from prepare.examples import (  # noqa: E402
     FRAME, PATCH, Examples, caption_prompt, new_tokenizer, with_frame, with_image)
-from prepare.features import Pictures, fingerprint, read_references, save_references  # noqa: E402
+from prepare.features import Pictures, fingerprint, read_references  # noqa: E402
 from prepare.images import IMAGE, with_pictures  # noqa: E402
 from prepare.windows import order  # noqa: E402
 from scores import agree, measured, track  # noqa: E402
@@ -86,8 +85,8 @@ class Vlm(nn.Module):
         if pixel_shuffle and (encoder.grid % 2 or self.llama4):
             raise config.Mistake(f"pixel_shuffle joins 2 x 2 tokens, which the {encoder.grid} x {encoder.grid} of "
                                  f"{encoder.name} do not allow" + "; it joins its own" * self.llama4)
-        width, dim = encoder.width * (4 if pixel_shuffle else 1), llama.config.dim
-        self.image_tokens = encoder.grid ** 2 // (4 if pixel_shuffle else 1)
+        joined, dim = 4 if pixel_shuffle else 1, llama.config.dim
+        width, self.image_tokens = encoder.width * joined, encoder.grid ** 2 // joined
         if self.llama4:
             self.projector = nn.Sequential(OrderedDict(linear_1=nn.Linear(width, dim, bias=False)))
         else:
@@ -96,9 +95,8 @@ class Vlm(nn.Module):
         scale = llama.model.embed_tokens.weight.detach().std()  # image tokens start as large as words
         with torch.no_grad():
             last.weight.normal_().mul_(scale / last.in_features ** 0.5)
-        self.beta = 0.1  # of DPO
-        self.frozen, self.encoder_learned, self.encoder_digest = (), False, None  # what does not learn now; whether the
-        # encoder ever did; of one that never did, what stands for its weights
+        self.beta, self.frozen = 0.1, ()  # of DPO; the parts that do not learn now
+        self.encoder_learned, self.encoder_digest = False, None  # whether it ever did; if not, what its weights were
         self.learned = set()  # kinds of examples: caption, answer, chosen, rejected; None: nobody knows
 
     # -- from pixels to logits -----------------------------------------------------------------------------------
@@ -147,14 +145,15 @@ class Vlm(nn.Module):
             return patches
         start, end, beside, below, whole = self.frame
         row = [*patches, *[beside, *patches] * (columns - 1), below]
-        return [start, *(row * rows if rows * columns > 1 else []), whole, *patches, end]
+        return [start, *row * (rows if rows * columns > 1 else 0), whole, *patches, end]
 
     def spread(self, ids, canvases=None):
         """ids (n,) with what the model reads in the place of each mark, int64. canvases: an iterator of the pictures'
         (rows, columns); None: each is one square."""
-        parts = ([i] if i != self.mark else self.picture_ids(*(next(canvases) if canvases else ()))
-                 for i in np.asarray(ids).tolist())
-        return np.array([i for part in parts for i in part], np.int64)
+        spread = []
+        for i in ids:
+            spread += [i] if i != self.mark else self.picture_ids(*next(canvases) if canvases else ())
+        return np.array(spread, np.int64)
 
     @torch.no_grad()
     def generate(self, prompts, pictures, max_new_tokens, stop_ids, canvases=None, num_beams=1, **how):
@@ -162,15 +161,10 @@ class Vlm(nn.Module):
 
         pictures: the squares of all, in order; canvases: their (rows, columns), see `spread`; num_beams: search with so
         many; how: temperature, top_k, top_p, min_p and seed; without them, greedy."""
-        device, was = self.llama.lm_head.weight.device, self.training
+        device, was, canvases = self.llama.lm_head.weight.device, self.training, canvases and iter(canvases)
         self.eval()
-        pictures, canvases = pictures.to(device), canvases and iter(canvases)
-        pictures, begun, embeds = self.encoder(pictures) if pictures.dim() == 4 else pictures, 0, []
-        for prompt in prompts:
-            ids = self.spread(prompt, canvases)
-            end = begun + (ids == self.image_id).sum() // self.image_tokens
-            embeds.append(self.embed(torch.from_numpy(ids)[None].to(device), pictures[begun:end])[0])
-            begun = end
+        ids = [torch.from_numpy(self.spread(prompt, canvases)) for prompt in prompts]
+        embeds = self.embed(torch.cat(ids)[None].to(device), pictures.to(device))[0].split([*map(len, ids)])  # (T, D)
         if num_beams > 1:
             new = [decode.beam_search(self.llama, x, max_new_tokens, num_beams, stop_ids) for x in embeds]
         else:
@@ -183,9 +177,9 @@ class Vlm(nn.Module):
 
     def freeze(self, learning):
         """Let the parts named in `learning` learn, and no other; of an adapted Llama only its adapter."""
-        self.frozen = [n for n in ("encoder", "projector", "llama") if n not in learning]
-        for name in ("encoder", "projector", "llama"):
-            getattr(self, name).requires_grad_(name in learning)
+        self.frozen = [part for part in STAGES["together"] if part not in learning]
+        for part in STAGES["together"]:
+            getattr(self, part).requires_grad_(part in learning)
         if hasattr(self.llama, "adapter"):
             for name, p in self.llama.named_parameters():
                 p.requires_grad_("llama" in learning and ".lora_" in name)
@@ -200,19 +194,18 @@ class Vlm(nn.Module):
 
     # -- files: see vision.py -----------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory, tok):
-        """Write a checkpoint."""
-        if not self.encoder_learned and not self.encoder_digest:  # once: a frozen encoder stays as it is
-            self.encoder_digest = vision.digest_of(self.encoder)[:16]
-        vision.save(self, directory, tok)
+    save_pretrained = vision.save
+
+    def kinds(self):
+        """Those of the examples that it learned, as a list; None where nobody knows, as of a published model."""
+        return None if self.learned is None else sorted(self.learned)
 
     @classmethod
     def from_pretrained(cls, directory, vit_weights=None, frame=(), **overrides):
         """Read what `save_pretrained` wrote, or transformers' Llama4ForConditionalGeneration. frame: as for `Vlm`;
         overrides: fields of the Llama's config. Raises ValueError or FileNotFoundError, naming what is wrong."""
-        directory = Path(directory)
         llama = adapter.load(directory, torch.float32, **overrides)
-        facts, encoder, states = vision.read(directory, vit_weights)
+        facts, encoder, states = vision.read(Path(directory), vit_weights)
         llama = grow(llama, facts["image_id"] + 1)  # that of an adapter is as its base model has it
         vlm = cls(llama, encoder, facts["image_id"], frame, facts["pixel_shuffle"])
         for part, state in states.items():
@@ -220,21 +213,15 @@ class Vlm(nn.Module):
                 getattr(vlm, part).load_state_dict(state)
             except RuntimeError as e:
                 raise ValueError(f"{directory}: not the weights of its {part}: {' '.join(str(e).split())}") from None
-        vlm.encoder_learned = facts["encoder_learned"]
+        vlm.encoder_learned, vlm.encoder_digest = facts["encoder_learned"], facts.get("encoder_digest")
         vlm.learned = None if facts.get("learned") is None else set(facts["learned"])
-        if digest := facts.get("encoder_digest"):  # of an encoder that did not learn; older runs have none
-            vlm.encoder_digest = vision.digest_of(encoder)[:16]
-            if vlm.encoder_digest != digest:
-                raise ValueError(f"{directory} learned with other weights of {encoder.name}: name their file with "
-                                 "--vit_weights")
         return vlm.freeze(()).eval()
 
 
 def open_run(directory, vit_weights=None, **overrides):
     """(Vlm, tokenizer) of a directory."""
-    directory = Path(directory)
     tok, patch, frame = tokenizer.load(directory), None, ()
-    if vision.is_llama4(directory):
+    if vision.is_llama4(Path(directory)):
         tok, patch, frame = with_frame(tok)
     vlm = Vlm.from_pretrained(directory, vit_weights, frame, **overrides)
     if patch not in (None, vlm.image_id):
@@ -253,16 +240,17 @@ class Stage:
     def __init__(self, cfg, shape, out, device):
         self.cfg, self.out, self.device, self.floor = cfg, out, device, None
         self.folder = train.folder_of(cfg)
-        need_records(cfg, self.folder)  # before any download
+        records = [images.load(self.folder, split) for split in ("train", "val")]
+        need_records(cfg, records)  # before any download
         resumed = runs.common_latest(out) if cfg.init_from == "resume" else None
-        self.model, self.tok = build(cfg, shape, self.folder, None if cfg.init_from == "scratch" else
+        self.model, self.tok = build(cfg, shape, records[0], None if cfg.init_from == "scratch" else
                                      resumed or cfg.init_from)
         self.model.freeze(STAGES[cfg.stage])
         self.llama = self.model.llama
         self.llama.model.checkpointing = cfg.checkpointing
         self.dtype, self.why_dtype = common.pick_dtype(cfg.dtype, device)
         self.run = Runner(cfg, self.model, self.tok, device, self.dtype)
-        self.data, self.val = self.run.read(self.folder, "train", "val")
+        self.data, self.val = self.run.read(*records)
         if self.model.learned is not None:
             self.model.learned |= {row.kind for rows in self.data.examples for row in rows}
         self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
@@ -270,16 +258,12 @@ class Stage:
         self.flops_per_token = self.llama.flops_per_token(int(self.tokens)) * (2 / 3 if fixed else 1)
         digest = hashlib.sha256((self.folder / "val.jsonl").read_bytes()).hexdigest()
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
-        self.references, self.pairs = (None, None), None  # log-probabilities of the training and the validation pairs
+        self.pairs, self.references = None, []  # log-probabilities (2, n) of the training and of the validation pairs
         if cfg.stage == "prefer":
             self.pairs = fingerprint(self.run.pictures, self.data, self.val)
-            if resumed:
-                self.references = read_references(resumed / "reference.pt", self.pairs)
-            else:
-                self.references = [self.run.log_probs(data, np.arange(len(data))) for data in (self.data, self.val)]
-        questions = self.val.questions()
-        places = np.linspace(0, len(questions) - 1, min(cfg.sample_images, len(questions))).astype(int)
-        self.shown = [questions[i] for i in places]
+            self.references = (read_references(resumed / "reference.pt", self.pairs) if resumed else
+                               [self.run.log_probs(data, np.arange(len(data))) for data in (self.data, self.val)])
+        self.shown = self.val.questions(cfg.sample_images)
 
     def describe(self):
         """Print what is trained, on what and how."""
@@ -301,7 +285,7 @@ class Stage:
         for row in train.numbers_of_step(self.cfg, drawn):
             which = [order(seed, int(n) // length, length)[n % length] for n in row]
             args = self.run.batch(self.data, which)
-            if self.data.pairs:
+            if self.pairs:
                 micro_batches.append((len(which), (*args, self.references[0][:, which])))
             else:
                 micro_batches.append((int((args[1] != -100).sum()), args))
@@ -311,7 +295,7 @@ class Stage:
         """Validation loss, of pairs DPO's with its margin and accuracy, and the share of answers that are exact among
         those drawn in samples.png."""
         if self.data.pairs:
-            which = self.run.some(self.val, self.cfg.eval_tokens)
+            which = self.val.some(self.cfg.eval_tokens)
             log_probs = self.run.log_probs(self.val, which)
             margin, loss = preference(log_probs, self.references[1][:, which], self.model.beta)
             scores = {"val_loss": loss.item(), "margin": margin.mean().item(),
@@ -321,11 +305,11 @@ class Stage:
         if RANK == 0:
             texts = self.run.answers(self.shown)
             scores["exact"] = agree(texts, self.shown)
-            seen = [(self.tok.decode(r.prompt()).replace(IMAGE, "").strip(), t, r.pictures[0])
-                    for t, r in zip(texts, self.shown) if r.pictures]
+            seen = [(r.pictures[0], self.tok.decode(r.prompt()).replace(IMAGE, "").strip(), text)
+                    for r, text in zip(self.shown, texts) if r.pictures]
             if seen:
-                picture_files.draw(self.out / "samples.png", [self.run.pictures.look(p) for *_, p in seen],
-                                   [f"{question}\n{t}".strip() for question, t, _ in seen])
+                picture_files.draw(self.out / "samples.png", [self.run.pictures.look(p) for p, *_ in seen],
+                                   ["\n".join(words).strip() for _, *words in seen])
             print0("val " + "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items()))
             print0("\n".join(f"  | {t}" for t in texts[:4]))
         return scores
@@ -334,13 +318,12 @@ class Stage:
         """Write the model and its tokenizer, and what the reference model thinks of each pair."""
         self.model.save_pretrained(directory, self.tok)
         if self.pairs:
-            save_references(directory / "reference.pt", self.pairs, self.references)
+            torch.save({"pairs": self.pairs, "references": self.references}, directory / "reference.pt")
 
 
-def need_records(cfg, folder):
-    """Refuse a stage that does not fit the records of a data set, or has nothing to go on from."""
-    records = [r for split in ("train", "val") for r in images.load(folder, split)]
-    if {"chosen" in r for r in records} != {cfg.stage == "prefer"}:
+def need_records(cfg, splits):
+    """Refuse a stage that does not fit the records of these splits, or has nothing to go on from."""
+    if {"chosen" in record for records in splits for record in records} != {cfg.stage == "prefer"}:
         raise config.Mistake(f"stage {cfg.stage!r} takes " + (
             "pairs of chosen and rejected answers and nothing else" if cfg.stage == "prefer" else
             "captions and conversations, not pairs of answers"))
@@ -348,8 +331,9 @@ def need_records(cfg, folder):
         raise config.Mistake("stage 'prefer' goes on from a model that answers: name its run with --init_from")
 
 
-def build(cfg, shape, folder, source):
-    """(Vlm, tokenizer) of the checkpoint `source`, to which a plain Llama adds a projector; None: a new one."""
+def build(cfg, shape, records, source):
+    """(Vlm, tokenizer) of the checkpoint `source`, to which a plain Llama adds a projector; None: a new one, with a
+    tokenizer trained on the texts of these records."""
     kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
     torch.manual_seed(cfg.seed)
     with config.mistakes(ValueError, FileNotFoundError):
@@ -364,15 +348,14 @@ def build(cfg, shape, folder, source):
             pretrained = "encoder" not in STAGES[cfg.stage]
             encoder = vision.make_encoder(cfg.encoder or "vit_b_16", cfg.vit_weights, pretrained)
             add, count = (with_frame, len(FRAME) + 1) if encoder.llama4 else (with_image, 1)
-            vocab_size = shape.get("vocab_size", 512)
-            tok = adapter.load_tokenizer(source) if source else new_tokenizer(folder, vocab_size - count)
-            tok, *ids = add(tok)
             if source:
+                tok, *ids = add(adapter.load_tokenizer(source))
                 llama = adapter.load(source, torch.float32, **kept)
                 if not cfg.lora_rank:
                     lora.merge(llama)
                 llama = grow(llama.requires_grad_(True), tok.vocab_size)
             else:
+                tok, *ids = add(new_tokenizer(records, shape.get("vocab_size", 512) - count))
                 llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
             vlm = Vlm(llama, encoder, *ids, pixel_shuffle=bool(cfg.pixel_shuffle))
         if cfg.lora_rank and vlm.llama4:
@@ -400,6 +383,11 @@ def grow(llama, vocab_size):
 
 # -- a model at work ---------------------------------------------------------------------------------------------
 
+def parts(items, size):
+    """items, so many at a time."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
 class Runner:
     """A Vlm on its device, with its tokenizer and settings, and the pictures of a data set."""
 
@@ -407,18 +395,18 @@ class Runner:
         self.cfg, self.vlm, self.tok, self.device, self.dtype = cfg, vlm.to(device), tok, device, dtype
         self.autocast = common.autocast_to(dtype, device)
 
-    def read(self, folder, *splits):
-        """The examples of these splits of a data set; from now on the runner sees its pictures."""
+    def read(self, *splits):
+        """The examples of these splits, as `images.load` gives them; from now on the runner sees their pictures."""
         number, vlm = {}, self.vlm
         size = min(self.cfg.block_size, vlm.llama.config.context)
         vlm.encoder.tiles = 1  # see `Stage`
-        found = [Examples(folder, split, self.tok, len(vlm.picture_ids()), size, number) for split in splits]
+        found = [Examples(records, self.tok, len(vlm.picture_ids()), size, number) for records in splits]
         if lost := sum(data.lost for data in found):
             print0(f"{lost:,} examples do not fit block_size={size} and were left out")
         if shortened := sum(data.shortened for data in found):
             print0(f"{shortened:,} conversations were cut after the last answer that ends within block_size={size}")
         limit = self.cfg.feature_gb if "encoder" in vlm.frozen else None
-        self.pictures = Pictures(folder, list(number), vlm.encoder, self.dtype, limit)
+        self.pictures = Pictures(splits[0].path.parent, list(number), vlm.encoder, self.dtype, limit)
         return found
 
     def batch(self, data, which, shift=0):
@@ -430,31 +418,22 @@ class Runner:
         x[x == self.vlm.mark] = np.tile(self.vlm.picture_ids(), len(pictures))
         return x, y, self.pictures(pictures), positions
 
-    def some(self, data, limit=0):
-        """The numbers of the examples to evaluate, the same each time, until they have `limit` tokens (0: of all)."""
-        which = order(0, 0, len(data))
-        if not limit:
-            return which
-        learned = np.cumsum([sum(int(r.learn[1:].sum()) for r in data.examples[i]) for i in which])
-        return which[:int(np.searchsorted(learned, limit)) + 1]
-
     def loss(self, model, data, limit=0, shift=0):
-        """Mean loss over the learned tokens of `some` of the data; every process takes a share."""
-        mine, size = self.some(data, limit)[RANK::WORLD], self.cfg.batch_size
-        batches = (self.batch(data, mine[i:i + size], shift) for i in range(0, len(mine), size))
+        """Mean loss over the learned tokens of `Examples.some`; every process takes a share."""
+        mine = data.some(limit)[RANK::WORLD]
+        batches = (self.batch(data, which, shift) for which in parts(mine, self.cfg.batch_size))
         return train.evaluate(model, ((int((b[1] != -100).sum()), b) for b in batches), self.device, self.autocast)
 
     @torch.no_grad()
     def log_probs(self, data, which):
         """Log-probabilities (2, n) of the chosen and rejected answers numbered `which`; every process takes a share."""
-        found, size, was = torch.zeros(2, len(which)), self.cfg.batch_size, self.vlm.training
-        mine = np.arange(len(which))[RANK::WORLD]
+        found, was, mine = torch.zeros(2, len(which)), self.vlm.training, np.arange(len(which))[RANK::WORLD]
         self.vlm.eval()
-        for i in track(range(0, len(mine), size), "pairs", delay=2):
-            x, y, seen, _ = common.to_device(self.device, *self.batch(data, which[mine[i:i + size]]))
+        for places in track(parts(mine, self.cfg.batch_size), "pairs", delay=2):
+            x, y, seen, _ = common.to_device(self.device, *self.batch(data, which[places]))
             with self.autocast:
                 nats = row_losses(self.vlm, self.vlm.embed(x, seen), y)
-            found[:, mine[i:i + size]] = -nats.view(2, -1).float().cpu()
+            found[:, places] = -nats.view(2, -1).float().cpu()
         self.vlm.train(was)
         if WORLD > 1:
             dist.all_reduce(found)
@@ -462,11 +441,10 @@ class Runner:
 
     def answers(self, rows):
         """The model's text for each row's prompt."""
-        texts, size = [], self.cfg.batch_size
-        for i in track(range(0, len(rows), size), "answering", delay=2):
-            batch = rows[i:i + size]
+        texts = []
+        for batch in track(parts(rows, self.cfg.batch_size), "answering", delay=2):
             seen = self.pictures([p for r in batch for p in r.pictures])
-            texts += self.texts([r.prompt() for r in batch], seen, number=i)
+            texts += self.texts([r.prompt() for r in batch], seen, number=len(texts))
         return texts
 
     def texts(self, prompts, seen, canvases=None, number=0):
@@ -512,24 +490,15 @@ def load(cfg, kind="", what="", pack=True):
     return run
 
 
-def look(run, paths, need_all=False):
-    """[(path, features (n, P, W), (rows, columns)), ...] of the pictures that can be read; of the others each is named,
-    or, with need_all, the first is raised."""
-    seen, encoder = [], run.vlm.encoder
-    for path in paths:
-        try:
-            squares, canvas = encoder.cut(picture_files.read(path))
-            count, context = len(run.vlm.spread(caption_prompt(run.tok), iter([canvas]))), run.vlm.llama.config.context
-            if count >= context:
-                raise config.Mistake(f"{path}: its {count} tokens leave no room in the model's context={context}")
-        except config.Mistake as e:
-            if need_all:
-                raise
-            print(f"error: {e}", file=sys.stderr)
-            continue
-        with torch.no_grad(), run.autocast:
-            seen.append((path, encoder(squares.to(run.device)), canvas))
-    return seen
+def look(run, path):
+    """(features (n, P, W), (rows, columns)) of a picture. Raises `Mistake` for one that cannot be read or that leaves
+    no room for words."""
+    squares, canvas = run.vlm.encoder.cut(picture_files.read(path))
+    count, context = len(run.vlm.spread(caption_prompt(run.tok), iter([canvas]))), run.vlm.llama.config.context
+    if count >= context:
+        raise config.Mistake(f"{path}: its {count} tokens leave no room in the model's context={context}")
+    with torch.no_grad(), run.autocast:
+        return run.vlm.encoder(squares.to(run.device)), canvas
 
 
 def caption(cfg):
@@ -538,13 +507,17 @@ def caption(cfg):
     paths, size, failed = picture_files.expand(cfg.caption), cfg.batch_size, 0
     run = load(cfg, "caption", "captions")
     bar = tqdm(total=len(paths), desc="captions", unit=" pictures", leave=False, disable=len(paths) <= size)
-    for i in range(0, len(paths), size):
-        some = paths[i:i + size]
-        seen = look(run, some)
-        failed += len(some) - len(seen)
+    for number, some in enumerate(parts(paths, size)):
+        seen = []
+        for path in some:
+            try:
+                seen.append((path, *look(run, path)))
+            except config.Mistake as e:
+                print(f"error: {e}", file=sys.stderr)
+                failed += 1
         if seen:
             good, features, canvases = zip(*seen)
-            texts = run.texts([caption_prompt(run.tok)] * len(good), torch.cat(features), canvases, i)
+            texts = run.texts([caption_prompt(run.tok)] * len(good), torch.cat(features), canvases, number * size)
             for path, text in zip(good, texts):
                 found = json.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
                 bar.write(found if cfg.json else f"{path}: {text}")
@@ -561,7 +534,7 @@ class PictureTokenizer:
 
     def __init__(self, run, paths):
         self.vlm, self.tok, llama = run.vlm, run.tok, run.vlm.llama
-        _, features, self.canvases = zip(*look(run, paths, need_all=True))
+        features, self.canvases = zip(*(look(run, path) for path in paths))
         with torch.no_grad():
             seen = run.vlm.project(torch.cat(features)).flatten(0, 1)  # (N, P, D) -> (N·P, D)
         words, V = llama.model.embed_tokens, llama.config.vocab_size
@@ -588,8 +561,6 @@ class PictureTokenizer:
 def ask(cfg):
     """Answer one question about pictures."""
     question, *paths = cfg.ask
-    if not question.strip():
-        raise config.Mistake("the question is empty")
     run = load(cfg, "answer", "questions")
     with run.autocast, contextlib.redirect_stdout(sys.stderr if cfg.json else sys.stdout):  # the words as they come
         tok = PictureTokenizer(run, paths)
@@ -620,10 +591,11 @@ def trace(cfg):
 def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
     folder = train.folder_of(cfg)
-    if any("chosen" in record for record in images.load(folder, cfg.split)):  # before anything is encoded
+    records = images.load(folder, cfg.split)
+    if any("chosen" in record for record in records):  # before anything is encoded
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
     run = load(cfg, pack=False)
-    data, = run.read(folder, cfg.split)
+    data, = run.read(records)
     rows = data.questions()
     found, n = {"loss": run.loss(run.vlm, data)}, len(run.pictures.names)
     if n > 1:  # what the pictures are worth: each example gets another one's
@@ -673,21 +645,22 @@ class VlmConfig(train.TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         names = (*vision.VITS, "efficientnet_lite0")
-        for name, value, allowed in (("stage", self.stage, STAGES), ("encoder", self.encoder, (None, *names))):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(a for a in allowed if a)}, not {value!r}")
-        if sum(map(bool, (self.caption, self.ask, self.chat))) > 1:
-            raise ValueError("give one of --caption, --ask and --chat")
-        if self.ask and len(self.ask) < 2:
-            raise ValueError("ask takes a question and at least one picture: --ask \"What is this?\" img.jpg")
-        if self.trace and not self.caption:
-            raise ValueError("trace follows a picture: --trace --caption img.jpg")
-        if self.num_beams > 1 and (self.temperature or self.ask or self.chat):
-            raise ValueError("num_beams is for captions and --eval, and goes without --temperature")
-        if self.lora_rank and "llama" not in STAGES[self.stage]:
-            raise ValueError(f"lora_rank changes the Llama, which stage {self.stage} leaves as it is")
-        if self.doc_mask or self.whole_docs or self.epochs:
-            raise ValueError("doc_mask, whole_docs and epochs are for train.py")
+        refused = {
+            f"stage must be one of {', '.join(STAGES)}, not {self.stage!r}": self.stage not in STAGES,
+            f"encoder must be one of {', '.join(names)}, not {self.encoder!r}": self.encoder not in (*names, None),
+            "give one of --caption, --ask and --chat": sum(map(bool, (self.caption, self.ask, self.chat))) > 1,
+            "ask takes a question and at least one picture: --ask \"What is this?\" img.jpg": len(self.ask) == 1,
+            "the question is empty": self.ask and not self.ask[0].strip(),
+            "trace follows a picture: --trace --caption img.jpg": self.trace and not self.caption,
+            "num_beams is for captions and --eval, and goes without --temperature":
+                self.num_beams > 1 and (self.temperature or self.ask or self.chat),
+            f"lora_rank changes the Llama, which stage {self.stage} leaves as it is":
+                self.lora_rank and "llama" not in STAGES.get(self.stage, ()),
+            "doc_mask, whole_docs and epochs are for train.py": self.doc_mask or self.whole_docs or self.epochs,
+            "--shard=True splits a Llama, not one that sees": self.shard and WORLD > 1}
+        for reason, holds in refused.items():
+            if holds:
+                raise ValueError(reason)
 
     @property
     def max_new_tokens(self):
@@ -718,8 +691,6 @@ def main(given, shape):
 
 def fit(cfg, shape):
     """Train one stage as `cfg` says."""
-    if cfg.shard and WORLD > 1:
-        raise config.Mistake("--shard=True splits a Llama, not one that sees")
     train.start(Stage, cfg, shape, "vlm_")
 
 

@@ -7,18 +7,17 @@
 FOLDER holds train2017/ and val2017/ (or 2014) with the photos, and captions_*.json in itself or in annotations/.
 The photos stay where they are. Photos without captions, and captions without photos, are left out.
 """
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images, picture_files, shards  # noqa: E402
-
-HUB = "jxie/coco_captions"
+from prepare import images, picture_files  # noqa: E402
 
 
-def from_folder(folder, limit):
-    """{split: records} of COCO's captions files."""
+def from_folder(folder, out, limit):
+    """{split: records} of COCO's captions files; `out` is not used, for the photos stay where they are."""
     records = {}
     for split in ("train", "val"):
         files = sorted([*folder.glob(f"captions_{split}*.json"), *folder.glob(f"annotations/captions_{split}*.json")])
@@ -27,7 +26,7 @@ def from_folder(folder, limit):
         place = folder / files[-1].stem.removeprefix("captions_")
         with config.mistakes(OSError, ValueError, KeyError, TypeError, AttributeError,
                              prefix=f"{files[-1]} is not COCO's: "):
-            table = images.json_of(files[-1])
+            table = json.loads(files[-1].read_text(encoding="utf-8-sig"))
             texts, useless = {}, 0
             for a in table["annotations"]:
                 if isinstance(a.get("caption"), str) and a["caption"].strip():
@@ -46,14 +45,7 @@ def from_folder(folder, limit):
 
 
 def main():
-    cfg = config.load(images.Settings)
-    inputs = [cfg.input] if cfg.input else []
-    out = shards.own_folder(cfg.out or config.ROOT / "data/coco", images.FILES, inputs)
-    if cfg.input:
-        records = from_folder(Path(cfg.input), cfg.limit)
-    else:
-        records = images.from_hub(HUB, out, cfg.limit, lambda r: {"captions": [r["caption"]]})
-    images.save(records, out)
+    images.prepare("coco", "jxie/coco_captions", from_folder, lambda row: [row["caption"]])
 
 
 if __name__ == "__main__":

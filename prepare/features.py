@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import config
 import vision
-from common import RANK, WORLD, autocast_to, print0
+from common import RANK, WORLD, autocast_to, print0, together
 from prepare import picture_files
 
 
@@ -60,10 +59,13 @@ class Pictures:
     def fingerprint(self, names):
         """Stands for what these pictures and the encoder's weights and dtype make together."""
         digest = hashlib.sha256(json.dumps([names, vision.digest_of(self.encoder), str(self.dtype)]).encode())
-        for name in names:
-            stat = (self.folder / ("images.npy" if isinstance(name, int) else name)).stat()
+        for stat in map(self.stat, names):
             digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
         return digest.hexdigest()[:16]
+
+    def stat(self, name):
+        """Facts about the file that holds a picture."""
+        return (self.folder / ("images.npy" if isinstance(name, int) else name)).stat()
 
     def keep(self, limit):
         """Have the frozen encoder see every picture once, as float16 in files that later runs find again."""
@@ -78,33 +80,31 @@ class Pictures:
             self.kept = np.empty((0, *shape))
             return
         name = self.fingerprint(self.names[:count])
+        files = {place / f"{name}.npy": ((count, *shape), np.float16),
+                 place / f"{name}.ready.npy": ((count,), np.uint8)}
         with config.mistakes(OSError):
-            place.mkdir(exist_ok=True)
-            files = {place / f"{name}.npy": ((count, *shape), np.float16),
-                     place / f"{name}.ready.npy": ((count,), np.uint8)}
-            if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
-                make_room(place, limit * 2**30 - 2 * count * math.prod(shape))
-                for path, (size, dtype) in files.items():
-                    np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
-                    path.with_suffix(".tmp").replace(path)
-            barrier()
+            with together():
+                place.mkdir(exist_ok=True)
+                if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
+                    make_room(place, limit * 2**30 - 2 * count * math.prod(shape))
+                    for path, (size, dtype) in files.items():
+                        np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
+                        path.with_suffix(".tmp").replace(path)
             self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
-            os.utime(place / f"{name}.npy")
+            os.utime(place / f"{name}.npy")  # it is in use
         missing = np.flatnonzero(ready == 0)[RANK::WORLD]
         bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
-        for i in range(0, len(missing), 32):
-            chunk = missing[i:i + 32]
-            self.kept[chunk] = self.encode(chunk).numpy()
-            ready[chunk] = 1
-            bar.update(len(chunk))
-        bar.close()
-        barrier()
+        with config.mistakes(OSError), together(), bar:
+            for i in range(0, len(missing), 32):
+                chunk = missing[i:i + 32]
+                self.kept[chunk] = self.encode(chunk).numpy()
+                ready[chunk] = 1
+                bar.update(len(chunk))
 
 
 def make_room(folder, most):
     """Remove the features that were used longest ago, until those in a folder take `most` bytes."""
-    kept = sorted(folder.glob("*.npy"), key=lambda path: path.stat().st_mtime)
-    kept = [path for path in kept if not path.name.endswith(".ready.npy")]
+    kept = sorted(folder.glob("?" * 16 + ".npy"), key=lambda path: path.stat().st_mtime)  # named by a fingerprint
     while kept and sum(path.stat().st_size for path in kept) > most:
         oldest = kept.pop(0)
         print0(f"features   {oldest.name} of another run was removed: feature_gb is for all in the folder")
@@ -121,30 +121,17 @@ def whole(path, shape, dtype):
         return False
 
 
-def barrier():
-    """Wait for the other processes."""
-    if WORLD > 1:
-        dist.barrier()
-
-
 def fingerprint(pictures, *splits):
     """Stands for the examples of these splits as they are read, in their order, and for the files of their pictures."""
-    names, folder = pictures.names, pictures.folder
-    sizes = [(folder / ("images.npy" if isinstance(n, int) else n)).stat().st_size for n in names]
-    digest = hashlib.sha256(json.dumps([names, sizes]).encode())
+    sizes = [pictures.stat(name).st_size for name in pictures.names]
+    digest = hashlib.sha256(json.dumps([pictures.names, sizes]).encode())
     for row in (row for data in splits for rows in data.examples for row in rows):
         digest.update(row.ids.tobytes() + row.learn.tobytes() + json.dumps(row.pictures).encode())
     return digest.hexdigest()
 
 
-def save_references(path, pairs, references):
-    """Write what a reference model thinks of pairs of answers: log-probabilities (2, n) of the training and of the
-    validation pairs. pairs: their `fingerprint`."""
-    torch.save({"pairs": pairs, "references": references}, path)
-
-
 def read_references(path, pairs):
-    """What `save_references` wrote for the same pairs."""
+    """What a reference model thinks of pairs of answers, as a run saved it. pairs: their `fingerprint`."""
     with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
         saved = torch.load(path, weights_only=True)
     if not isinstance(saved, dict) or saved.get("pairs") != pairs:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images, picture_files, shards  # noqa: E402
+from prepare import images, picture_files  # noqa: E402
 
-HUB = "jxie/flickr8k"
 LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
 NEEDED = "--input must hold Flickr8k's own files: "
 
@@ -82,15 +81,8 @@ def from_folder(folder, out, limit):
 
 
 def main():
-    cfg = config.load(images.Settings)
-    inputs = [cfg.input] if cfg.input else []
-    out = shards.own_folder(cfg.out or config.ROOT / "data/flickr8k", images.FILES, inputs)
-    if cfg.input:
-        records = from_folder(Path(cfg.input), out, cfg.limit)
-    else:
-        keys = [f"caption_{i}" for i in range(5)]
-        records = images.from_hub(HUB, out, cfg.limit, lambda row: {"captions": [tidy(row[k]) for k in keys]})
-    images.save(records, out)
+    images.prepare("flickr8k", "jxie/flickr8k", from_folder,
+                   lambda row: [tidy(row[f"caption_{i}"]) for i in range(5)])
 
 
 if __name__ == "__main__":

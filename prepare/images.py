@@ -10,12 +10,12 @@ without it the record is text only. A conversation may begin with one turn from 
 human's turns, once for each picture, or nowhere: then the pictures come before the first of them. Other keys are left
 alone.
 """
-import contextlib
 import hashlib
 import json
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import config
@@ -26,6 +26,7 @@ IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}  # LLaVA's words: those of chat templates
 FILES = r"((train|val|test)\.jsonl|bad_images\.txt|images\.npy|meta\.json)(\.\d+)?(\.tmp)?|images|features"
 HALVES = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can hold and no UTF-8 file
+NOT_FROM = f"its turns are not all from {', '.join(ROLES)}"
 NAMED = 3  # records that are named for each reason why some are left out
 
 
@@ -57,28 +58,29 @@ def with_pictures(text, count):
 
 
 def talks_of(record):
-    """What is said in a record: [(kind, [(role, text), ...]), ...], each picture placed by one mark in a user's turn.
+    """What is said in a record: [(kind, ((role, text), ...)), ...], each picture placed by one mark in a user's turn.
 
     kind: caption, answer, chosen or rejected. Raises ValueError, with the reason, for a record that is not as the first
     lines of this file say, or that teaches nothing."""
     pictures, found = images_of(record), []
-    need(all(isinstance(p, str) and p or type(p) is int and p >= 0 for p in pictures),
+    need(all([type(p) is int and p >= 0 or isinstance(p, str) and p for p in pictures]),
          "its image is no path, no row of images.npy and no list of those")
     if "captions" in record:
         captions = record["captions"]
         need(isinstance(captions, list) and captions, "its captions are not a list of texts")
         need(pictures, "it has captions and no picture")
-        found += [("caption", [("user", IMAGE * len(pictures)), ("assistant", text)]) for text in captions]
+        found += [("caption", (("user", IMAGE * len(pictures)), ("assistant", text))) for text in captions]
     if "conversations" in record:
         turns = record["conversations"]
-        need(isinstance(turns, list) and turns and all(isinstance(t, dict) for t in turns),
-             "its conversations are not a list of turns")
-        need(all(t.get("from") in list(ROLES) for t in turns), f"its turns are not all from {', '.join(ROLES)}")
-        found.append(("answer", [(ROLES[t["from"]], t.get("value")) for t in turns]))
+        need(isinstance(turns, list) and {*map(type, turns)} == {dict}, "its conversations are not a list of turns")
+        talk = tuple([(ROLES.get(str(turn.get("from"))), turn.get("value")) for turn in turns])
+        need(all([role for role, _ in talk]), NOT_FROM)
+        found.append(("answer", talk))
     if "chosen" in record:
-        found += [(key, [("user", record.get("question")), ("assistant", record.get(key))])
+        found += [(key, (("user", record.get("question")), ("assistant", record.get(key))))
                   for key in ("chosen", "rejected")]
     need(found, "it has neither captions, conversations nor a chosen answer")
+    need({type(text) for _, talk in found for _, text in talk} == {str}, "one of its texts is empty or no text")
     found = [(kind, placed(talk, len(pictures))) for kind, talk in found]
     if "chosen" in record:
         chosen, rejected = (" ".join(unicodedata.normalize("NFC", record[k]).split()) for k in ("chosen", "rejected"))
@@ -86,10 +88,10 @@ def talks_of(record):
     return found
 
 
+@lru_cache(maxsize=2**14)  # many pictures are asked the same
 def placed(talk, count):
-    """talk, [(role, text), ...], with a mark for each of `count` pictures. Raises ValueError where it is no talk."""
-    need(all(isinstance(text, str) and (text.strip() or role == "system") for role, text in talk),
-         "one of its texts is empty or no text")
+    """talk, ((role, text), ...), with a mark for each of `count` pictures. Raises ValueError where it is no talk."""
+    need(all(text.strip() or role == "system" for role, text in talk), "one of its texts is empty or no text")
     need(not any(HALVES.search(text) for _, text in talk), "one of its texts has half a character")
     roles = [role for role, _ in talk]
     first = int(roles[0] == "system")
@@ -98,9 +100,10 @@ def placed(talk, count):
     marks = sum(text.count(IMAGE) for role, text in talk if role == "user")
     need(marks == sum(text.count(IMAGE) for _, text in talk), f"{IMAGE} stands elsewhere than in the human's words")
     need(marks in (0, count), f"it has {count} pictures and {marks} {IMAGE} marks")
-    begin = "user", with_pictures(talk[first][1], 0 if marks else count)
-    return [*talk[:first], begin, *talk[first + 1:]]
+    return *talk[:first], ("user", with_pictures(talk[first][1], 0 if marks else count)), *talk[first + 1:]
 
+
+# -- what is kept of others' records -----------------------------------------------------------------------------
 
 class Sieve:
     """Takes records in; counts those that are of no use, with the reason. Each picture is decoded once."""
@@ -109,14 +112,6 @@ class Sieve:
         """folder: that of the data set, from which relative paths begin."""
         self.folder, self.refused = Path(folder), {}  # {reason: [where, ...]}
         self.pictures, self.bad, self.blind = {}, [], 0  # {path: hash or None}, why not, records left out for that
-
-    @contextlib.contextmanager
-    def refusing(self, where):
-        """Within this block a ValueError is the reason why the record at `where` is of no use."""
-        try:
-            yield
-        except ValueError as e:
-            self.refused.setdefault(" ".join(str(e).split()), []).append(where)
 
     def picture(self, path):
         """The hash of a picture's file; None where it is no picture."""
@@ -129,17 +124,22 @@ class Sieve:
                 self.bad.append(" ".join(str(e).split()))
         return self.pictures[path]
 
-    def keep(self, records, what, progress=True):
-        """Those of use among {number: record}, which are named "`what` <number>"."""
+    def keep(self, records, what, progress=True, change=lambda record: record):
+        """Those of use among change(record) of each, which are named "`what` <number>"."""
         from tqdm import tqdm
         kept = []
-        for n, record in tqdm(records.items(), f"checking {Path(what).name}", unit=" records", disable=not progress):
-            with self.refusing(f"{what} {n}"):
+        for n, record in enumerate(tqdm(records, f"checking {Path(what).name}", unit=" records", disable=not progress),
+                                   1):
+            try:
+                record = change(record)
                 talks_of(record)
-                if all([self.picture(p) for p in images_of(record) if isinstance(p, str)]):
-                    kept.append(record)
-                else:
-                    self.blind += 1
+            except ValueError as e:
+                self.refused.setdefault(" ".join(str(e).split()), []).append(f"{what} {n}")
+                continue
+            if all([self.picture(p) for p in images_of(record) if isinstance(p, str)]):
+                kept.append(record)
+            else:
+                self.blind += 1
         return kept
 
     def reasons(self):
@@ -151,72 +151,92 @@ class Sieve:
                    f"(with {self.blind:,} records)")
 
 
-def save(records, folder, splits=SPLITS, progress=True, sieve=None):
+def save(records, folder, progress=True, sieve=None):
     """Write {split}.jsonl for {split: list of records}, leaving out those of no use, which are counted and named.
 
     Pictures that cannot be read are listed in bad_images.txt. sieve: has seen the records already. Raises `Mistake`
     when nothing is left of the training split."""
-    kept = {s: records[s] for s in splits if s in records}
     if sieve is None:
         sieve = Sieve(folder)
-        kept = {s: sieve.keep(dict(enumerate(some, 1)), f"{s} record", progress) for s, some in kept.items()}
+        records = {split: sieve.keep(some, f"{split} record", progress) for split, some in records.items()}
     folder, reasons = Path(folder), list(sieve.reasons())
-    if "train" in splits and not kept.get("train"):
+    if not records.get("train"):
         raise config.Mistake("no usable record is left for training: " + ("; ".join(reasons) or "there are none"))
     with config.mistakes(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    for split, some in kept.items():
+    pictures = {split: {p for r in some for p in images_of(r)} for split, some in records.items()}
+    for split, some in records.items():
         shards.write_text(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in some))
-        print(f"{split}: {len(some):,} records, {len({p for r in some for p in images_of(r)}):,} images")
+        print(f"{split}: {len(some):,} records, {len(pictures[split]):,} images")
     print("".join(line + "\n" for line in reasons), end="")
+    (folder / "bad_images.txt").unlink(missing_ok=True)
     if sieve.bad:
         shards.write_text(folder / "bad_images.txt", "".join(line + "\n" for line in sieve.bad))
         print(f"the unreadable pictures are listed in {folder / 'bad_images.txt'}")
-    else:
-        (folder / "bad_images.txt").unlink(missing_ok=True)
-    shown = {s: {sieve.pictures.get(p, p) for r in some for p in images_of(r)} for s, some in kept.items()}
+    shown = {split: {sieve.pictures.get(p, p) for p in some} for split, some in pictures.items()}
     for split in shown.keys() - {"train"}:
-        if both := len(shown[split] & shown.get("train", set())):
+        if both := len(shown[split] & shown["train"]):
             print(f"{both:,} pictures of {split} are in train too: what {split} measures is partly learned by heart")
-    if "val" in kept and not kept["val"]:
+    if not records.get("val", True):
         print("val has no records, and vlm.py needs some to train: hold out more")
 
 
+# -- files -------------------------------------------------------------------------------------------------------
+
+class Records(list):
+    """The records of a split, and `path`, that of their file."""
+
+    def each(self, function):
+        """function(record) of each record, one after the other. Its errors are one line that names the record."""
+        for n, record in enumerate(self, 1):
+            try:
+                yield function(record)
+            except (ValueError, config.Mistake) as e:
+                raise config.Mistake(f"{self.path}, record {n}: {' '.join(str(e).split())}") from e
+
+
 def load(folder, split):
-    """The records of a split, list of dict. Raises `Mistake` for a missing data set and for a damaged line."""
+    """The `Records` of a split. Raises `Mistake` for a missing data set and for a damaged line."""
     folder = Path(folder)
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         script, there = f"prepare/{folder.name}.py", [s for s in SPLITS if (folder / f"{s}.jsonl").is_file()]
         hint = f"run `python {script}` first" if (config.ROOT / script).is_file() else "there is no such data set"
         raise config.Mistake(f"no {path}: " + (f"this data set has only {' and '.join(there)}" if there else hint))
-    return read_json(path)
+    records = Records(read_json(path))
+    records.path = path
+    return records
 
 
 def read_json(path):
     """The objects of a .json list or of a .jsonl file."""
     with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} cannot be read: "):
         text = Path(path).read_text(encoding="utf-8-sig")
-        whole = text.lstrip().startswith("[")
-        found = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+        if not text.lstrip().startswith("["):
+            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"  # read at once: faster
+        found = json.loads(text)
         if not all(isinstance(r, dict) for r in found):
             raise ValueError("it is not a list of objects")
     return found
 
 
-def json_of(path):
-    """What a JSON file holds, with or without a byte order mark."""
-    return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+# -- data sets of captions ---------------------------------------------------------------------------------------
+
+def prepare(name, hub, from_folder, captions):
+    """Write data/`name` from {split: records} = from_folder(input, out, limit), or else from the hub."""
+    cfg = config.load(Settings)
+    out = shards.own_folder(cfg.out or config.ROOT / "data" / name, FILES, [cfg.input] if cfg.input else [])
+    save(from_folder(Path(cfg.input), out, cfg.limit) if cfg.input else from_hub(hub, out, cfg.limit, captions), out)
 
 
-def from_hub(name, folder, limit, words):
+def from_hub(name, folder, limit, captions):
     """{split: records} of a hub data set with a column `image`, whose pictures are kept in folder/images.
 
-    words(row): the record's captions. Rows of one picture become one record."""
+    captions(row): those of a row, a list. Rows of one picture become one record."""
     from datasets import Image, load_dataset
     from tqdm import tqdm
-    records, place = {}, Path(folder) / "images"
-    place.mkdir(parents=True, exist_ok=True)
+    records = {}
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, theirs in (("train", "train"), ("val", "validation"), ("test", "test")):
         with config.mistakes(Exception, prefix=f"the hub did not give {name} (use --input FOLDER instead): "):
             rows = load_dataset(name, split=theirs, streaming=True).cast_column("image", Image(decode=False))
@@ -225,9 +245,9 @@ def from_hub(name, folder, limit, words):
                 data = row["image"]["bytes"]
                 path = f"images/{hashlib.sha256(data).hexdigest()[:20]}.jpg"
                 if path in found:
-                    found[path]["captions"] += words(row)["captions"]
+                    found[path]["captions"] += captions(row)
                 elif limit is None or len(found) < limit:
-                    (place / Path(path).name).write_bytes(data)
-                    found[path] = {"image": path, **words(row)}
+                    (folder / path).write_bytes(data)
+                    found[path] = {"image": path, "captions": captions(row)}
         records[split] = list(found.values())
     return records

@@ -10,7 +10,6 @@ file under the pictures' folder (without it, the record is text only). Those who
 pictures, or that say nothing, are counted and left out. Pictures are held out for validation, with all that is said
 about them, by a hash of their files; records without one by a hash of their text.
 """
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import images, picture_files, shards  # noqa: E402
+from prepare import images, picture_files, shards, text  # noqa: E402
+
 
 @dataclass
 class Settings:
@@ -44,32 +44,19 @@ def record_of(raw, place):
     return made | ({"image": paths if len(paths) > 1 else paths[0]} if paths else {})
 
 
-def digest(text):
-    """The same 64 letters for the same text, on any machine."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def hold_out(records, files, fraction):
     """{"train": ..., "val": ...}: about `fraction` of the records held out, at least one where that can be, and no
     picture on both sides. files: {path: hash of the picture's file}."""
-    leader = {}
-
-    def group(key):
-        while leader.setdefault(key, key) != key:
-            leader[key] = leader[leader[key]]
-            key = leader[key]
-        return key
-    keys = [[files[p] for p in images.images_of(r)] or [digest(json.dumps(r, sort_keys=True))] for r in records]
-    for first, *others in keys:  # pictures of one record stay together
-        for other in others:
-            a, b = sorted((group(first), group(other)))
-            leader[b] = a
-    groups = sorted({group(first) for first, *_ in keys}, key=digest)
-    count = sum(int(digest(g)[:8], 16) / 2**32 < fraction for g in groups)
-    held = set(groups[:max(1, min(count, len(groups) - 1)) if fraction and len(groups) > 1 else 0])
+    keys = [[files[p] for p in images.images_of(r)] or [json.dumps(r, sort_keys=True)] for r in records]
+    groups = {key: {key} for some in keys for key in some}  # pictures of one record stay together
+    for some in (some for some in keys if len(some) > 1):
+        joined = set().union(*(groups[key] for key in some))
+        groups |= dict.fromkeys(joined, joined)
+    hashes = [text.hash_of(min(groups[first])) for first, *_ in keys]
+    threshold = text.threshold_of(hashes, fraction) if fraction and len(set(hashes)) > 1 else 0
     sides = {"train": [], "val": []}
-    for record, (first, *_) in zip(records, keys):
-        sides["val" if group(first) in held else "train"].append(record)
+    for record, hash in zip(records, hashes):
+        sides["val" if hash < threshold else "train"].append(record)
     return sides
 
 
@@ -79,15 +66,12 @@ def main():
         raise config.Mistake("name LLaVA's files with --input, for example llava_instruct_150k.json from "
                              "huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K, and its pictures with --images")
     out = shards.own_folder(cfg.out or config.ROOT / "data/llava", images.FILES, cfg.input)
-    place, sieve, records = Path(cfg.images or Path(cfg.input[0]).parent), images.Sieve(out), []
+    place, sieve, records, refused = Path(cfg.images or Path(cfg.input[0]).parent), images.Sieve(out), [], 0
     for path in cfg.input:
-        raw, made = images.read_json(path)[:cfg.limit], {}
-        for n, record in enumerate(raw, 1):
-            with sieve.refusing(f"{path}: record {n}"):
-                made[n] = record_of(record, place)
-        records += sieve.keep(made, f"{path}: record")
-        useless = sum(where.startswith(f"{path}: ") for some in sieve.refused.values() for where in some)
-        print(f"{path}: {len(raw):,} records, {useless:,} of no use")
+        raw = images.read_json(path)[:cfg.limit]
+        records += sieve.keep(raw, f"{path}: record", change=lambda record: record_of(record, place))
+        before, refused = refused, sum(map(len, sieve.refused.values()))
+        print(f"{path}: {len(raw):,} records, {refused - before:,} of no use")
     images.save(hold_out(records, sieve.pictures, cfg.val_fraction), out, sieve=sieve)
 
 

@@ -1,4 +1,6 @@
 """Files of pictures: found by any name, read as viewers read them, drawn with their texts."""
+import contextlib
+import io
 import os
 import sys
 import textwrap
@@ -12,7 +14,6 @@ import numpy as np
 
 import config
 
-
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 MAX_PIXELS = 100_000_000  # a photo has up to 60 million; more than this is a mistake or an attack
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -24,32 +25,25 @@ def read(path):
     """The picture in a file (path or bytes stream) as upright RGB; transparency becomes white, of an animation the
     first frame counts, 16 bits a channel become 8. Raises `config.Mistake`, one line, for what is no readable picture.
     """
-    import io
+    from PIL import Image, ImageOps
     stream = hasattr(path, "read")
     try:
-        try:
-            return _decode(path)
-        except Exception:
-            data = path.seek(0) or path.read() if stream else Path(path).read_bytes()
-            if not data.startswith(PNG):
-                raise
-            return _decode(io.BytesIO(_bare_png(data)))
+        data = path.read() if stream else Path(path).read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes, which are checked here, and about odd metadata
+            Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: it refuses large photos of good faith
+            with Image.open(io.BytesIO(_bare_png(data) if data.startswith(PNG) else data)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+                image.load()
+                with contextlib.suppress(Exception):  # whatever damaged metadata lead to
+                    ImageOps.exif_transpose(image, in_place=True)
+                return _rgb(image)
     except Exception as e:  # Pillow's decoders raise whatever a damaged file leads them to
         reason = {"FileNotFoundError": "there is no such file", "UnidentifiedImageError": "it is not a picture",
                   "IsADirectoryError": "it is a folder"}.get(type(e).__name__) or " ".join(str(e).split()) or repr(e)
         name = str(getattr(path, "name", "a picture") if stream else path)
         raise config.Mistake(f"{name if len(name) < 500 else name[:500] + '...'}: {reason[:500]}") from e
-
-
-def _decode(file):
-    from PIL import Image
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about sizes, which are checked here, and about odd metadata
-        Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: it refuses large photos of good faith
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
-            return _rgb(_upright(image))
 
 
 def _bare_png(data):
@@ -62,18 +56,6 @@ def _bare_png(data):
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
-
-
-def _upright(image):
-    """The picture turned as its EXIF data say; as it is where they are damaged."""
-    from PIL.Image import Transpose
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # whatever damaged metadata lead to
-        return image
-    turn = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-            6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}.get(orientation)
-    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image):

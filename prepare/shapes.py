@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config  # noqa: E402
-from prepare import chat, examples, images, shards, tokenizer  # noqa: E402
+from prepare import chat, examples, images, shards  # noqa: E402
 
 COLORS = {"red": (215, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 55), "green": (45, 160, 70),
           "blue": (45, 85, 215), "purple": (135, 50, 170), "black": (20, 20, 20), "white": (248, 248, 248)}
@@ -62,10 +62,8 @@ def outline(shape):
     if shape == "star":
         return [around(36 * i, (1.0, 0.45)[i % 2]) for i in range(10)]
     if shape == "cross":
-        a, b = 0.3, 0.95
-        corner = [(a, -b), (a, -a), (b, -a)]  # of one quarter; the others are this one turned
-        return [p for x, y, v, u in ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
-                for p in ((x * i + y * j, v * i + u * j) for i, j in corner)]
+        quarter = 0.3 - 0.95j, 0.3 - 0.3j, 0.95 - 0.3j  # x + yj; times j it is turned by 90 degrees
+        return [((z * 1j ** turn).real, (z * 1j ** turn).imag) for turn in range(4) for z in quarter]
     if shape == "heart":
         waves = ((13, 1), (-5, 2), (-2, 3), (-1, 4))
         return [(math.sin(t) ** 3, -sum(a * math.cos(k * t) for a, k in waves) / 17)
@@ -209,16 +207,12 @@ def chance(train, val):
 
 def write_text(out, cfg):
     """Write conversations without pictures as train.py reads them, with a tokenizer that has vlm.py's <image>."""
-    sizes, lines = {"train": cfg.images, "val": cfg.val_images}, {}
+    sizes, records = {"train": cfg.images, "val": cfg.val_images}, {}
     for split, count in sizes.items():
         rng = random.Random(f"{cfg.seed} {split} text")
-        lines[split] = [record for _ in range(count) for record in told("text", None, *scene(rng)[1:], rng)]
-    texts = [turn["value"] for record in lines["train"] for turn in record["conversations"]]
-    tok, _ = examples.with_image(tokenizer.train_sentencepiece(texts, VOCABULARY - 1))
-    with config.mistakes(OSError):
-        out.mkdir(parents=True, exist_ok=True)
-        for split, records in lines.items():
-            shards.write_text(out / f"{split}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        records[split] = [record for _ in range(count) for record in told("text", None, *scene(rng)[1:], rng)]
+    images.save(records, out, progress=False)
+    tok, _ = examples.with_image(examples.new_tokenizer(images.load(out, "train"), VOCABULARY - 1))
     chat.write(out, tok, chat.Lessons(tok, chat.Settings(), LONGEST), *([out / f"{split}.jsonl"] for split in sizes))
 
 
@@ -231,24 +225,22 @@ def write_pictures(out, cfg):
     with config.mistakes(OSError):
         out.mkdir(parents=True, exist_ok=True)
         pixels = np.lib.format.open_memmap(out / "images.npy.tmp", "w+", np.uint8, (sum(sizes.values()), SIDE, SIDE, 3))
-    row, asked = 0, {}
+    row, records, asked = 0, defaultdict(list), defaultdict(list)
     for split, count in sizes.items():
-        rng, lines, asked[split] = random.Random(f"{cfg.seed} {split}"), [], []
-        choices = random.Random(f"{cfg.seed} {split} {cfg.stage}")
+        rng, choices = random.Random(f"{cfg.seed} {split}"), random.Random(f"{cfg.seed} {split} {cfg.stage}")
         for _ in tqdm(range(count), desc=split, unit=" pictures"):
             pixels[row], objects, found = scene(rng, split != "train")
-            lines += told(cfg.stage, row, objects, found[:cfg.questions], choices)
+            records[split] += told(cfg.stage, row, objects, found[:cfg.questions], choices)
             asked[split] += found
             row += 1
-        (out / f"{split}.jsonl.tmp").write_text("".join(json.dumps(record) + "\n" for record in lines), "utf-8")
     pixels.flush()
     guess = chance(asked["train"], asked["val"])
     meta = {"name": out.resolve().name, "images": sizes, "seed": cfg.seed, "chance": guess,
             "held_out": {"rule": "(color + shape + size + place) % 7 == 0, as indices in these lists",
                          "color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "place": PLACES}}
-    (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    for name in ("images.npy", *(f"{split}.jsonl" for split in sizes), "meta.json"):
-        os.replace(out / f"{name}.tmp", out / name)
+    os.replace(out / "images.npy.tmp", out / "images.npy")
+    images.save(records, out, progress=False)
+    shards.write_text(out / "meta.json", json.dumps(meta, indent=1) + "\n")
     return guess
 
 
@@ -261,8 +253,8 @@ def main():
         print(f"{out}: {cfg.images:,} conversations to learn from")
         return
     guess = write_pictures(out, cfg)
-    print(f"{out}: {cfg.images:,} pictures to learn from, {cfg.val_images:,} and {cfg.test_images:,} of held-out "
-          "combinations")
+    print(f"{out}: {cfg.images:,} pictures to learn from; of held-out combinations {cfg.val_images:,} and "
+          f"{cfg.test_images:,}")
     print("right without looking: " + ", ".join(f"{k} {v:.0%}" for k, v in guess.items()))
 
 

@@ -33,6 +33,7 @@ import common  # noqa: E402
 import runs  # noqa: E402
 import train  # noqa: E402
 import vlm  # noqa: E402
+from prepare import images  # noqa: E402
 from prepare.shapes import SIDE  # noqa: E402
 from scores import agree  # noqa: E402
 
@@ -65,10 +66,10 @@ def see(directory, device):
     cfg = vlm.VlmConfig(batch_size=64, sample_tokens=40)
     model, tok = vlm.open_run(directory)
     run = vlm.Runner(cfg, model, tok, device, common.pick_dtype("auto", device)[0])
-    pairs, = run.read(ROOT / "data/shapes_prefer", "test")
+    pairs, = run.read(images.load(ROOT / "data/shapes_prefer", "test"))
     chosen, rejected = run.log_probs(pairs, np.arange(len(pairs)))
     found = {"pairs": (chosen > rejected).float().mean(), "margin": (chosen - rejected).mean()}
-    data, = run.read(ROOT / "data/shapes_instruct", "test")
+    data, = run.read(images.load(ROOT / "data/shapes_instruct", "test"))
     rows = [row for row in data.questions() if row.pictures]
     captions, answers = ([row for row in rows if row.kind == kind] for kind in ("caption", "answer"))
     said = run.answers(captions)

@@ -110,7 +110,7 @@ def test_where_a_mark_may_stand(name, prepare, tmp_path):
     assert [text.count("<image>") for _, text in talk] == marks
     assert [role for role, _ in talk] == [images.ROLES[t["from"]] for t in raw["conversations"]]
     tok, image_id = examples.with_image(tokenizer.byte())
-    data = examples.Examples(tmp_path / "out", "train", tok, 4, 200, {})
+    data = examples.Examples(images.load(tmp_path / "out", "train"), tok, 4, 200, {})
     row, = data.examples[0]
     assert len(row.pictures) == sum(marks) == (row.ids == image_id).sum()
     told = [t["value"] for t in raw["conversations"] if t["from"] == "gpt"]
@@ -188,7 +188,7 @@ def test_records_by_hand(reason, tmp_path, capsys):
         first = record | {"chosen": "x", "rejected": "x"} if "chosen" in record else good
         write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, [first, record])))
         with pytest.raises(config.Mistake, match=r"train.jsonl, record [12]: .*" + reason) as e:
-            examples.Examples(tmp_path, "train", tok, 4, 64, {})
+            examples.Examples(images.load(tmp_path, "train"), tok, 4, 64, {})
         assert "\n" not in str(e.value)
 
 
@@ -203,7 +203,7 @@ def test_several_pictures_have_captions_too(tmp_path):
 def read_examples(folder, records, block_size):
     tok, image_id = examples.with_image(tokenizer.byte())
     write(folder / "train.jsonl", "\n".join(map(json.dumps, records)))
-    return examples.Examples(folder, "train", tok, 4, block_size, {}), tok
+    return examples.Examples(images.load(folder, "train"), tok, 4, block_size, {}), tok
 
 
 @pytest.mark.parametrize("block_size", range(12, 64))
@@ -488,7 +488,7 @@ def test_splits_that_are_not_there(tmp_path):
         images.load(tmp_path / "coco", "train")
     tok, image_id = examples.with_image(tokenizer.byte())
     with pytest.raises(config.Mistake, match="val.jsonl has no records"):
-        examples.Examples(tmp_path / "shapes", "val", tok, 4, 64, {})
+        examples.Examples(images.load(tmp_path / "shapes", "val"), tok, 4, 64, {})
 
 
 def test_a_data_set_can_be_prepared_again_after_training(prepare, tmp_path):

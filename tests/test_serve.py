@@ -310,7 +310,7 @@ def test_an_answer_about_pictures_is_the_models(eyes):
 
     def expected(*urls):
         files, run = [io.BytesIO(base64.b64decode(url.partition(",")[2])) for url in urls], engine.eyes
-        _, features, canvases = zip(*vlm.look(run, files))
+        features, canvases = zip(*(vlm.look(run, file) for file in files))
         ids = run.tok.chat([{"role": "user", "content": with_pictures("what?", len(urls))}])
         new, = run.vlm.generate([ids], torch.cat(features), 12, run.tok.stop_ids, canvases)
         return run.tok.decode([i for i in new if i not in run.tok.stop_ids])

@@ -170,7 +170,7 @@ def test_pictures_stand_where_they_are_named():
     """Two rows with one and two pictures: each projected token lies at its place, all else is the text's embedding."""
     see, tok = tiny()
     image = see.image_id
-    rows = [examples.spread(np.array(ids), image, 4) for ids in ([5, image, 6, 7, 8, 9, 10], [image, 5, image])]
+    rows = [see.spread(ids) for ids in ([5, image, 6, 7, 8, 9, 10], [image, 5, image])]
     idx = torch.zeros(2, 11, dtype=torch.long)
     for i, ids in enumerate(rows):
         idx[i, :len(ids)] = torch.from_numpy(ids)
@@ -250,18 +250,18 @@ def test_conversations_learn_the_assistants_words_only(template):
 
 def test_rows_that_do_not_fit_are_left_out(squares):
     see, tok = tiny()
-    whole = examples.Examples(squares, "train", tok, 4, 64, {})
+    whole = examples.Examples(images.load(squares, "train"), tok, 4, 64, {})
     assert len(whole) == 5 and whole.lost == 0  # four pictures with a caption and a question each, and a row without
-    short = examples.Examples(squares, "train", tok, 4, 6, {})  # BOS and 4 image tokens: no room for words
+    short = examples.Examples(images.load(squares, "train"), tok, 4, 6, {})  # BOS and 4 image tokens: no room for words
     assert len(short) == 1 and short.lost == 8 and short.examples[0][0].pictures == ()
     with pytest.raises(config.Mistake, match="fits block_size"):
-        examples.Examples(squares, "val", tok, 4, 4, {})
+        examples.Examples(images.load(squares, "val"), tok, 4, 4, {})
 
 
 def test_batch_has_targets_at_the_words_only(squares):
     see, tok = tiny()
     run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"), torch.float32)
-    data, = run.read(squares, "train")
+    data, = run.read(images.load(squares, "train"))
     x, y, seen, positions = common.to_device(torch.device("cpu"), *run.batch(data, [0, 4]))
     assert seen.shape == (1, 3, 16, 16)  # the second example has no picture
     assert (x == see.image_id).sum(1).tolist() == [4, 0]
@@ -277,7 +277,7 @@ def test_rows_about_one_picture_are_read_as_if_alone(squares):
     own, and so are the gradients."""
     see, tok = tiny()
     run = vlm.Runner(settings(squares, "unused"), see, tok, torch.device("cpu"), torch.float32)
-    data, = run.read(squares, "train")
+    data, = run.read(images.load(squares, "train"))
     together, alone = data.lines([0, 1, 4]), [[row] for rows in data.lines([0, 1, 4]) for row in rows]
     assert [len(rows) for rows in together] == [2, 2, 1] and data.collate(alone)[2] is None
     found = []
@@ -303,7 +303,7 @@ def test_padding_and_company_change_nothing():
     prompts = [tok.encode("<image> a", bos=True), tok.encode("<image> long prompt <image>", bos=True)]
     together = see.generate(prompts, x, 12, {257})
     assert together == see.generate(prompts[:1], x[:1], 12, {257}) + see.generate(prompts[1:], x[1:], 12, {257})
-    ids = torch.from_numpy(examples.spread(np.array(prompts[1]), see.image_id, 4))[None]
+    ids = torch.from_numpy(see.spread(prompts[1]))[None]
     for token in together[1]:  # the cache gives what the full forward gives
         assert see(ids, None, x[1:])[0][0, -1].argmax() == token or token == see.image_id
         if token == see.image_id:
@@ -587,7 +587,7 @@ def test_preferences(start, squares, tmp_path):
     logp = {}
     for name, see in (("old", old), ("new", new)):
         for row in examples.rows_of(pairs[0], tok, {0: 0}):
-            ids = torch.from_numpy(examples.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
+            ids = torch.from_numpy(see.spread(row.ids))[None]
             x = vision.square(np.load(folder / "images.npy")[0], 16)
             with torch.no_grad():
                 p = see(ids[:, :-1], None, x)[0].log_softmax(-1)
@@ -629,7 +629,7 @@ def test_saved_model_is_the_same(tmp_path):
     see, tok = tiny()
     see.freeze({"encoder"}).eval().save_pretrained(tmp_path, tok)
     again = vlm.Vlm.from_pretrained(tmp_path)
-    idx = torch.from_numpy(examples.spread(np.array(tok.encode("<image> hi", bos=True)), see.image_id, 4))[None]
+    idx = torch.from_numpy(see.spread(tok.encode("<image> hi", bos=True)))[None]
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(see(idx, None, x)[0], again(idx, None, x)[0])
@@ -669,7 +669,7 @@ def test_eval_scores(start, squares, capsys):
     pixels = np.load(squares / "images.npy")
     for record in images.load(squares, "val"):
         for row in examples.rows_of(record, tok, {i: i for i in range(8)}):
-            ids = torch.from_numpy(examples.spread(row.ids, see.image_id, 4).astype(np.int64))[None]
+            ids = torch.from_numpy(see.spread(row.ids))[None]
             with torch.no_grad():
                 p = see(ids[:, :-1], None, vision.square(pixels[row.pictures[0]], 16))[0].log_softmax(-1)
             k = int(row.learn.sum())
@@ -786,7 +786,7 @@ def test_hub_data_sets(monkeypatch, tmp_path, capsys):
     rows = [row("red", "one"), row("blue", "two"), row("red", "three"), row("green", "four")]
     made = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: made)
-    records = images.from_hub("some/name", tmp_path, 2, lambda r: {"captions": [r["caption"]]})
+    records = images.from_hub("some/name", tmp_path, 2, lambda r: [r["caption"]])
     assert [r["captions"] for r in records["train"]] == [["one", "three"], ["two"]]
     assert set(records) == set(images.SPLITS)
     assert picture_files.read(tmp_path / records["train"][1]["image"]).getpixel((0, 0)) == (0, 0, 255)
