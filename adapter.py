@@ -145,14 +145,12 @@ def from_peft(A, B, module, version):
 def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
     """The Llama of a checkpoint, or of an adapter and its base model: a directory or a hub name.
 
-    dtype is that of the base model; A and B are float32. new: what `begin` takes after llama, for a new adapter. The
-    rest, and the errors, are as for `checkpoint.load`."""
+    dtype is that of the base model; A and B are float32. split: as `prepare` of `checkpoint.load`. new: what `begin`
+    takes after llama, for a new adapter. The rest, and the errors, are as for `checkpoint.load`."""
     directory = checkpoint.find_checkpoint(name)
     settings = read_settings(directory) if is_adapter(directory) else None
-    if not settings and not new:
-        return checkpoint.load(directory, dtype, device, split, **overrides)
 
-    def attach(llama):
+    def prepare(llama):
         if settings:
             try:
                 lora.attach(llama, paths(llama, settings))
@@ -162,17 +160,12 @@ def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
             llama.adapter = settings
         if new:
             begin(llama, *new)
-
-    def attach_and_split(llama):  # on the meta device
-        attach(llama)
-        split(llama)
-    base = base_of(directory) if settings else directory
-    llama = checkpoint.load(base, dtype, device, split and attach_and_split, **overrides)
-    if not split:
-        attach(llama)
+        if split:
+            split(llama)
+    llama = checkpoint.load(base_of(directory) if settings else directory, dtype, device, prepare, **overrides)
     if settings:
         read_tensors(llama, directory / "adapter_model.safetensors", settings)
-    elif split:
+    elif new:
         lora.draw(llama, new[-1])
     return llama
 
@@ -245,11 +238,8 @@ def read_tensors(llama, path, settings):
                 put(own, t)
         except (ValueError, RuntimeError, IndexError):
             wrong.append(f"{place} {[tuple(t.shape) for t in pair]}")
-    for what, odd in (("missing", names - tensors.keys()), ("not supported", tensors.keys() - names),
-                      ("of the wrong shape or type", wrong)):
-        if odd:
-            raise ValueError(f"{path}: {len(odd)} tensors are {what}: {', '.join(sorted(odd)[:5])}"
-                             + (", …" if len(odd) > 5 else ""))
+    checkpoint.refuse(path, {"missing": names - tensors.keys(), "not supported": tensors.keys() - names,
+                             "of the wrong shape or type": wrong})
 
 
 def save(llama, directory, state=None):

@@ -18,17 +18,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common import RANK, WORLD, atomic_write, first_line, together
+from common import RANK, WORLD, first_line, together
 from model import Llama, LlamaConfig
 
 
-def load(name, dtype=None, device="cpu", split=None, **overrides):
+def load(name, dtype=None, device="cpu", prepare=None, **overrides):
     """A Llama from a directory or a Hugging Face hub name: config.json and *.safetensors, whole or in parts.
 
-    dtype None keeps the file's; overrides replace fields of the config (dropout=0.1). split(llama) splits the model,
-    still on the meta device, over all processes (`shard.Place.split`): each then reads its own part, as dtype. Raises
-    FileNotFoundError where there is nothing to read, and ValueError, naming it, for what is not supported and for
-    missing, unexpected or mis-shaped tensors.
+    dtype None keeps the files', or the narrowest that holds all; overrides replace fields of the config (dropout=0.1).
+    prepare(llama) changes the model while it is on the meta device: puts modules around others (adapter.py), or splits
+    it over all processes (`shard.Place.split`), of which each then reads its own part. Raises FileNotFoundError where
+    there is nothing to read, and ValueError, naming it, for what is not supported and for missing, unexpected or
+    mis-shaped tensors.
     """
     directory = find_checkpoint(name)
     if (directory / "adapter_config.json").exists():
@@ -38,21 +39,16 @@ def load(name, dtype=None, device="cpu", split=None, **overrides):
     cfg = replace(cfg, **overrides)
     with torch.device("meta"):
         llama = Llama(cfg)
-    shapes = {name: t.shape for name, t in llama.state_dict().items()}
-    files = _find_tensors(directory, cfg, shapes)
-    if split:
-        split(llama.to(dtype))
-        llama.to_empty(device=device)
-        llama.model.expert_load.zero_()
-        _fill_parts(llama, files)
-    else:
-        state = _read_tensors(files, dtype, device)
-        if cfg.tie_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        llama.load_state_dict(state, assign=True)
-        if cfg.tie_embeddings:
-            llama.lm_head.weight = llama.model.embed_tokens.weight
-    return llama.to(device).eval()
+    places = _find_tensors(directory, cfg, {name: t.shape for name, t in llama.state_dict().items()})
+    llama.to(dtype or functools.reduce(torch.promote_types, {DTYPES[dtype] for *_, dtype, _ in places.values()}))
+    if prepare:
+        prepare(llama)
+    llama.to_empty(device=device)
+    llama.model.expert_load = torch.zeros_like(llama.model.expert_load, dtype=torch.float32)
+    if cfg.tie_embeddings:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    _fill(llama, places)
+    return llama.eval()
 
 
 def save(llama, directory, state=None, max_shard_size="5GB"):
@@ -68,7 +64,7 @@ def save(llama, directory, state=None, max_shard_size="5GB"):
 
 
 def write(directory, hf, state, max_shard_size="5GB"):
-    """Write hf, the dict of a config.json, and the tensors of state. See `save`."""
+    """Write hf, the dict of a config.json (None: without one), and the tensors of state. See `save`."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     directory = Path(directory)
@@ -79,7 +75,7 @@ def write(directory, hf, state, max_shard_size="5GB"):
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     files = list(split.filename_to_tensors.items())
-    texts = {"config.json": hf}
+    texts = {"config.json": hf} if hf else {}
     if split.is_sharded:
         texts["model.safetensors.index.json"] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     written = together if world > 1 else contextlib.nullcontext
@@ -170,6 +166,7 @@ SUPPORTED = {  # config keys that change what a model computes, and their values
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
     "partial_rotary_factor": (1, None), "sliding_window": (None,), "per_layer_config": (None,),
     "quantization_config": (None,), "compression_config": (None,)}
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 VISION = "vision_model.", "multi_modal_projector."  # in Llama4ForConditionalGeneration, beside "language_model."
 ARCHITECTURES = {"LlamaForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
 
@@ -347,20 +344,12 @@ def _weight_files(directory):
 
 
 def read_tensors(path, prefixes=("",)):
-    """{name: tensor} of a safetensors file, of the names that begin with one of prefixes."""
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
-
-
-def all_tensors(directory):
-    """{name: tensor} of all safetensors files of a checkpoint."""
-    return {name: t for path in _weight_files(Path(directory)) for name, t in read_tensors(path).items()}
-
-
-def vision_tensors(directory):
-    """{name: tensor} of what a Llama4ForConditionalGeneration sees with, {} where it has no such part."""
-    files = _weight_files(Path(directory))
-    return {name: t for path in files for name, t in read_tensors(path, VISION).items()}
+    """{name: tensor} of a safetensors file, or of all those of a checkpoint, whose names begin with one of prefixes."""
+    tensors = {}
+    for part in _weight_files(path) if path.is_dir() else [path]:
+        with _opened(part) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
+    return tensors
 
 
 def _our_name(name, cfg, shapes):
@@ -374,9 +363,9 @@ def _our_name(name, cfg, shapes):
 
 
 def _find_tensors(directory, cfg, shapes):
-    """{path: [(name in the file, name here), ...]} of exactly the names of `shapes` ({name: shape}), by the headers of
-    the safetensors files of a directory: what is wrong with them is found before anything is read."""
-    found, files, head, embedding = {}, {}, "lm_head.weight", "model.embed_tokens.weight"
+    """{name here: (path, name in the file, dtype, shape)} of exactly the names of `shapes` ({name: shape}), by the
+    headers of a directory's safetensors files: what is wrong with them is found before anything is read."""
+    found, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
     for path in _weight_files(directory):
         with _opened(path) as file:
             for name in file.keys():
@@ -390,23 +379,26 @@ def _find_tensors(directory, cfg, shapes):
         _need_equal(directory, found.setdefault(embedding, tied_head), tied_head)
     absent = {head} if cfg.tie_embeddings else set()
     wrong = [f"{name} {dtype} {shape} for {tuple(shapes[name])}" for name, (*_, dtype, shape) in found.items()
-             if name in shapes and (shape != tuple(shapes[name]) or dtype not in ("F16", "BF16", "F32", "F64"))]
-    for what, names in (("missing", shapes.keys() - found.keys() - absent),
-                        ("unexpected", found.keys() - shapes.keys()), ("of the wrong shape or type", wrong)):
+             if name in shapes and (shape != tuple(shapes[name]) or dtype not in DTYPES)]
+    refuse(directory, {"missing": shapes.keys() - found.keys() - absent, "unexpected": found.keys() - shapes.keys(),
+                       "of the wrong shape or type": wrong})
+    return found
+
+
+def refuse(where, wrong):
+    """Raise ValueError if any tensors are wrong: {what they are: their names}."""
+    for what, names in wrong.items():
         if names:
             more = ", …" if len(names) > 5 else ""
-            raise ValueError(f"{directory}: {len(names)} tensors are {what}: {', '.join(sorted(names)[:5])}{more}")
-    for ours, (path, name, *_) in found.items():
-        files.setdefault(path, []).append((name, ours))
-    return files
+            raise ValueError(f"{where}: {len(names)} tensors are {what}: {', '.join(sorted(names)[:5])}{more}")
 
 
 @contextlib.contextmanager
-def _opened(path, device="cpu"):
+def _opened(path):
     """A safetensors file, open; what is wrong with it is a ValueError."""
     from safetensors import safe_open
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
@@ -424,87 +416,40 @@ def _need_equal(directory, embedding, head):
                          f"{embedding[1]}; false keeps both")
 
 
-def _read_tensors(files, dtype, device):
-    """{name: tensor} of what `_find_tensors` found. dtype None: the files' own, or the narrowest that holds all."""
-    state = {}
-    for path, names in files.items():
-        with _opened(path, device) as file:
-            state |= {ours: file.get_tensor(name) for name, ours in names}
-    dtype = dtype or functools.reduce(torch.promote_types, {t.dtype for t in state.values()})
-    for name in state:
-        state[name] = state[name].to(dtype)
-        if state[name].dim() == 3 and state[name].data_ptr() % 16:
-            state[name] = state[name].clone()  # torch 2.10's grouped_mm needs experts aligned; the file need not be
-    return state
-
-
 @torch.no_grad()
-def _fill_parts(llama, files):
-    """Read into each parameter the part of it that this process has, and nothing else."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+def _fill(llama, places):
+    """Read each parameter from where `_find_tensors` found it; of one that processes share, only the part of this one.
+    """
     parameters = {name.replace(".base_layer", ""): p for name, p in llama.named_parameters()}  # of an adapted one
-    for path, names in files.items():
+    for ours, (path, name, *_) in places.items():
         with _opened(path) as file:
-            for name, ours in names:
-                p = parameters[ours]
-                size, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-                if all(size):  # the last processes may have nothing of a small one
-                    p.to_local().copy_(file.get_slice(name)[tuple(slice(a, a + n) for a, n in zip(start, size))])
+            p, t = parameters[ours], file.get_tensor(name)  # of which nothing is read before it is copied
+            if not hasattr(p, "placements"):
+                p.copy_(t)
+                continue
+            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+            size, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+            if all(size):  # the last processes may have nothing of a small one
+                p.to_local().copy_(t[tuple(slice(a, a + n) for a, n in zip(start, size))])
 
 
 # -- tensors by name, of a run that goes on -------------------------------------------------------------------------
 
-def save_tensors(tensors, directory):
-    """Write {name: tensor} into a new directory as safetensors. Of shared ones all processes call it, and each writes
-    its own part (torch.distributed.checkpoint). Raises OSError, on all of them, where one cannot write."""
-    directory.mkdir(exist_ok=True)
-    if not any(hasattr(t, "placements") for t in tensors.values()):
-        from safetensors.torch import save_file
-        with atomic_write(directory / "model.safetensors") as path:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-        return
-    import torch.distributed.checkpoint as dcp
-    share = sum(t.numel() * t.itemsize for t in tensors.values()) // WORLD
-    count = 1 + share // 2**28  # files of each process: the writer holds one in memory beside what it writes
-    files = {name: 1 + i * count // len(tensors) for i, name in enumerate(sorted(tensors))}
-    writer = dcp.HuggingFaceStorageWriter(str(directory), files, save_distributed=True)
-    try:
-        with _quiet():
-            dcp.save(tensors, storage_writer=writer)
-    except dcp.CheckpointException as e:  # a BaseException; it reaches every process
-        raise OSError(first_line(next(iter(e.failures.values()))[0])) from None
-
-
 def tensor_names(directory):
     """The names of all tensors in a directory of safetensors. Raises ValueError where there is nothing to read."""
-    names, paths = set(), list(directory.glob("*.safetensors"))
+    paths = list(directory.glob("*.safetensors"))
     if not paths:
         raise ValueError(f"no tensors in {directory}")
-    for path in paths:
-        with _opened(path) as file:
-            names |= set(file.keys())
-    return names
+    return {name for path in paths for name in read_tensors(path)}
 
 
 def load_tensors(tensors, directory):
-    """Fill {name: tensor} from what `save_tensors` wrote, by any number of processes; each reads its own parts."""
-    shared = any(hasattr(t, "placements") for t in tensors.values())
-    if not shared and [path.name for path in directory.iterdir()] == ["model.safetensors"]:
-        with _opened(directory / "model.safetensors") as file:
-            for name, t in tensors.items():
-                t.copy_(file.get_tensor(name))
-        return
+    """Fill {name: tensor} from a directory of safetensors; of shared ones each process reads its own part. It may also
+    hold files of parts, as torch.distributed.checkpoint writes them, and older runs did."""
     import torch.distributed.checkpoint as dcp
     try:
-        with _quiet():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no processes are there, that other releases may read other files
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(directory)), no_dist=True)
     except dcp.CheckpointException as e:
         raise ValueError(first_line(next(iter(e.failures.values()))[0])) from None
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without torch's warnings: that no processes are there, and that other releases may read other files."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -228,7 +228,7 @@ def bits_of(directory):
 
 def load_quantized(directory):
     """The model that `save_quantized` wrote, on the CPU. Raises ValueError for what it would not have written."""
-    hf, state = checkpoint.read_json(Path(directory) / "config.json"), checkpoint.all_tensors(directory)
+    hf, state = checkpoint.read_json(Path(directory) / "config.json"), checkpoint.read_tensors(Path(directory))
     state = {name: t.clone() for name, t in state.items()}  # a file has them anywhere, the kernels at 32 bytes
     bits = hf.pop("quantization_config").get("bits")
     with torch.device("meta"):

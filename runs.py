@@ -86,7 +86,7 @@ def save_checkpoint(out, write, state, tensors, shared, keep):
         with together():
             if shared or RANK == 0:
                 write(tmp)
-                checkpoint.save_tensors(tensors, tmp / "optimizer")
+                checkpoint.write(tmp / "optimizer", None, tensors)
         with together():
             if RANK == 0:
                 best = state["best"] if math.isfinite(state["best"]) else None  # JSON has no infinity

@@ -495,7 +495,7 @@ def read(directory, vit_weights=None):
         raise ValueError(f"{directory} has an encoder of its own, which learned: leave vit_weights out")
     if llama4:
         encoder = Vit("llama4", config_from_hf(facts["vision_config"], read_tiles(directory)))
-        tensors = checkpoint.vision_tensors(directory)
+        tensors = checkpoint.read_tensors(directory, checkpoint.VISION)
         return facts, encoder, {part: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
                                 for part, prefix in HF_PARTS.items() if part != "llama"}
     encoder = make_encoder(facts["encoder"], vit_weights, not own)

@@ -330,7 +330,7 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
         vlm.fit(replace(more, init_from="resume", max_iters=4), {})
     finally:
         del vision.VITS["llama4_test"]
-    before, after = (checkpoint.vision_tensors(tmp_path / run) for run in ("run", "next"))
+    before, after = (checkpoint.read_tensors(tmp_path / run, checkpoint.VISION) for run in ("run", "next"))
     assert all(torch.equal(t, after[n]) for n, t in before.items() if n.startswith("vision_model."))
     assert not torch.equal(before["multi_modal_projector.linear_1.weight"],
                            after["multi_modal_projector.linear_1.weight"])
