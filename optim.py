@@ -129,17 +129,6 @@ def make_states(model, optimizers, saved):
     return made
 
 
-def states_by_number(model, optimizers, saved):
-    """Names for the states of an older run, [optimizer.state_dict(), ...]: {"name of the parameter.key": tensor}."""
-    names, found = {p: name for name, p in model.named_parameters()}, {}
-    for optimizer, old in zip(optimizers, saved, strict=True):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if [len(g["params"]) for g in optimizer.param_groups] != [len(g["params"]) for g in old["param_groups"]]:
-            raise ValueError("other parameters learn")
-        found |= {f"{names[params[i]]}.{key}": t for i, state in old["state"].items() for key, t in state.items()}
-    return found
-
-
 def learning_rate(step, cfg):
     """The rate of this step: linear warmup, then cosine decay, or flat and linear decay ("wsd")."""
     if step < cfg.warmup_iters:

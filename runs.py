@@ -89,7 +89,7 @@ def save_checkpoint(out, write, state, tensors, shared, keep):
                 checkpoint.write(tmp / "optimizer", None, tensors)
         with together():
             if RANK == 0:
-                best = state["best"] if math.isfinite(state["best"]) else None  # JSON has no infinity
+                best = state["best"] if math.isfinite(state["best"]) else None
                 shards.write_text(tmp / "train_state.json", json.dumps(state | {"best": best}, indent=1) + "\n")
                 os.replace(tmp, final)
                 link_checkpoint(final, out)
@@ -107,21 +107,18 @@ def save_checkpoint(out, write, state, tensors, shared, keep):
         shutil.rmtree(old, ignore_errors=True)
 
 
+STATE = "step", "sequences", "tokens", "seconds", "best", "improved", "val_fingerprint", "scaler"
+
+
 def read_state(path):
-    """train_state.json of a checkpoint directory; of older runs train_state.pt, which has the optimizers' states too
-    and may not count sequences and tokens: None."""
-    old = path / "train_state.pt"
-    file = old if old.exists() else path / "train_state.json"
-    try:
-        state = (torch.load(old, map_location="cpu", weights_only=True) if old.exists() else
-                 json.loads(file.read_text(encoding="utf-8")))
-        if missing := {"step", "seconds", "best", "scaler"} - state.keys():
-            raise ValueError(f"without {missing}")
-        state["best"] = math.inf if state["best"] is None else state["best"]
-        return {"sequences": None, "tokens": None, "val_fingerprint": state.get("held_out"), "improved": False} | state
-    except Exception as e:  # torch advises to load it without weights_only, which would run what code it holds
-        raise config.Mistake(f"{file} cannot be read, or is no state of a run "
-                             f"({type(e).__name__}): remove {path} to go on from the checkpoint before") from e
+    """train_state.json of a checkpoint directory."""
+    file = path / "train_state.json"
+    advice = f"remove {path} to go on from the checkpoint before, or begin anew from its weights with --init_from"
+    with config.mistakes(OSError, ValueError, KeyError, TypeError, prefix=f"{file} cannot be read ({advice}): "):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        state = {key: found[key] for key in STATE}
+        state["best"] = math.inf if state["best"] is None else state["best"]  # JSON has no infinity
+        return state
 
 
 def read_log(path):

@@ -141,7 +141,7 @@ from checkpoint import find_checkpoint  # noqa: E402
 from common import (  # noqa: E402
     RANK, WORLD, IdleThreads, all_reduce_sum, autocast_to, cleanup, in_company, init_distributed,
     keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
-from model import PRESETS, put  # noqa: E402
+from model import PRESETS  # noqa: E402
 from prepare import shards, tokenizer  # noqa: E402
 from prepare.windows import rng_for, windows_of  # noqa: E402
 from scores import HellaSwag, bits_per_byte, eval_batches, eval_spans, evaluate, micro_batch, track  # noqa: E402
@@ -295,23 +295,14 @@ def resume(task, cfg, out, optimizers, scaler):
     if RANK == 0:  # a crash may have come between the checkpoint and its links
         runs.link_checkpoint(folder, out)
         if state["improved"]:
-            runs.link_checkpoint(folder, out / "best", skip=("train_state.json", "train_state.pt"))
-    if state["sequences"] is None:  # an older run, whose steps had the size that its run.json holds
-        settings, _ = config.of_run(out, KEYS, SHAPE_KEYS)
-        sequences = state["step"] * sequences_per_step(replace(cfg, **settings))
-        state |= {"sequences": sequences, "tokens": sequences * cfg.block_size}
+            runs.link_checkpoint(folder, out / "best", skip=("train_state.json",))
     if state["val_fingerprint"] != task.val_fingerprint:
         print0("resume     with another validation set: best/ begins anew")
         state["best"] = math.inf
     with torch.no_grad(), config.mistakes(ValueError, KeyError, prefix=f"{folder} was made by another optimizer (leave "
                                           "--optimizer out), or cannot be read: "):
-        if "optimizers" in state:  # an older run
-            saved = optim.states_by_number(task.model, optimizers, state["optimizers"])
-            for name, own in optim.make_states(task.model, optimizers, saved.keys()).items():
-                put(own, saved[name])
-        else:
-            names = checkpoint.tensor_names(folder / "optimizer")
-            checkpoint.load_tensors(optim.make_states(task.model, optimizers, names), folder / "optimizer")
+        names = checkpoint.tensor_names(folder / "optimizer")
+        checkpoint.load_tensors(optim.make_states(task.model, optimizers, names), folder / "optimizer")
     if state["scaler"]:  # empty unless the run was in float16
         scaler.load_state_dict(state["scaler"])
     return {key: state[key] for key in ("step", "sequences", "tokens", "seconds", "best")}
