@@ -49,6 +49,10 @@ class PackedLinear(nn.Module):
         y = torch.bmm(rows.expand(len(self.weight), -1, -1), self.weight)  # (n, rows, 16)
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
+    def rows(self, idx):
+        """Rows idx (...) of W, (..., in)."""
+        return self.weight[idx // self.WIDTH, :, idx % self.WIDTH]
+
 
 @functools.cache
 def product_units():
@@ -92,6 +96,10 @@ class Int8Linear(nn.Module):
             y = nn.functional.linear(rows.to(product_units()), self.whole().to(product_units()))
         return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
 
+    def rows(self, idx):
+        """Rows idx (...) of W, (..., in)."""
+        return self.weight[idx].float() * self.scale[idx].float()[..., None]
+
 
 class Int4Linear(Int8Linear):
     """x W^T with W (out, in) in 4 bits: (q - 8) * scale + zero, with one scale and zero for 32 inputs of an output."""
@@ -128,29 +136,16 @@ class Int4Linear(Int8Linear):
         return torch._weight_int4pack_mm_for_cpu(x, self.laid_out, self.GROUP, self.scale)
 
 
-class QuantizedEmbedding(nn.Module):
-    """Rows of the W that an Int8Linear holds, of which there is no other copy."""
+class TiedEmbedding(nn.Module):
+    """Rows of the W that a packed head holds, of which there is no other copy."""
 
     def __init__(self, head):
         super().__init__()
-        self.weight = head.weight
-        self.register_buffer("scale", head.scale)
+        self.weight, self.rows = head.weight, head.rows
 
     def forward(self, idx):
         """idx (...) -> (..., in)."""
-        return self.weight[idx].float() * self.scale[idx].float()[..., None]
-
-
-class PackedEmbedding(nn.Module):
-    """Rows of the W that a PackedLinear holds, of which there is no other copy."""
-
-    def __init__(self, head):
-        super().__init__()
-        self.weight = head.weight  # (n, in, 16)
-
-    def forward(self, idx):
-        """idx (...) -> (..., in)."""
-        return self.weight[idx // PackedLinear.WIDTH, :, idx % PackedLinear.WIDTH]
+        return self.rows(idx)
 
 
 class QuickNorm(nn.Module):
@@ -191,8 +186,7 @@ def pack(model, bits=32):
             elif isinstance(child, Linear) and (kind := kind_for(name, child.weight.shape, bits)):
                 setattr(module, name, kind(*kind.stored(child.weight.detach())))
     if model.config.tie_embeddings and isinstance(model.lm_head, (PackedLinear, Int8Linear)):
-        kind = PackedEmbedding if isinstance(model.lm_head, PackedLinear) else QuantizedEmbedding
-        model.model.embed_tokens = kind(model.lm_head)
+        model.model.embed_tokens = TiedEmbedding(model.lm_head)
 
 
 def check_quantize(device):
@@ -207,8 +201,8 @@ def check_quantize(device):
 
 def own_state(model):
     """The model's state_dict, tied weights once."""
-    tied = "model.embed_tokens." if model.config.tie_embeddings else "nothing"
-    return {name: t for name, t in model.state_dict().items() if not name.startswith(tied)}
+    tied = ("model.embed_tokens.weight",) if model.config.tie_embeddings else ()
+    return {name: t for name, t in model.state_dict().items() if name not in tied}
 
 
 def save_quantized(model, bits, directory):
@@ -237,25 +231,17 @@ def load_quantized(directory):
         raise ValueError(f"{directory}: bits must be 4 or 8, not {bits!r}")
     pack(model, bits)
     want = own_state(model)
-    if more := state.keys() - want.keys():
-        raise ValueError(f"{directory}: {sorted(more)[0]} is not of this model")
-    for name, t in want.items():
-        if name not in state or (state[name].shape, state[name].dtype) != (t.shape, t.dtype):
-            raise ValueError(f"{directory}: {name} is not {tuple(t.shape)} {t.dtype}, as {bits} bits want it")
+    wrong = [name for name in want.keys() & state.keys()
+             if (state[name].shape, state[name].dtype) != (want[name].shape, want[name].dtype)]
+    checkpoint.refuse(directory, {"missing": want.keys() - state.keys(), "unexpected": state.keys() - want.keys(),
+                                  f"not of the shape and type that {bits} bits want": wrong})
     if model.config.tie_embeddings:
-        state |= {name.replace("lm_head", "model.embed_tokens"): t for name, t in state.items() if "lm_head" in name}
+        state["model.embed_tokens.weight"] = state["lm_head.weight"]
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 # -- a compiled step ---------------------------------------------------------------------------------------------
-
-def pinned(cache):
-    """cache, whose tensors stay where they are, as a CUDA graph wants."""
-    for tensor in (cache.lengths, *cache.keys, *cache.values):
-        torch._dynamo.mark_static_address(tensor)
-    return cache
-
 
 class CachePool:
     """The caches of a compiled step: of few sizes, and kept, as a CUDA graph knows where they are."""
@@ -263,22 +249,21 @@ class CachePool:
     def __init__(self, model):
         self.model, self.free = model, {}
 
-    def stream(self, prompt, max_new_tokens=1, eos_id=None, mask=None, cache=None, **sampling):
+    def stream(self, prompt, max_new_tokens=1, *args, cache=None, **how):
         """`Llama.stream` with a cache of the pool where none is given."""
-        def stream(cache):
-            return Llama.stream(self.model, prompt, max_new_tokens, eos_id, mask, cache, **sampling)
-        if cache is not None:
-            yield from stream(pinned(cache))
-            return
-        weight = self.model.lm_head.weight
-        size = max(256, min(prompt.shape[1] + max_new_tokens, self.model.config.context))
-        key = len(prompt), power_of_two(size), weight.device, product_dtype(weight)
-        cache = self.free.pop(key, None) or pinned(KVCache(self.model.config, *key))
+        weight, key = self.model.lm_head.weight, None
+        if cache is None:
+            size = max(256, min(prompt.shape[1] + max_new_tokens, self.model.config.context))
+            key = len(prompt), power_of_two(size), weight.device, product_dtype(weight)
+            cache = self.free.pop(key, None) or KVCache(self.model.config, *key)
+        for tensor in (cache.lengths, *cache.keys, *cache.values):
+            torch._dynamo.mark_static_address(tensor)
         try:
-            yield from stream(cache)
+            yield from Llama.stream(self.model, prompt, max_new_tokens, *args, cache=cache, **how)
         finally:  # also when the stream is abandoned
-            cache.lengths.zero_()
-            self.free[key] = cache
+            if key:
+                cache.lengths.zero_()
+                self.free[key] = cache
 
 
 def power_of_two(n):

@@ -702,15 +702,13 @@ class Llama(nn.Module):
             x, last = x.gather(1, source[..., None].expand_as(x)), lengths - 1
         ends = torch.tensor([] if eos_id is None else [eos_id] if isinstance(eos_id, int) else sorted(eos_id),
                             dtype=torch.long, device=device)
-        generator = sampling.generator(device)
-        done, token = torch.zeros(B, dtype=torch.bool, device=device), None
-        for _ in range(steps):
-            if token is None:
+        generator, done = sampling.generator(device), torch.zeros(B, dtype=torch.bool, device=device)
+        for step in range(steps):
+            if step == 0:
                 hidden = self.model(embeds=x, cache=cache, lengths=lengths)[0]  # (B, T, D)
                 token = sampling.pick(self.lm_head(hidden[torch.arange(B, device=device), last]), generator)
             else:
-                following = sampling.pick(self.decode_one_token(token, cache), generator)
-                token = torch.where(done, token, following)
+                token = torch.where(done, token, sampling.pick(self.decode_one_token(token, cache), generator))
             done = done | torch.isin(token, ends)
             yield token
             if len(ends) and done.all():
