@@ -29,16 +29,16 @@ class MergeConfig:
             raise ValueError("what is to be merged, and where to? --merge=ADAPTER --out=DIRECTORY")
 
 
-if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
+if __name__ == "__main__":  # before torch is imported: a typo answers at once
     settings = config.run(config.load, MergeConfig)
 
-import torch  # noqa: E402
+import torch
 
-import checkpoint  # noqa: E402
-import lora  # noqa: E402
-from common import RANK, atomic_write  # noqa: E402
-from model import put  # noqa: E402
-from prepare import tokenizer  # noqa: E402
+import checkpoint
+import lora
+from common import RANK, atomic_write
+from model import put
+from prepare import tokenizer
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # not the router: peft cannot
 EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
@@ -227,30 +227,27 @@ def read_tensors(llama, path, settings):
     tensors = {name.replace("model.language_model.", "model."): t for name, t in checkpoint.read_tensors(path).items()}
     version = re.match(r"(\d+)\.(\d+)", str(settings.get("peft_version")))  # before 0.18 there was none
     version = tuple(map(int, version.groups())) if version else (0, 0)
-    wanted = {place: [f"{place}.lora_{part}.weight" for part in "AB"] for place, _, _ in places(llama)}
-    names, wrong = {name for pair in wanted.values() for name in pair}, []
-    for place, _, module in places(llama) if names <= tensors.keys() else ():
-        pair = [tensors[name] for name in wanted[place]]
+    names = {f"{place}.lora_{part}.weight" for place, *_ in places(llama) for part in "AB"}
+    checkpoint.refuse(path, {"missing": names - tensors.keys(), "not supported": tensors.keys() - names})
+    for place, _, module in places(llama):
+        pair = [tensors[f"{place}.lora_{part}.weight"] for part in "AB"]
         try:
-            for own, t in zip((module.lora_A, module.lora_B), from_peft(*pair, module, version), strict=True):
+            for own, t in zip((module.lora_A, module.lora_B), from_peft(*pair, module, version)):
                 if own.shape != t.shape or not t.is_floating_point():
                     raise ValueError
                 put(own, t)
         except (ValueError, RuntimeError, IndexError):
-            wrong.append(f"{place} {[tuple(t.shape) for t in pair]}")
-    checkpoint.refuse(path, {"missing": names - tensors.keys(), "not supported": tensors.keys() - names,
-                             "of the wrong shape or type": wrong})
+            checkpoint.refuse(path, {"of the wrong shape or type": [f"{place} {[tuple(t.shape) for t in pair]}"]})
 
 
-def save(llama, directory, state=None):
-    """Write a checkpoint: of an adapted Llama the adapter alone, else all of it. state: tensors in place of its own."""
+def save(llama, directory):
+    """Write a checkpoint: of an adapted Llama the adapter alone, else all of it."""
     if not hasattr(llama, "adapter"):
-        return checkpoint.save(llama, directory, state)
+        return checkpoint.save(llama, directory)
     from safetensors.torch import save_file
     directory, tensors = Path(directory), {}
-    state = llama.state_dict() if state is None else state
-    for place, name, _ in places(llama):
-        pair = to_peft(*(checkpoint.whole(state[f"{name}.lora_{part}"]).cpu() for part in "AB"))
+    for place, _, module in places(llama):
+        pair = to_peft(*(checkpoint.whole(t).cpu() for t in (module.lora_A, module.lora_B)))
         tensors |= {f"{place}.lora_{part}.weight": t.contiguous() for part, t in zip("AB", pair)}
     if RANK > 0:  # of processes that share the model
         return

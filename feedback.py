@@ -18,21 +18,21 @@ from typing import NamedTuple
 
 import config
 
-if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
+if __name__ == "__main__":  # before torch is imported: a typo answers at once
     settings = config.run(config.load, "feedback.py:FeedbackConfig", None, "model.py:LlamaConfig")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-import adapter  # noqa: E402
-import common  # noqa: E402
-import train  # noqa: E402
-from common import RANK, WORLD, print0  # noqa: E402
-from decode import decode_all  # noqa: E402
-from prepare.quiz import grade  # noqa: E402
-from prepare.windows import order, rng_for  # noqa: E402
+import adapter
+import common
+import train
+from common import RANK, WORLD, print0
+from decode import decode_all
+from prepare.quiz import grade
+from prepare.windows import order, rng_for
 
 
 @dataclass
@@ -271,8 +271,7 @@ class Preferences(Feedback):
 def main(given, shape):
     """Train as the settings say; those of a run that goes on hold."""
     if given.get("init_from") == "resume":
-        out = train.run_directory(given.get("out_dir"), given.get("dataset", FeedbackConfig.dataset), "feedback_")
-        given, shape = train.with_run(given | {"out_dir": str(out)}, shape, out, "feedback.py:FeedbackConfig")
+        given, shape = train.with_run(given, shape, "feedback.py:FeedbackConfig", "feedback_")
     cfg = config.make(FeedbackConfig, given)
     if cfg.init_from == "scratch":
         raise config.Mistake("feedback needs a model that answers already: give --init_from")
@@ -280,8 +279,7 @@ def main(given, shape):
         raise config.Mistake("--shard=True is train.py's: feedback has a copy of the model on each process")
     cfg.reference = cfg.reference or cfg.init_from
     if cfg.eval_only:
-        device = common.pick_device(cfg.device)
-        common.init_distributed(device)
+        device, _ = train.begin(cfg)
         task = Rewards(replace(cfg, eval_questions=10**9), shape, None, device)
         print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions")
     else:

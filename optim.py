@@ -90,16 +90,10 @@ def for_muon(name, p, cfg):
 
 def make_optimizers(model, cfg, device, dtype):
     """[AdamW] or [AdamW, Muon] over the parameters of a model that are to learn."""
-    hidden, matrices, vectors = [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p.dim() == 1:
-            vectors.append(p)
-        elif for_muon(name, p, cfg):
-            hidden.append(p)
-        else:
-            matrices.append(p)
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in learning if for_muon(name, p, cfg)]
+    matrices = [p for name, p in learning if p.dim() > 1 and not for_muon(name, p, cfg)]
+    vectors = [p for name, p in learning if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
     if not hidden:

@@ -172,41 +172,39 @@ class Log:
 
     def __init__(self, out, step, tensorboard=False):
         """step: after which a run goes on, 0 for a new one."""
-        self.out, self.curves = out, {"training": [], "validation": []}
-        self.entries = [entry for entry in read_log(out / "log.jsonl") if entry["step"] <= step]
-        self.board, self.make_board = None, None
+        self.out, self.path, self.board, self.make_board = out, out / "log.jsonl", None, None
+        self.earlier = [entry for entry in read_log(self.path) if entry["step"] <= step]
         if tensorboard:  # an extra; what is missing is said before the run
             with config.mistakes(ImportError, prefix="--tensorboard: pip install tensorboard: "):
                 from torch.utils.tensorboard import SummaryWriter
             self.make_board = SummaryWriter
-        for entry in self.entries:
-            self.add_to_curves(entry)
-
-    def add_to_curves(self, entry):
-        for name, key in ("training", "train_loss"), ("validation", "val_loss"):
-            if entry.get(key) is not None:
-                self.curves[name].append((entry["step"], entry[key]))
 
     def start(self):
-        """Write anew what earlier runs logged up to the step that is resumed."""
-        shards.write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.entries))
+        """Write anew what was logged up to the step that is resumed."""
+        shards.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.earlier))
         if self.make_board:
-            after = self.entries[-1]["step"] + 1 if self.entries else 0
+            after = self.earlier[-1]["step"] + 1 if self.earlier else 0
             self.board = self.make_board(self.out / "tensorboard", purge_step=after)
 
     def write(self, entry):
         """Append an entry; of a number that is none, JSON's null."""
-        if RANK == 0:
-            entry = {key: None if value != value or value in (math.inf, -math.inf) else value
-                     for key, value in entry.items()}
-            self.add_to_curves(entry)
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
-            if self.board:
-                for name, value in entry.items():
-                    if isinstance(value, (int, float)) and name != "step":
-                        self.board.add_scalar(name, value, entry["step"])
-                self.board.flush()
+        if RANK > 0:
+            return
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
+        if self.board:
+            for name, value in entry.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, entry["step"])
+            self.board.flush()
+
+    def plot(self, floor):
+        """Draw what was logged as loss.png. floor: as for `plot`."""
+        curves = {}
+        for name, key in ("training", "train_loss"), ("validation", "val_loss"):
+            curves[name] = [(entry["step"], entry[key]) for entry in read_log(self.path) if entry.get(key) is not None]
+        plot(curves, self.out / "loss.png", self.out.name, floor)
 
 
 def facts_of_run(cfg, model_config, agents):

@@ -55,17 +55,17 @@ class SampleConfig:
             raise ValueError("--system is for --chat")
 
 
-if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
+if __name__ == "__main__":  # before torch is imported: a typo answers at once
     settings = config.run(config.load, SampleConfig)
 
-import torch  # noqa: E402
+import torch
 
-import adapter  # noqa: E402
-import decode  # noqa: E402
-import lora  # noqa: E402
-from checkpoint import find_checkpoint  # noqa: E402
-from common import pick_device  # noqa: E402
-from model import Attention, Experts, Llama  # noqa: E402
+import adapter
+import decode
+import lora
+from checkpoint import find_checkpoint
+from common import pick_device
+from model import Attention, Experts, Llama
 
 
 # -- what to sample from -----------------------------------------------------------------------------------------

@@ -40,26 +40,26 @@ def read_settings(argv):
     return cfg
 
 
-if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
+if __name__ == "__main__":  # before torch is imported: a typo answers at once
     settings = config.run(read_settings, sys.argv[1:])
 
-import html  # noqa: E402
-import json  # noqa: E402
-import logging  # noqa: E402
-import secrets  # noqa: E402
-import socket  # noqa: E402
-import time  # noqa: E402
-from contextlib import aclosing  # noqa: E402
-from itertools import groupby  # noqa: E402
-from pathlib import Path  # noqa: E402
+import html
+import json
+import logging
+import secrets
+import socket
+import time
+from contextlib import aclosing
+from itertools import groupby
+from pathlib import Path
 
-import uvicorn  # noqa: E402
-from fastapi import APIRouter, FastAPI, HTTPException, Request  # noqa: E402
-from fastapi.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
-from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
-from pydantic import ValidationError  # noqa: E402
+import uvicorn
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
 
-from engine import Asked, Engine  # noqa: E402
+from engine import Asked, Engine
 
 api = APIRouter(prefix="/v1")
 NO_ANSWER = "(no answer: "

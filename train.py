@@ -93,10 +93,13 @@ def run_directory(out_dir, dataset, prefix=""):
     return Path(out_dir) if out_dir else config.ROOT / "out" / (prefix + Path(dataset).resolve().name)
 
 
-def with_run(given, shape, directory, keys=KEYS):
-    """(settings, shape): {key: value} of the run.json of a run that goes on or is evaluated, under what is given now.
-
-    Says which keys now differ. directory: that of the run; one without a run.json leaves things as given."""
+def with_run(given, shape, keys=KEYS, prefix="", directory=None):
+    """(settings, shape): {key: value} of a run.json under what is given now; says which keys differ. directory: of the
+    run that is evaluated, None: of the one that goes on. Without a run.json things stay as given."""
+    if directory is None:
+        dataset = given.get("dataset", config.keys_of(keys)["dataset"].default)
+        directory = run_directory(given.get("out_dir"), dataset, prefix)
+        given = given | {"out_dir": str(directory)}
     settings, model = config.of_run(directory, keys, SHAPE_KEYS)
     own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat", "json"}  # of each call
     own |= {"hellaswag"} if given.get("eval_only") else set()
@@ -116,36 +119,34 @@ def read_settings():
         raise config.Mistake(f"epochs={given['epochs']:g} says how long to train: with --max_iters give --epochs=0")
     source = given.get("init_from", "scratch")
     if source == "resume":
-        directory = run_directory(given.get("out_dir"), given.get("dataset", TrainConfig.dataset))
-        given, shape = with_run(given | {"out_dir": str(directory)}, shape, directory)
+        given, shape = with_run(given, shape)
     elif given.get("eval_only"):
         if source == "scratch":
             raise config.Mistake("what is to be evaluated? --init_from takes a run's directory or a hub name")
-        given, shape = with_run(given, shape, source)
+        given, shape = with_run(given, shape, directory=source)
     return config.make(TrainConfig, given), shape
 
 
-if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
+if __name__ == "__main__":  # before torch is imported: a typo answers at once
     settings = config.run(read_settings)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-import adapter  # noqa: E402
-import checkpoint  # noqa: E402
-import fused  # noqa: E402
-import lora  # noqa: E402
-import optim  # noqa: E402
-import runs  # noqa: E402
-from checkpoint import find_checkpoint  # noqa: E402
-from common import (  # noqa: E402
-    RANK, WORLD, IdleThreads, all_reduce_sum, autocast_to, cleanup, in_company, init_distributed,
-    keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
-from model import PRESETS  # noqa: E402
-from prepare import shards, tokenizer  # noqa: E402
-from prepare.windows import rng_for, windows_of  # noqa: E402
-from scores import HellaSwag, bits_per_byte, eval_batches, eval_spans, evaluate, micro_batch, track  # noqa: E402
-from shard import Place, can_compile, data_parallel  # noqa: E402
+import adapter
+import checkpoint
+import fused
+import lora
+import optim
+import runs
+from checkpoint import find_checkpoint
+from common import (RANK, WORLD, IdleThreads, all_reduce_sum, autocast_to, cleanup, in_company, init_distributed,
+                    keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
+from model import PRESETS
+from prepare import shards, tokenizer
+from prepare.windows import rng_for, windows_of
+from scores import HellaSwag, bits_per_byte, eval_batches, eval_spans, evaluate, micro_batch, track
+from shard import Place, can_compile, data_parallel
 
 CHATS, SHOWN = 2, 1000  # held-out conversations that are sampled at each evaluation; characters of a sample's end
 PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -259,7 +260,7 @@ def fit(task, cfg, out):
                                  "scaler": scaler.state_dict()}
                 runs.save_checkpoint(out, task.save, saved, optim.states(model, optimizers), sharded, cfg.keep)
                 if RANK == 0:
-                    runs.plot(log.curves, out / "loss.png", out.name, task.floor)
+                    log.plot(task.floor)
             if stopping and not last:
                 print0(f"stopped by a signal after step {done} and saved; to go on: {runs.command_to_resume(out)}")
                 break
@@ -608,12 +609,18 @@ def after_restart(cfg, shape, out):
     return replace(cfg, init_from="resume"), {k: v for k, v in shape.items() if k in TRAINING_ONLY}
 
 
-def start(task_of, cfg, shape, prefix=""):
-    """Train what task_of(cfg, shape, out, device) makes: an object like `Text`. prefix: of the run directory's name."""
-    micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
-    device, out = pick_device(cfg.device), run_directory(cfg.out_dir, cfg.dataset, prefix)
+def begin(cfg, prefix=""):
+    """(torch.device, run directory) of this process, which joins the others. prefix: of the directory's name."""
+    device = pick_device(cfg.device)
     init_distributed(device)
     keep_freed_memory(device.type == "cpu" and not cfg.shard)
+    return device, run_directory(cfg.out_dir, cfg.dataset, prefix)
+
+
+def start(task_of, cfg, shape, prefix=""):
+    """Train what task_of(cfg, shape, out, device) makes: an object like `Text`."""
+    micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
+    device, out = begin(cfg, prefix)
     cfg, shape = after_restart(cfg, shape, out)
     task = task_of(cfg, shape, out, device)
     task.describe()
@@ -622,9 +629,7 @@ def start(task_of, cfg, shape, prefix=""):
 
 def evaluate_run(cfg, shape):
     """Print the loss of a model on the whole validation split, or its scores on HellaSwag."""
-    device, out = pick_device(cfg.device), run_directory(cfg.out_dir, cfg.dataset)
-    init_distributed(device)
-    keep_freed_memory(device.type == "cpu" and not cfg.shard)
+    device, out = begin(cfg)
     if cfg.hellaswag:
         dtype, _ = pick_dtype(cfg.dtype, device)
         llama, tok = start_from(cfg, {}, out, Place(cfg, device, dtype))

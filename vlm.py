@@ -671,12 +671,11 @@ class VlmConfig(train.TrainConfig):
 def main(given, shape):
     """Use the model if the settings ask for that, else train it. Settings of a run that goes on or is scored hold."""
     if given.get("init_from") == "resume":
-        out = train.run_directory(given.get("out_dir"), given.get("dataset", VlmConfig.dataset), "vlm_")
-        given, shape = train.with_run(given | {"out_dir": str(out)}, shape, out, "vlm.py:VlmConfig")
+        given, shape = train.with_run(given, shape, "vlm.py:VlmConfig", "vlm_")
     elif given.get("eval") or given.get("eval_only"):
         directory = run_to_use(given.get("out_dir"), given.get("init_from", "scratch"))
         named = given.get("vit_weights")
-        given, shape = train.with_run(given, shape, directory, "vlm.py:VlmConfig")
+        given, shape = train.with_run(given, shape, "vlm.py:VlmConfig", directory=directory)
         given["lora_rank"] = 0  # its adapter is there
         if "encoder" in STAGES.get(given.get("stage"), ()):
             given["vit_weights"] = named  # not where its encoder began: it has one of its own now
