@@ -43,11 +43,7 @@ def load(name, dtype=None, device="cpu", prepare=None, **overrides):
     llama.to(dtype or functools.reduce(torch.promote_types, {DTYPES[dtype] for *_, dtype, _ in places.values()}))
     if prepare:
         prepare(llama)
-    llama.to_empty(device=device)
-    llama.model.expert_load = torch.zeros_like(llama.model.expert_load, dtype=torch.float32)
-    if cfg.tie_embeddings:
-        llama.lm_head.weight = llama.model.embed_tokens.weight
-    _fill(llama, places)
+    _fill(llama.allocate(device), places)
     return llama.eval()
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -238,10 +237,10 @@ def peak_memory(device):
 
 def to_device(device, *arrays):
     """Arrays and tensors as tensors on device, None as it is; to a GPU without waiting."""
-    tensors = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
-    if device.type == "cuda":
-        return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return [t if t is None else t.to(device) for t in tensors]
+    def move(a):
+        t = torch.as_tensor(a)
+        return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+    return [a if a is None else move(a) for a in arrays]
 
 
 # -- files -------------------------------------------------------------------------------------------------------

@@ -359,9 +359,9 @@ class Batch:
     def __init__(self, model, rows=16, size=None):
         """size: tokens of the longest request, prompt included; None: the model's context."""
         context = model.config.context
-        self.model, self.size = model, min(size or context, context)
+        self.model, self.rows, self.size = model, rows, min(size or context, context)
         self.cache = new_cache(model, rows, self.size)
-        self.waiting, self.running = deque(), [None] * rows  # a request for each row of the cache
+        self.waiting, self.running = deque(), []  # that which runs in row i is running[i]
 
     def add(self, prompt, max_new_tokens, stop_ids=frozenset(), seed=0, **sampling):
         """Queue a `Request`, with fields of `Sampling`; returns it. Raises ValueError for a prompt that leaves it no
@@ -385,25 +385,24 @@ class Batch:
     @property
     def busy(self):
         """Whether a request waits or runs."""
-        return bool(self.waiting) or any(request and not request.done for request in self.running)
+        return any(not request.done for request in (*self.waiting, *self.running))
 
     @torch.inference_mode()
     def step(self):
         """[(request, its next token), ...]: the first of each that a row is free for, or else one of each that runs."""
-        self.running = [request if request and not request.done else None for request in self.running]
-        free = [row for row, request in enumerate(self.running) if request is None]
         first = []
-        for row in free[:len(self.waiting)]:
-            request = self.running[row] = self.waiting.popleft()
-            first += self.draw([request], self.read(request.prompt, row))
+        for row in range(self.rows):
+            if self.waiting and (row == len(self.running) or self.running[row].done):
+                request = self.waiting.popleft()
+                self.running[row:row + 1] = [request]
+                first += self.draw([request], self.read(request.prompt, row))
         if first:
             return first
         self.close_up()
-        running = [request for request in self.running if request]
-        if not running:
+        if not self.running:
             return []
-        last = torch.tensor([request.new[-1] for request in running], device=self.cache.lengths.device)
-        return self.draw(running, self.model.decode_one_token(last, self.cache.part(slice(len(running)))))
+        last = torch.tensor([request.new[-1] for request in self.running], device=self.cache.lengths.device)
+        return self.draw(self.running, self.model.decode_one_token(last, self.cache.part(slice(len(self.running)))))
 
     def read(self, prompt, row):
         """Put a prompt into a row of the cache, which begins anew; returns the logits (1, V) of what follows it."""
@@ -415,15 +414,16 @@ class Batch:
         return self.model.lm_head(self.model.model(embeds=prompt[None], cache=cache)[0][:, -1])
 
     def close_up(self):
-        """Move the last requests into free rows, so that those that run are the first: a step takes no others."""
-        count = sum(request is not None for request in self.running)
-        free = [row for row in range(count) if self.running[row] is None]
-        late = [row for row in range(count, len(self.running)) if self.running[row]]
+        """Forget those that are done, and move the last ones into their rows: a step takes no others."""
+        count = sum(not request.done for request in self.running)
+        free = [row for row in range(count) if self.running[row].done]
+        late = [row for row in range(count, len(self.running)) if not self.running[row].done]
         for to, row in zip(free, late):
             length = self.cache.lengths[to] = self.cache.lengths[row]
             for tensor in (*self.cache.keys, *self.cache.values):
                 tensor[to, :length] = tensor[row, :length]
-            self.running[to], self.running[row] = self.running[row], None
+            self.running[to] = self.running[row]
+        del self.running[count:]
 
     @staticmethod
     def draw(requests, logits):

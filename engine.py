@@ -122,7 +122,7 @@ class Engine:
 
     def held(self):
         """Requests that run, or wait for a row, or whose prompt is in the making."""
-        return self.reading + sum(bool(r) and not r.done for r in (*self.batch.running, *self.batch.waiting))
+        return self.reading + sum(not r.done for r in (*self.batch.running, *self.batch.waiting))
 
     async def read(self, said, room=1):
         """The prompt, ids or with pictures embeddings (T, D), that asks for the next turn of a chat, [(role, [a text or
@@ -211,7 +211,7 @@ class Engine:
             try:
                 found = await asyncio.get_running_loop().run_in_executor(self.thread, self.step)
             except Exception as e:  # such as too little memory: those that are here fail, later ones need not
-                found = [(r, e) for r in (*self.batch.running, *self.batch.waiting) if r and not r.done]
+                found = [(r, e) for r in (*self.batch.running, *self.batch.waiting) if not r.done]
                 self.batch = self.make_batch()
             for request, token in found:
                 request.queue.put_nowait(token)

@@ -607,7 +607,14 @@ class Llama(nn.Module):
                 depth = 2 * self.config.n_layer if role in ("o_proj", "down_proj") else 1
                 std = (inputs * depth) ** -0.5
             put(p, draw_normal(p.shape, std, seed, name, p.device))
-        self.model.expert_load.zero_()
+
+    def allocate(self, device):
+        """Give a model that was made on the meta device memory there, to be filled; returns the model."""
+        self.to_empty(device=device)
+        self.model.expert_load = torch.zeros_like(self.model.expert_load, dtype=torch.float32)
+        if self.config.tie_embeddings:  # `to_empty` makes two of it
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
 
     def forward(self, idx=None, targets=None, positions=None, *, embeds=None, cache=None, lengths=None):
         """Returns (logits (B, T, V), None) without targets, and (None, loss) with them.
@@ -734,7 +741,6 @@ class Llama(nn.Module):
         """Write a checkpoint that transformers opens. See `checkpoint.save`."""
         import checkpoint
         checkpoint.save(self, directory, state, max_shard_size)
-
 
 
 def draw_normal(shape, std, seed, name, device):

@@ -1,8 +1,8 @@
 """A model on several processes: split over all of them (PyTorch's fully_shard), or a copy on each; and compiled.
 
-Splitting, in order: the model is made on the meta device, where tensors have shapes and no memory; its blocks are split
-(and compiled before that, so that no graph is cut where FSDP gathers weights); each process gets memory for its part;
-and that is filled, from a seed or a checkpoint. No process ever holds the whole model, on its GPU or its host.
+In order: the model is made on the meta device, where tensors have shapes and no memory; its blocks are split (and
+compiled before that, so that no graph is cut where FSDP gathers weights); each process gets memory for its part; and
+that is filled, from a seed or a checkpoint. No process ever holds the whole of a split model, on its GPU or its host.
 """
 import inspect
 from contextlib import nullcontext
@@ -25,18 +25,17 @@ class Place:
 
     def new(self, shape, seed):
         """A Llama with the weights that `seed` draws, bit for bit those of one process."""
-        if self.mesh is None:
-            with self.device:
-                return Llama(shape, seed).to(self.device)
         with torch.device("meta"):
             llama = Llama(shape)
         self.split(llama)
-        llama.to_empty(device=self.device)
-        llama.init_weights(seed)
+        llama.allocate(self.device).init_weights(seed)
         return llama
 
     def split(self, llama):
-        """Split a Llama, on the meta device or filled: each process then computes with one whole block at a time."""
+        """Split a Llama, on the meta device or filled: each process then computes with one whole block at a time. Where
+        each has the whole, leave it as it is."""
+        if self.mesh is None:
+            return
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
         from torch.distributed.tensor import Shard
 

@@ -431,8 +431,8 @@ def load_llama(cfg, shape, source, place):
         kept = {k: v for k, v in shape.items() if k in (*TRAINING_ONLY, "context")}  # RoPE has no longest position
         new = (cfg.lora_rank, cfg.lora_alpha, source, cfg.seed) if cfg.lora_rank else None
         narrow = place.dtype == torch.bfloat16 and (new or adapter.is_adapter(directory))
-        llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, place.device,
-                             place.split if place.mesh else None, new, **kept)
+        llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, place.device, place.split, new,
+                             **kept)
         if narrow:
             lora.float32_stream(llama)
     return llama, adapter.load_tokenizer(directory)

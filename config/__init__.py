@@ -79,6 +79,7 @@ def run(main, *args):
 COMMENT = re.compile(r"# (?P<limits>[\[(]\S+, \S+[\])] |\{.*?\} )?(?P<why>.*)")
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 KINDS = {"int": int, "float": float, "bool": bool, "str": str}
+READERS = {"int": ast.literal_eval, "float": float, "bool": lambda text: BOOLS[text.lower()], "str": str}  # of text
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Key:
 
     def read(self, value, where):
         """value in this key's type. Text is read for what it means, a Python value is checked. Raises `Mistake`."""
-        name, found = self.type.removesuffix(" | None"), value
+        name = self.type.removesuffix(" | None")
         if name != self.type and value in (None, "None", "none"):
             return None
         if name.startswith("tuple["):
@@ -103,10 +104,9 @@ class Key:
             if item.type != "str" and len(values) == 1 and isinstance(values[0], str):
                 values = values[0].split(",")  # 8,1,4,8192
             return tuple(item.read(v, where) for v in values)
-        with contextlib.suppress(ValueError, SyntaxError, OverflowError):
-            if isinstance(value, str) and name != "str":
-                found = BOOLS.get(value.lower(), value) if name == "bool" else \
-                    float(value) if name == "float" else ast.literal_eval(value)  # nan is a float
+        found = value
+        with contextlib.suppress(ValueError, SyntaxError, OverflowError, KeyError):
+            found = READERS[name](value) if isinstance(value, str) else value
             if type(found) in (int, float) and name in ("int", "float") and KINDS[name](found) == found:
                 found = KINDS[name](found)  # 1 for a float, and 1e6 for an int
         if type(found) is not KINDS[name]:
@@ -278,15 +278,14 @@ def of_run(directory, cls, also):
     """(settings, shape) that the run.json of a run directory holds, or of the run of which it is the best/ or a
     checkpoint: {key: value} each, of those keys that dataclasses `cls` and `also` still have. ({}, {}) without a run.
     """
-    directory = Path(directory)
-    path = next((p / "run.json" for p in (directory, *directory.absolute().parents[:2]) if (p / "run.json").is_file()),
-                None)
+    directory = Path(directory).absolute()
+    files = [folder / "run.json" for folder in (directory, *directory.parents[:2])]
+    path = next((file for file in files if file.is_file()), None)
     if path is None:
         return {}, {}
     wrong = OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError
     with mistakes(*wrong, prefix=f"{path} is no record of a run: "):
         facts = json.loads(path.read_text(encoding="utf-8"))
-        found = []
-        for part, keys in (facts["settings"], keys_of(cls)), (facts["model"], keys_of(also)):
-            found.append({name: keys[name].read(value, path) for name, value in part.items() if name in keys})
-    return found
+        parts = (facts["settings"], keys_of(cls)), (facts["model"], keys_of(also))
+        return [{name: keys[name].read(value, path) for name, value in part.items() if name in keys}
+                for part, keys in parts]
