@@ -223,7 +223,6 @@ def bits_of(directory):
 def load_quantized(directory):
     """The model that `save_quantized` wrote, on the CPU. Raises ValueError for what it would not have written."""
     hf, state = checkpoint.read_json(Path(directory) / "config.json"), checkpoint.read_tensors(Path(directory))
-    state = {name: t.clone() for name, t in state.items()}  # a file has them anywhere, the kernels at 32 bytes
     bits = hf.pop("quantization_config").get("bits")
     with torch.device("meta"):
         model = Llama(checkpoint.config_from_hf(hf, {}))
@@ -237,7 +236,7 @@ def load_quantized(directory):
                                   f"not of the shape and type that {bits} bits want": wrong})
     if model.config.tie_embeddings:
         state["model.embed_tokens.weight"] = state["lm_head.weight"]
-    model.load_state_dict(state, assign=True)
+    model.allocate("cpu").load_state_dict(state)  # copied: a file has tensors anywhere, the kernels want 32 bytes
     return model.eval()
 
 

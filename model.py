@@ -123,7 +123,7 @@ def _presets():
     """
     llama1 = LlamaConfig(norm_eps=1e-6)
     llama2 = LlamaConfig(context=4096)
-    size13 = dict(n_layer=40, n_head=40, dim=5120, ffn_dim=13824)
+    size13 = dict(n_layer=40, n_head=40, n_kv_head=40, dim=5120, head_dim=128, ffn_dim=13824)
     code = replace(llama2, vocab_size=32016, context=16384, rope_theta=1e6)
     llama3 = LlamaConfig(vocab_size=128256, n_kv_head=8, ffn_dim=14336, context=8192, rope_theta=5e5)
     size70 = dict(n_layer=80, n_head=64, n_kv_head=8, dim=8192, head_dim=128, ffn_dim=28672)
@@ -142,10 +142,8 @@ def _presets():
     scout128m = replace(scout, vocab_size=32768, n_layer=6, n_head=8, n_kv_head=2, dim=512, head_dim=64, ffn_dim=576,
                         expert_dim=576, context=256, chunk=128, rope_scaling=())
     return {
-        "llama-1-7b": llama1, "llama-2-7b": llama2,
-        "llama-2-13b": replace(llama2, n_kv_head=40, head_dim=128, **size13),
-        "llama-2-70b": replace(llama2, **size70),
-        "code-llama-7b": code, "code-llama-13b": replace(code, n_kv_head=40, head_dim=128, **size13),
+        "llama-1-7b": llama1, "llama-2-7b": llama2, "llama-2-13b": replace(llama2, **size13),
+        "llama-2-70b": replace(llama2, **size70), "code-llama-7b": code, "code-llama-13b": replace(code, **size13),
         "code-llama-34b": replace(code, **size70 | dict(vocab_size=32000, n_layer=48, ffn_dim=22016)),
         "llama-3-8b": llama3, "llama-3-70b": replace(llama3, **size70), "llama-3.1-8b": llama31,
         "llama-3.1-70b": replace(llama31, **size70), "llama-3.1-405b": replace(llama31, **size405),

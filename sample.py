@@ -171,10 +171,7 @@ class Conversation:
 
     def reply(self, tok, ids, cfg, seed):
         """`write` after the conversation ids, as they are now; returns the new ids."""
-        same = 0
-        while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
-            same += 1
-        held = self.cache.rewind(same)
+        held = self.cache.rewind(len(os.path.commonprefix([self.ids, ids[:-1]])))
         size = min(len(ids) + cfg.max_new_tokens, self.model.config.context)
         if size > self.cache.size:
             self.cache.grow(decode.power_of_two(size))  # seldom, and never back
