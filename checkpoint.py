@@ -411,8 +411,7 @@ def _need_equal(directory, embedding, head):
 
 @torch.no_grad()
 def _fill(llama, places):
-    """Read each parameter from where `_find_tensors` found it; of one that processes share, only the part of this one.
-    """
+    """Read each parameter, or the part of it that this process has, from where `_find_tensors` found it."""
     parameters = {name.replace(".base_layer", ""): p for name, p in llama.named_parameters()}  # of an adapted one
     for ours, (path, name, *_) in places.items():
         with _opened(path) as file:
@@ -437,8 +436,8 @@ def tensor_names(directory):
 
 
 def load_tensors(tensors, directory):
-    """Fill {name: tensor} from a directory of safetensors; of shared ones each process reads its own part. It may also
-    hold files of parts, as torch.distributed.checkpoint writes them, and older runs did."""
+    """Fill {name: tensor}, or the parts of them that this process has, from a directory of safetensors. Its files may
+    hold parts too, as torch.distributed.checkpoint writes them, and runs did until 27 November 2026."""
     import torch.distributed.checkpoint as dcp
     try:
         with warnings.catch_warnings():

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -61,8 +61,7 @@ def together():
 
 @contextmanager
 def in_company():
-    """Within this block, the end or the silence of another process is a `Mistake`: one line, where a run goes on from.
-    """
+    """Within this block, the end or the silence of another process is a `Mistake`."""
     try:
         yield
     except RuntimeError as e:
@@ -73,11 +72,8 @@ def in_company():
 
 
 def init_distributed(device):
-    """Join the other processes, if there are any.
-
-    The store is torchrun's own, which outlives processes that it starts again; each start has keys of its own there.
-    """
-    if WORLD > 1:
+    """Join the other processes, if there are any."""
+    if WORLD > 1:  # torchrun's store outlives processes that it starts again: each start has keys of its own there
         store, _, _ = next(dist.rendezvous("env://", RANK, WORLD))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -167,7 +163,7 @@ def keep_freed_memory(keep=True):
         libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: blocks from a MiB on have a mapping of their own
 
 
-class IdleThreads:
+class IdleThreads(AbstractContextManager):
     """How OpenMP's threads wait for each other on a CPU: in a loop, or asleep. `with IdleThreads(device) as threads:`
 
     Waiting in a loop is faster by a third as long as each thread has a core. Beside another busy program it holds the
@@ -182,9 +178,6 @@ class IdleThreads:
         self.second_team = None  # the Event that ends it
         self.steps, self.since_switch, self.patience = 0, 0, 16
         self.fastest, self.before_trial = math.inf, None  # seconds
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         if self.second_team:

@@ -175,10 +175,8 @@ def kind_for(name, shape, bits):
 
 
 def pack(model, bits=32):
-    """Replace norms and matrices of a float32 model on a CPU; it is then no longer fit for training or saving.
-
-    bits 8 or 4: the matrices are rounded, but for routed experts.
-    """
+    """Replace norms and matrices of a float32 model on a CPU, which then neither learns nor is saved. bits 8 or 4:
+    matrices are rounded, but for routed experts."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
@@ -206,8 +204,7 @@ def own_state(model):
 
 
 def save_quantized(model, bits, directory):
-    """Write a model that `pack` has rounded to so many bits. Its config.json says so, and only `load_quantized` reads
-    it."""
+    """Write a model that `pack` has rounded to so many bits; only `load_quantized` reads it."""
     hf = checkpoint.config_to_hf(model.config, "float32")
     hf["quantization_config"] = {"quant_method": METHOD, "bits": bits}
     checkpoint.write(directory, hf, own_state(model))
@@ -363,8 +360,7 @@ class Batch:
         self.waiting, self.running = deque(), []  # that which runs in row i is running[i]
 
     def add(self, prompt, max_new_tokens, stop_ids=frozenset(), seed=0, **sampling):
-        """Queue a `Request`, with fields of `Sampling`; returns it. Raises ValueError for a prompt that leaves it no
-        room."""
+        """Queue a `Request`, with fields of `Sampling`. Raises ValueError for a prompt that leaves it no room."""
         request = Request(prompt, max_new_tokens, stop_ids, Sampling(seed=seed, **sampling))
         if not 0 < len(request.prompt) < self.size:
             raise ValueError(f"a prompt of {len(request.prompt)} tokens: it takes 1 to {self.size - 1} here")

@@ -92,8 +92,7 @@ class Engine:
     """A model, its tokenizer, and a `Batch` that a thread beside the event loop steps while requests are there."""
 
     def __init__(self, name, model, tok, rows, size, eyes=None):
-        """rows: requests that are decoded together; size: tokens of the longest, prompt included; eyes: the vlm.Runner
-        of a run that sees."""
+        """rows: requests at a time; size: tokens of the longest, prompt included; eyes: vlm.Runner of one that sees."""
         self.name, self.model, self.tok, self.rows, self.eyes = name, model, tok, rows, eyes
         self.size = min(size, model.config.context)
         self.stop_ids = frozenset(tok.stop_ids | set(model.config.eos_ids))

@@ -58,8 +58,7 @@ class Question(NamedTuple):
 
 
 def read_questions(folder, split):
-    """The first question of each conversation in <split>.jsonl: lines {"messages": [...], "wrong": [an answer to each
-    question]}."""
+    """The first question of each line of <split>.jsonl: {"messages": [...], "wrong": [an answer to each]}."""
     path, questions = folder / f"{split}.jsonl", []
     with config.mistakes(OSError, ValueError, KeyError, prefix=f"cannot read {path}: "):
         for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
@@ -98,8 +97,7 @@ def policy_loss(nats, weights):
 
 
 def preference(log_probs, reference, beta):
-    """DPO's margins (B,) and loss, from the log-probabilities (2, B) of chosen and rejected answers, and those of the
-    reference model."""
+    """DPO's margins (B,) and loss, from log-probabilities (2, B) of chosen and rejected answers, both models'."""
     gain = log_probs - reference
     margins = beta * (gain[0] - gain[1])
     return margins, -F.logsigmoid(margins).mean()
@@ -177,8 +175,7 @@ class Feedback:
         return self.tok.decode([i for i in ids if i not in self.tok.stop_ids])
 
     def accuracy(self):
-        """The share of validation questions that are answered rightly, greedily; prints some, and the share of those
-        that begin with each word."""
+        """The share of validation questions answered rightly, greedily; prints some, and shares by first word."""
         mine = self.val[:self.cfg.eval_questions][RANK::WORLD]
         texts = [self.text(ids) for ids in self.answer([self.prompt(q) for q in mine], temperature=0)]
         right = [grade(text, q.answer) for text, q in zip(texts, mine)]
@@ -204,8 +201,7 @@ class Rewards(Feedback):
         return Answers(self.llama, policy_loss)
 
     def micro_batch(self, questions, number):
-        """(tokens, (idx, targets, weights)): a group of answers to each question; those of no advantage are left out,
-        but count."""
+        """(tokens, (idx, targets, weights)) of a group of answers to each question; those of no advantage just count."""
         cfg = self.cfg
         asked = [q for q in questions for _ in range(cfg.group)]
         prompts = [ids for ids in map(self.prompt, questions) for _ in range(cfg.group)]

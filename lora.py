@@ -121,8 +121,7 @@ def draw(llama, seed):
 
 
 def float32_stream(llama):
-    """Have a Llama with weights in bfloat16 add up its residual stream in float32, as one with float32 weights does
-    under autocast."""
+    """Have a Llama with weights in bfloat16 add up its residual stream in float32, as autocast does."""
     llama.model.embed_tokens.register_forward_hook(lambda module, args, x: x.float())
 
 

@@ -109,8 +109,7 @@ def states(model, optimizers):
 
 
 def make_states(model, optimizers, saved):
-    """Make those of the `states` whose names a checkpoint has, to be filled from it. Raises ValueError for a name that
-    these optimizers do not use."""
+    """Make those `states` whose names a checkpoint has, to be filled from it. Raises ValueError for other names."""
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         keys = ("momentum",) if isinstance(owner.get(p), Muon) else ("step", "exp_avg", "exp_avg_sq")

@@ -252,8 +252,7 @@ def held(out):
 
 
 def start_directory(out, facts, log):
-    """Make the run directory, or move an earlier run out of the way; write run.json and the log so far. Returns
-    run.json, locked."""
+    """Make the run directory, an earlier run moved aside; write the log so far and run.json, returned locked."""
     with config.mistakes(OSError, prefix="cannot write the run directory: "):
         if facts["settings"]["init_from"] != "resume" and latest(out):
             aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())

@@ -280,15 +280,13 @@ def micro_batches_per_process(cfg):
 
 
 def numbers_of_step(cfg, drawn):
-    """The numbers, over all epochs, of what this process draws for the step after `drawn` examples, a row for each of
-    its micro-batches: (n, batch_size)."""
+    """Which examples this process takes in the step after `drawn` of them: (micro-batches, batch_size)."""
     numbers = np.arange(drawn, drawn + sequences_per_step(cfg))
     return numbers.reshape(WORLD, micro_batches_per_process(cfg), cfg.batch_size)[RANK]
 
 
 def resume(task, cfg, out, optimizers, scaler):
-    """Restore optimizers and scaler from the newest checkpoint; returns the state of the loop. Refuses a run that is
-    complete."""
+    """Restore optimizers and scaler from the newest checkpoint; returns the state of the loop."""
     folder = runs.common_latest(out)
     state = runs.read_state(folder)
     if state["step"] >= cfg.max_iters:
@@ -316,8 +314,7 @@ def peak_flops(device):
 
 
 def relative_load(load):
-    """load (layers, E): tokens of each expert on this process -> {"expert_load": [least, most]} over all processes,
-    relative to the mean of the layer; {} for a dense model."""
+    """{"expert_load": [least, most]}, relative to the layer's mean, of load (layers, E): tokens on this process."""
     if not load.numel():
         return {}
     load = torch.tensor(all_reduce_sum(*load.flatten().tolist())).view(load.shape)
@@ -401,8 +398,7 @@ def shape_from(base, given):
 
 
 def new_shape(cfg, shape, tok, vocab_size):
-    """LlamaConfig of a model from scratch: the preset cfg.model for this tokenizer and block_size, changed by `shape`.
-    """
+    """LlamaConfig of a new model: the preset cfg.model for this tokenizer and block_size, changed by `shape`."""
     if cfg.model not in PRESETS:
         raise config.Mistake(f"no preset '{cfg.model}'; there are {', '.join(PRESETS)}")
     given = {"vocab_size": vocab_size, "context": cfg.block_size, "bos_id": tok.bos_id,
@@ -411,8 +407,7 @@ def new_shape(cfg, shape, tok, vocab_size):
 
 
 def need_fit(c, cfg, shape, vocab_size):
-    """Refuse a LlamaConfig that differs from the fields in `shape`, or is too small for block_size or the data's ids.
-    """
+    """Refuse a LlamaConfig that differs from `shape`, or is too small for block_size or the data's ids."""
     for key, value in shape.items():
         if getattr(c, key) != value:
             raise config.Mistake(f"the checkpoint has {key}={getattr(c, key)}, not {value}; leave the key out")
@@ -559,8 +554,7 @@ class Text:
             return found | (self.hellaswag(self.model, self.device, self.autocast) if self.hellaswag else {})
 
     def prompts(self):
-        """(ids that a sample begins with, its temperature) of each: the beginning of a text, or prompts of held-out
-        conversations, which are answered with what is most likely."""
+        """[(ids that a sample begins with, its temperature), ...]; held-out conversations are answered greedily."""
         tok = self.tok
         if not self.val.marks:
             return [([tok.bos_id if tok.bos_id is not None else int(self.val[0])], 1.0)]
@@ -568,8 +562,7 @@ class Text:
         return [(ids[:learned.argmax()].tolist(), 0.0) for ids, learned in lessons]
 
     def samples(self):
-        """Texts that the model makes up, each with at most cfg.sample_tokens new tokens. All processes that share it
-        make them together, of copies the first one does."""
+        """Texts that the model makes up: all processes that share it make them together, of copies the first one."""
         cfg, tok = self.cfg, self.tok
         if RANK > 0 and not self.sharded:
             return []

@@ -127,8 +127,7 @@ class Key:
 
 
 def keys_of(cls):
-    """The settings of a dataclass and its bases -> {name: Key}, in order; of "file.py:Class" without importing it. The
-    bases are written file.Class."""
+    """{name: Key} of a dataclass, or "file.py:Class", which is not imported, and its bases, written file.Class."""
     file, _, name = (cls if isinstance(cls, str) else f"{inspect.getsourcefile(cls)}:{cls.__name__}").rpartition(":")
     source = (ROOT / file).read_text(encoding="utf-8")
     node = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
