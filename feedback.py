@@ -201,7 +201,7 @@ class Rewards(Feedback):
         return Answers(self.llama, policy_loss)
 
     def micro_batch(self, questions, number):
-        """(tokens, (idx, targets, weights)) of a group of answers to each question; those of no advantage just count."""
+        """(tokens, (idx, targets, weights)) of a group of answers to each; those of no advantage only count."""
         cfg = self.cfg
         asked = [q for q in questions for _ in range(cfg.group)]
         prompts = [ids for ids in map(self.prompt, questions) for _ in range(cfg.group)]
