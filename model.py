@@ -608,9 +608,9 @@ class Llama(nn.Module):
 
     def allocate(self, device):
         """Give a model that was made on the meta device memory there, to be filled; returns the model."""
-        self.to_empty(device=device)
+        self._apply(lambda t: t.new_empty(t.shape, device=device))  # `to_empty` imports the compiler, for seconds
         self.model.expert_load = torch.zeros_like(self.model.expert_load, dtype=torch.float32)
-        if self.config.tie_embeddings:  # `to_empty` makes two of it
+        if self.config.tie_embeddings:  # two by now
             self.lm_head.weight = self.model.embed_tokens.weight
         return self
 
