@@ -293,7 +293,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint(place, tmp_path, monkeypatch
     assert [r["step"] for r in runs.read_log(out / "log.jsonl") if "train_loss" in r] == [*range(1, steps + 1)]
 
 
-@pytest.mark.parametrize("where", ["forward", "to"])
+@pytest.mark.parametrize("where", ["forward", "allocate"])
 def test_out_of_memory_names_what_helps(place, monkeypatch, capsys, where):
     """The memory that was reached and the flags that take less; nothing is written, and an earlier run stays."""
     def full(*args, **kwargs):
