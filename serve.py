@@ -7,9 +7,18 @@
 Answers /v1/chat/completions (of runs that see, with pictures as data URIs), /v1/completions and /v1/models, whole or
 streaming. There are no passwords: only this machine can reach it, unless --host says otherwise.
 """
+import html
+import json
+import logging
+import secrets
+import socket
 import sys
+import time
+from contextlib import aclosing
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
 
 import config
 
@@ -42,16 +51,6 @@ def read_settings(argv):
 
 if __name__ == "__main__":  # before torch is imported: a typo answers at once
     settings = config.run(read_settings, sys.argv[1:])
-
-import html
-import json
-import logging
-import secrets
-import socket
-import time
-from contextlib import aclosing
-from itertools import groupby
-from pathlib import Path
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request

@@ -244,13 +244,12 @@ def _help(doc, keys):
 
 
 def load(cls, argv=None, also=None):
-    """Settings of dataclass `cls` from its defaults, the config files (*.py) and --keys in argv (default: sys.argv).
+    """Settings of `cls` from its defaults, the config files (*.py) and --keys in argv (default: sys.argv).
 
-    also: "file.py:Class", a dataclass (read without importing it) whose fields are accepted too. cls may be given
-    in this way as well, where its bases are slow to import; then {key: value} of what was given, in the order
-    in which it was said, stands for the instance. Returns cls(...), or (cls(...), {key: value} of the other class)
-    when `also` is set. Values that `cls.__post_init__` refuses with ValueError, unknown keys and wrong types raise
-    `Mistake`; -h prints the keys and exits.
+    cls: a dataclass; or "file.py:Class", which is not imported, and {key: value} of what was given, in the order in
+    which it was said, stands for its instance. also: "file.py:Class" whose fields are accepted too: then the result is
+    a pair, with {key: value} of these. What `cls.__post_init__` refuses with ValueError, unknown keys and wrong types
+    raise `Mistake`; -h prints the keys and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     own, other = keys_of(cls), keys_of(also) if also else {}
