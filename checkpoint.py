@@ -435,13 +435,35 @@ def tensor_names(directory):
     return {name for path in paths for name in read_tensors(path)}
 
 
+def save_parts(tensors, directory):
+    """Write split tensors {name: tensor} into a new directory as safetensors, each process its own parts
+    (torch.distributed.checkpoint). Raises OSError, on all of them, where one cannot write."""
+    import torch.distributed.checkpoint as dcp
+    directory.mkdir(exist_ok=True)
+    share = sum(t.numel() * t.itemsize for t in tensors.values()) // WORLD
+    count = 1 + share // 2**28  # files of each process: the writer holds one in memory beside what it writes
+    files = {name: 1 + i * count // len(tensors) for i, name in enumerate(sorted(tensors))}
+    writer = dcp.HuggingFaceStorageWriter(str(directory), files, save_distributed=True)
+    try:
+        with _quiet():
+            dcp.save(tensors, storage_writer=writer)
+    except dcp.CheckpointException as e:  # a BaseException; it reaches every process
+        raise OSError(first_line(next(iter(e.failures.values()))[0])) from None
+
+
 def load_tensors(tensors, directory):
-    """Fill {name: tensor}, or the parts of them that this process has, from a directory of safetensors. Its files may
-    hold parts too, as torch.distributed.checkpoint writes them, and runs did until 27 November 2026."""
+    """Fill {name: tensor}, or the parts of them that this process has, from what `write` or `save_parts` wrote."""
     import torch.distributed.checkpoint as dcp
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no processes are there, that other releases may read other files
+        with _quiet():
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(directory)), no_dist=True)
     except dcp.CheckpointException as e:
         raise ValueError(first_line(next(iter(e.failures.values()))[0])) from None
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without torch's warnings: that no processes are there, that other releases may read other files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -86,7 +86,10 @@ def save_checkpoint(out, write, state, tensors, shared, keep):
         with together():
             if shared or RANK == 0:
                 write(tmp)
-                checkpoint.write(tmp / "optimizer", None, tensors)
+                if shared:
+                    checkpoint.save_parts(tensors, tmp / "optimizer")
+                else:
+                    checkpoint.write(tmp / "optimizer", None, tensors)
         with together():
             if RANK == 0:
                 best = state["best"] if math.isfinite(state["best"]) else None

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import config
 import optim
 import runs
@@ -64,7 +65,13 @@ def states(out, step):
 
 def optimizer_state(folder):
     """{"parameter.key": tensor} of a checkpoint, however many processes wrote it."""
-    return {name: t for path in (folder / "optimizer").glob("*.safetensors") for name, t in load_file(path).items()}
+    if (folder / "optimizer/model.safetensors").exists():
+        return load_file(folder / "optimizer/model.safetensors")
+    import torch.distributed.checkpoint as dcp
+    metadata = dcp.HuggingFaceStorageReader(str(folder / "optimizer")).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
+    checkpoint.load_tensors(tensors, folder / "optimizer")
+    return tensors
 
 
 def same(a, b):
