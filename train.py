@@ -37,6 +37,7 @@ class TrainConfig:
     dataset: str = "tales"  # folder under data/ (or a path) made by a prepare script; tales needs no download
     out_dir: str | None = None  # where the run is kept; None: out/<dataset>
     init_from: str = "scratch"  # "scratch", "resume", or a directory or hub name to fine-tune
+    head_copy: float = 0.0  # [0, 10] fine-tuning: add this much of the embedding to the head, which then copies sooner
     # -- LoRA
     lora_rank: int = 0  # [0, inf) learn a change of this rank of each matrix (lora.py), often 16; 0: the weights learn
     lora_alpha: int = 32  # [1, inf) LoRA's change counts lora_alpha/lora_rank; 32 lets the rank vary at one rate
@@ -82,6 +83,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank: LoRA changes a model that is there, which --init_from names")
+        if self.head_copy and (self.lora_rank or self.init_from == "scratch"):
+            raise ValueError("head_copy changes the head of a model that is there, all of whose weights learn")
 
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux")  # fields of LlamaConfig that no checkpoint carries
@@ -102,6 +105,7 @@ def with_run(given, shape, keys=KEYS, prefix="", directory=None):
         given = given | {"out_dir": str(directory)}
     settings, model = config.of_run(directory, keys, SHAPE_KEYS)
     own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat", "json"}  # of each call
+    own |= {"head_copy"}  # done once, in the weights
     own |= {"hellaswag"} if given.get("eval_only") else set()
     settings = {k: v for k, v in settings.items() if k not in own}
     model = {k: v for k, v in model.items() if k in TRAINING_ONLY}
@@ -435,7 +439,14 @@ def load_llama(cfg, shape, source, place):
 
 def start_from(cfg, shape, out, place):
     """(Llama, tokenizer) of the checkpoint that cfg.init_from names: for "resume" the newest of the run in `out`."""
-    return load_llama(cfg, shape, runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, place)
+    if cfg.init_from == "resume":
+        return load_llama(cfg, shape, runs.common_latest(out), place)
+    llama, tok = load_llama(cfg, shape, cfg.init_from, place)
+    if cfg.head_copy and llama.config.tie_embeddings:
+        raise config.Mistake(f"head_copy: the head of {cfg.init_from} is its embedding already")
+    with torch.no_grad():  # what attention brings of a word then speaks for that word, before the head has learned it
+        llama.lm_head.weight.add_(llama.model.embed_tokens.weight, alpha=cfg.head_copy)
+    return llama, tok
 
 
 def build_model(cfg, shape, data, tok, out, place):

@@ -656,7 +656,8 @@ class VlmConfig(train.TrainConfig):
                 self.num_beams > 1 and (self.temperature or self.ask or self.chat),
             f"lora_rank changes the Llama, which stage {self.stage} leaves as it is":
                 self.lora_rank and "llama" not in STAGES.get(self.stage, ()),
-            "doc_mask, whole_docs and epochs are for train.py": self.doc_mask or self.whole_docs or self.epochs,
+            "doc_mask, whole_docs, epochs and head_copy are for train.py":
+                self.doc_mask or self.whole_docs or self.epochs or self.head_copy,
             "--shard=True splits a Llama, not one that sees": self.shard and WORLD > 1}
         for reason, holds in refused.items():
             if holds:

@@ -10,6 +10,7 @@ context = 448  # the tales' is 120; the longest conversation has some 400 tokens
 block_size = 448
 batch_size = 5  # sequences of conversations, about 2,200 tokens
 max_iters = 150
+head_copy = 0.2  # without it no word that a tale tells once is copied after these steps
 learning_rate = 1e-2  # as high as in pretraining: copying what a tale tells once is new to it
 warmup_iters = 30
 schedule = "wsd"

@@ -222,6 +222,27 @@ def test_of_an_older_state_the_weights_open(run, stories, tmp_path, monkeypatch)
     assert same(Llama.from_pretrained(path).state_dict(), Llama.from_pretrained(tmp_path / "new").state_dict())
 
 
+def test_head_copy_changes_the_head_once(stories, tmp_path, monkeypatch):
+    """It is in the weights then: going on and evaluating do not add the embedding again."""
+    base, new = tmp_path / "base", tmp_path / "new"
+    for out, keys in (base, {"tie_embeddings": False}), (new, {"init_from": base, "head_copy": 0.25}):
+        keys = FLAGS | dict(dataset=stories, out_dir=out, max_iters=1, learning_rate=0.0) | keys
+        if out == new:
+            keys = {key: value for key, value in keys.items() if key not in DENSE}
+        train.main(*read_settings(monkeypatch, *flags(**keys)))
+    before, after = (Llama.from_pretrained(out).state_dict() for out in (base, new))
+    want = before | {"lm_head.weight": before["lm_head.weight"] + 0.25 * before["model.embed_tokens.weight"]}
+    assert same(after, want)
+    first = log_of(new)[-1]["val_loss"]
+    cfg, shape = read_settings(monkeypatch, "--eval_only", f"--init_from={new}")
+    assert train.evaluate_run(cfg, shape) is None and cfg.head_copy == 0
+    train.main(*read_settings(monkeypatch, *flags(out_dir=new, init_from="resume", max_iters=2)))
+    assert same(Llama.from_pretrained(new).state_dict(), want) and log_of(new)[-1]["val_loss"] == first
+    for keys in dict(init_from="scratch"), dict(init_from=base, lora_rank=2):
+        with pytest.raises(config.Mistake, match="head_copy changes the head of a model"):
+            read_settings(monkeypatch, *flags(head_copy=0.1, **keys))
+
+
 def test_a_run_json_of_no_use_is_one_line(run, monkeypatch):
     for text in "{", "[]", '{"settings": {"batch_size": "many"}, "model": {}}', '{"settings": {}}':
         (run / "run.json").write_text(text)
