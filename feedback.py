@@ -174,18 +174,34 @@ class Feedback:
         """An answer as text, without its end."""
         return self.tok.decode([i for i in ids if i not in self.tok.stop_ids])
 
+    @torch.no_grad()
+    def knows(self, questions):
+        """Of each question, whether the answer is what the model says greedily: whether each of its tokens is the
+        likeliest after those before it, which one pass over the whole tells without decoding."""
+        pairs = [(self.prompt(q), self.ids_of(q, q.answer)) for q in questions]
+        known = np.ones(len(pairs), bool)
+        self.llama.eval()
+        for rows in np.array_split(np.argsort([len(p) + len(a) for p, a in pairs]), -(-len(pairs) // 32)):
+            idx, targets = common.to_device(self.device, *self.rows(*zip(*(pairs[i] for i in rows))))
+            row, place = (targets != -100).nonzero(as_tuple=True)
+            with self.autocast:
+                likeliest = self.llama.lm_head(self.llama.model(idx)[0][row, place]).argmax(-1)
+            known[rows[row[likeliest != targets[row, place]].cpu()]] = False
+        self.llama.train()
+        return known
+
     def accuracy(self):
         """The share of validation questions answered rightly, greedily; prints some, and shares by first word."""
         mine = self.val[:self.cfg.eval_questions][RANK::WORLD]
-        texts = [self.text(ids) for ids in self.answer([self.prompt(q) for q in mine], temperature=0)]
-        right = [grade(text, q.answer) for text, q in zip(texts, mine)]
-        asked, words = [q.turns[-1]["content"].splitlines()[-1] for q in mine], defaultdict(list)
+        right, words = self.knows(mine), defaultdict(list)
+        asked = [q.turns[-1]["content"].splitlines()[-1] for q in mine]
         for question, ok in zip(asked, right):
             words[question.split()[0]].append(ok)
-        for question, text, q, ok in list(zip(asked, texts, mine, right))[:3]:
-            print0(f"  | {question} {text.strip()} ({'right' if ok else q.answer})")
+        answers = self.answer([self.prompt(q) for q in mine[:3]], temperature=0)
+        for question, ids, q, ok in zip(asked, answers, mine, right):
+            print0(f"  | {question} {self.text(ids).strip()} ({'right' if ok else q.answer})")
         print0("  | " + ", ".join(f"{word} {np.mean(oks):.1%} of {len(oks):,}" for word, oks in sorted(words.items())))
-        right, count = common.all_reduce_sum(sum(right), len(mine))
+        right, count = common.all_reduce_sum(int(right.sum()), len(mine))
         return right / count
 
     def save(self, directory):

@@ -55,7 +55,7 @@ def train_stages(seed):
         log = runs.read_log(out / "log.jsonl")
         if not log or log[-1]["step"] < given["max_iters"]:
             begin = ["--init_from=resume"] if log else [file, f"--seed={seed}", *before]
-            subprocess.run([sys.executable, script, f"--out_dir={out}", *begin], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, script, *begin, f"--out_dir={out}"], cwd=ROOT, check=True)
             log = runs.read_log(out / "log.jsonl")
         done[stage], before = (out, log[-1]["seconds"] / 60), [f"--init_from={out}"]
     return done

@@ -1,6 +1,7 @@
 """feedback.py: the gradients of GRPO and DPO against their formulas, random rewards, runs that go on."""
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,10 +139,24 @@ def test_mistakes(place, tmp_path):
         config.load(feedback.FeedbackConfig, ["--objective=ppo"])
 
 
-def test_eval_only_answers_all_validation_questions(place, tmp_path, capsys, monkeypatch):
+def test_what_is_known_is_what_greedy_decoding_says(place, tmp_path):
+    """For models that know nothing, some answers and all: decoding and grading find the same ones right."""
     task = feedback.Rewards(settings(place, tmp_path / "run"), {}, tmp_path / "run", CPU)
-    left = task.ids_of(task.val[0], "left")
-    monkeypatch.setattr(feedback.Rewards, "answer", lambda self, prompts, **how: [left] * len(prompts))
+    optimizer, shares = torch.optim.AdamW(task.llama.parameters(), lr=1e-2), set()
+    for _ in range(60):
+        texts = [task.text(ids) for ids in task.answer([task.prompt(q) for q in task.val], temperature=0)]
+        right = [feedback.grade(text, q.answer) for text, q in zip(texts, task.val)]
+        assert task.knows(task.val).tolist() == right
+        shares.add(sum(right) / len(right))
+        idx, targets = task.rows([task.prompt(q) for q in task.val], [task.ids_of(q, q.answer) for q in task.val])
+        task.llama(torch.from_numpy(idx), torch.from_numpy(targets))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {0, 1} < shares
+
+
+def test_eval_only_answers_all_validation_questions(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(feedback.Rewards, "knows", lambda self, asked: np.array([q.answer == "left" for q in asked]))
     feedback.main(vars(settings(place, tmp_path / "run", eval_only=True, eval_questions=2)), {})
     said = capsys.readouterr().out
     assert "val accuracy 0.5000 of 8" in said and "left 100.0% of 4, right 0.0% of 4" in said
