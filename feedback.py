@@ -42,12 +42,17 @@ class FeedbackConfig(train.TrainConfig):
     out_dir: str | None = None  # where the run is kept; None: out/feedback_<dataset>
     objective: str = "grpo"  # {grpo, dpo} grpo draws answers and rewards them; dpo compares two that are given
     group: int = 8  # [2, inf) answers to one question: some must be right and some wrong to teach anything
-    baseline: str = "mean"  # {mean, zero} that rewards count beside: the mean of a group; zero learns right ones alone
+    baseline: str = "mean"  # {mean, zero} is taken off a reward: its group's mean; zero: learn right answers alone
     reward: str = "right"  # {right, random} random is the control, which must gain nothing
     answer_tokens: int = 16  # [1, inf) longest answer
     eval_questions: int = 1000  # [1, inf) validation questions answered greedily at each evaluation
     beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
     reference: str | None = None  # DPO's reference model; None: what the run starts from
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.epochs or self.doc_mask or self.whole_docs or self.hellaswag or self.head_copy:
+            raise ValueError("epochs, doc_mask, whole_docs, hellaswag and head_copy are for train.py")
 
 
 class Question(NamedTuple):
@@ -92,7 +97,7 @@ class Answers(nn.Module):
 
 
 def policy_loss(nats, weights):
-    """The policy gradient's loss, for weights (B,): advantages over the tokens of the micro-batch."""
+    """The policy gradient's loss, for weights (B,): advantage / all tokens drawn in the micro-batch."""
     return None, (nats * weights).sum()
 
 
@@ -115,6 +120,7 @@ class Feedback:
         self.autocast = common.autocast_to(self.dtype, device)
         self.questions, self.val = (read_questions(self.folder, split) for split in ("train", "val"))
         self.llama, self.tok = train.start_from(cfg, shape, out, train.Place(cfg, device, self.dtype))
+        train.need_shape(self.llama.config, shape)
         self.llama.to(device).train().model.checkpointing = cfg.checkpointing
         self.flops_per_token = self.llama.flops_per_token(len(self.prompt(self.questions[0])))
         self.val_fingerprint = [len(self.val), cfg.eval_questions, cfg.objective]
@@ -176,17 +182,19 @@ class Feedback:
 
     @torch.no_grad()
     def knows(self, questions):
-        """Of each question, whether the answer is what the model says greedily: whether each of its tokens is the
-        likeliest after those before it, which one pass over the whole tells without decoding."""
+        """Of each question, whether every token of its answer, as the template writes it, is the likeliest after those
+        before it: then greedy decoding gives it. One pass over all, without decoding."""
         pairs = [(self.prompt(q), self.ids_of(q, q.answer)) for q in questions]
         known = np.ones(len(pairs), bool)
         self.llama.eval()
-        for rows in np.array_split(np.argsort([len(p) + len(a) for p, a in pairs]), -(-len(pairs) // 32)):
-            idx, targets = common.to_device(self.device, *self.rows(*zip(*(pairs[i] for i in rows))))
+        by_length = np.argsort([len(p) + len(a) for p, a in pairs])
+        for i in range(0, len(pairs), 32):
+            some = by_length[i:i + 32]
+            idx, targets = common.to_device(self.device, *self.rows(*zip(*(pairs[n] for n in some))))
             row, place = (targets != -100).nonzero(as_tuple=True)
             with self.autocast:
                 likeliest = self.llama.lm_head(self.llama.model(idx)[0][row, place]).argmax(-1)
-            known[rows[row[likeliest != targets[row, place]].cpu()]] = False
+            known[some[row[likeliest != targets[row, place]].cpu()]] = False
         self.llama.train()
         return known
 
@@ -197,8 +205,8 @@ class Feedback:
         asked = [q.turns[-1]["content"].splitlines()[-1] for q in mine]
         for question, ok in zip(asked, right):
             words[question.split()[0]].append(ok)
-        answers = self.answer([self.prompt(q) for q in mine[:3]], temperature=0)
-        for question, ids, q, ok in zip(asked, answers, mine, right):
+        shown = self.answer([self.prompt(q) for q in mine[:3]], temperature=0) if RANK == 0 else []
+        for question, ids, q, ok in zip(asked, shown, mine, right):
             print0(f"  | {question} {self.text(ids).strip()} ({'right' if ok else q.answer})")
         print0("  | " + ", ".join(f"{word} {np.mean(oks):.1%} of {len(oks):,}" for word, oks in sorted(words.items())))
         right, count = common.all_reduce_sum(int(right.sum()), len(mine))
@@ -247,8 +255,9 @@ class Preferences(Feedback):
     def objective(self):
         if any(q.wrong is None for q in (*self.questions, *self.val)):
             raise config.Mistake(f"{self.folder} has no wrong answers to compare with: DPO takes pairs")
-        frozen = copy.deepcopy(self.llama)  # on a resume, what the run began with
-        if self.cfg.init_from == "resume":
+        if self.cfg.reference == self.cfg.init_from:
+            frozen = copy.deepcopy(self.llama)
+        else:  # another model, or on a resume what the run began with
             place = train.Place(self.cfg, self.device, self.dtype)
             frozen, _ = train.load_llama(replace(self.cfg, lora_rank=0), {}, self.cfg.reference, place)
         self.frozen = Answers(frozen.to(self.device).eval(), lambda nats, _: -nats.view(2, -1))
@@ -291,8 +300,8 @@ def main(given, shape):
         raise config.Mistake("--shard=True is train.py's: feedback has a copy of the model on each process")
     cfg.reference = cfg.reference or cfg.init_from
     if cfg.eval_only:
-        device, _ = train.begin(cfg)
-        task = Rewards(replace(cfg, eval_questions=10**9), shape, None, device)
+        device, out = train.begin(cfg, "feedback_")
+        task = Rewards(replace(cfg, eval_questions=10**9), shape, out, device)
         print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions")
     else:
         train.start({"grpo": Rewards, "dpo": Preferences}[cfg.objective], cfg, shape, "feedback_")

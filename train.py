@@ -97,8 +97,8 @@ def run_directory(out_dir, dataset, prefix=""):
 
 
 def with_run(given, shape, keys=KEYS, prefix="", directory=None):
-    """(settings, shape): {key: value} of a run.json under what is given now; says which keys differ. directory: of the
-    run that is evaluated, None: of the one that goes on. Without a run.json things stay as given."""
+    """(settings, shape): what is given now, over what run.json holds; prints what differs. directory: the run that is
+    evaluated; None: the one that goes on, in out_dir. Without a run.json, only what is given."""
     if directory is None:
         dataset = given.get("dataset", config.keys_of(keys)["dataset"].default)
         directory = run_directory(given.get("out_dir"), dataset, prefix)
@@ -119,7 +119,7 @@ def with_run(given, shape, keys=KEYS, prefix="", directory=None):
 def read_settings():
     """(TrainConfig, shape of the model) that the command line asks for."""
     given, shape = config.load(KEYS, also=SHAPE_KEYS)
-    if given.get("epochs") and [key for key in given if key in ("epochs", "max_iters")][-1] == "max_iters":
+    if given.get("epochs") and "max_iters" in list(given)[list(given).index("epochs"):]:  # what is said last counts
         raise config.Mistake(f"epochs={given['epochs']:g} says how long to train: with --max_iters give --epochs=0")
     source = given.get("init_from", "scratch")
     if source == "resume":
@@ -204,8 +204,8 @@ def fit(task, cfg, out):
             targets = max(targets, 1)
             loss = 0.0
             for i, (count, args) in enumerate(micro_batches):
-                last_one = i == len(micro_batches) - 1  # in which DDP adds up the gradients of all processes
-                with nullcontext() if last_one or not ddp else step_model.no_sync():
+                is_last = i == len(micro_batches) - 1  # here DDP averages the gradients of all processes
+                with step_model.no_sync() if ddp and not is_last else nullcontext():
                     with autocast:
                         part = step_model(*to_device(device, *args))[1] * (count / targets)
                     scaler.scale(part * WORLD).backward()  # both DDP and fully_shard divide by the processes
@@ -314,7 +314,7 @@ def resume(task, cfg, out, optimizers, scaler):
 def peak_flops(device):
     """What the GPUs of all processes can do in a second, 0 where that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), 0) * WORLD
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), 0) * WORLD
 
 
 def relative_load(load):
@@ -410,11 +410,15 @@ def new_shape(cfg, shape, tok, vocab_size):
     return shape_from(PRESETS[cfg.model], given | shape)
 
 
-def need_fit(c, cfg, shape, vocab_size):
-    """Refuse a LlamaConfig that differs from `shape`, or is too small for block_size or the data's ids."""
+def need_shape(c, shape):
+    """Refuse the LlamaConfig of a checkpoint that differs from the fields in `shape`."""
     for key, value in shape.items():
         if getattr(c, key) != value:
             raise config.Mistake(f"the checkpoint has {key}={getattr(c, key)}, not {value}; leave the key out")
+
+
+def need_fit(c, cfg, vocab_size):
+    """Refuse a LlamaConfig that is too small for block_size or the data's ids."""
     if cfg.block_size > c.context:
         raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={c.context}: "
                              f"give --block_size={c.context} or less")
@@ -442,10 +446,11 @@ def start_from(cfg, shape, out, place):
     if cfg.init_from == "resume":
         return load_llama(cfg, shape, runs.common_latest(out), place)
     llama, tok = load_llama(cfg, shape, cfg.init_from, place)
-    if cfg.head_copy and llama.config.tie_embeddings:
-        raise config.Mistake(f"head_copy: the head of {cfg.init_from} is its embedding already")
-    with torch.no_grad():  # what attention brings of a word then speaks for that word, before the head has learned it
-        llama.lm_head.weight.add_(llama.model.embed_tokens.weight, alpha=cfg.head_copy)
+    if cfg.head_copy:  # a word that attention copies then raises its own logit, before the head has learned to
+        if llama.config.tie_embeddings:
+            raise config.Mistake(f"head_copy: the head of {cfg.init_from} is its embedding already")
+        with torch.no_grad():
+            llama.lm_head.weight.add_(llama.model.embed_tokens.weight, alpha=cfg.head_copy)
     return llama, tok
 
 
@@ -453,7 +458,7 @@ def build_model(cfg, shape, data, tok, out, place):
     """The Llama that cfg.init_from names, where `place` says. Refuses one that does not fit the data."""
     if cfg.init_from == "scratch":
         c = new_shape(cfg, shape, tok, data.vocab_size)
-        need_fit(c, cfg, {}, data.vocab_size)
+        need_fit(c, cfg, data.vocab_size)
         return place.new(c, cfg.seed)
     llama, its_tok = start_from(cfg, shape, out, place)
     if its_tok.fingerprint != tok.fingerprint:
@@ -461,7 +466,8 @@ def build_model(cfg, shape, data, tok, out, place):
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
                              f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
                              f"{'--init_from' if data.marks else '--tokenizer'}={source}")
-    need_fit(llama.config, cfg, shape, data.vocab_size)
+    need_shape(llama.config, shape)
+    need_fit(llama.config, cfg, data.vocab_size)
     return llama
 
 

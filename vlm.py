@@ -363,7 +363,8 @@ def build(cfg, shape, records, source):
         if cfg.lora_rank:
             adapter.begin(vlm.llama, cfg.lora_rank, cfg.lora_alpha, source, cfg.seed)
     vlm.beta = cfg.beta
-    train.need_fit(vlm.llama.config, cfg, shape if source else {}, tok.vocab_size)
+    train.need_shape(vlm.llama.config, shape if source else {})
+    train.need_fit(vlm.llama.config, cfg, tok.vocab_size)
     return vlm, tok
 
 

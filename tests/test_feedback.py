@@ -135,6 +135,11 @@ def test_mistakes(place, tmp_path):
         feedback.main({"dataset": str(place / "data")}, {})
     with pytest.raises(config.Mistake, match="leaves no room"):
         feedback.main(vars(settings(place, tmp_path / "run", answer_tokens=100)), {})
+    with pytest.raises(config.Mistake, match="the checkpoint has n_layer=1, not 4"):
+        feedback.main(vars(settings(place, tmp_path / "run")), {"n_layer": 4})
+    for key in "epochs", "head_copy":
+        with pytest.raises(config.Mistake, match=f"{key}.* for train.py"):
+            feedback.main(vars(settings(place, tmp_path / "run")) | {key: 1.0}, {})
     with pytest.raises(config.Mistake, match="objective must be one of grpo, dpo"):
         config.load(feedback.FeedbackConfig, ["--objective=ppo"])
 
@@ -153,6 +158,29 @@ def test_what_is_known_is_what_greedy_decoding_says(place, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     assert {0, 1} < shares
+
+
+def test_the_reference_model_is_the_one_that_is_named(place, tmp_path):
+    """From the first step on, not only once a run goes on."""
+    other = Llama.from_pretrained(place / "start")
+    with torch.no_grad():
+        other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight))
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.load(place / "start").save(tmp_path / "other")
+    cfg = settings(place, tmp_path / "run", objective="dpo", reference=str(tmp_path / "other"))
+    task = feedback.Preferences(cfg, {}, tmp_path / "run", CPU)
+    assert torch.equal(task.frozen.llama.lm_head.weight, other.lm_head.weight)
+    assert torch.equal(task.llama.lm_head.weight, Llama.from_pretrained(place / "start").lm_head.weight)
+
+
+def test_a_process_without_questions_knows_none(place, tmp_path):
+    assert feedback.Rewards(settings(place, tmp_path / "run"), {}, tmp_path / "run", CPU).knows([]).tolist() == []
+
+
+def test_a_run_that_stopped_is_evaluated(place, tmp_path, capsys):
+    feedback.main(vars(settings(place, tmp_path / "run", max_iters=2)), {})
+    feedback.main({"init_from": "resume", "eval_only": True, "out_dir": str(tmp_path / "run")}, {})
+    assert "val accuracy" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_eval_only_answers_all_validation_questions(place, tmp_path, capsys, monkeypatch):

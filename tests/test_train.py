@@ -511,3 +511,11 @@ def test_memory_stays_flat(words, tmp_path):
           f"{files[:half].min():.0f} then {files[half:].min():.0f} files always open")
     assert abs(slope) * (at[-1] - at[0]) < 0.01 * memory.mean()
     assert files[half:].min() <= files[:half].min()  # least of each half: a sample may meet a file being written
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GB200", 2500e12),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA RTX A1000 Laptop GPU", 0), ("NVIDIA GeForce RTX 4050", 0)])
+def test_peak_flops_are_those_of_this_very_gpu(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert train.peak_flops(torch.device("cuda")) == peak * train.WORLD
