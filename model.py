@@ -255,9 +255,9 @@ class RMSNorm(nn.Module):
 def attend(q, k, v, mask=None, chunk=0):
     """Attention of q (B, H, T, d) to k, v (B, K, S, d), each shared by H/K query heads -> (B, H, T, d).
 
-    With mask (B, 1, T, S) each query sees what it shows, and chunk is not looked at; mask may also be (n + 1,), see
-    `Decoder.starts`. Without one, S is T and each query sees the keys up to its own position, or, where chunk > 0,
-    those of them that lie in its own chunk.
+    With a mask, chunk is ignored: it is (B, 1, T, S), True where a query sees a key, or (n + 1,) from `Decoder.starts`.
+    Without one, S is T and each query sees the keys up to its own position, or, where chunk > 0, those of them that lie
+    in its own chunk.
     """
     B, H, T, _ = q.shape
     groups = H // k.shape[1]
@@ -285,8 +285,8 @@ def attend(q, k, v, mask=None, chunk=0):
 
 
 def attend_by_products(q, k, v, mask=None):
-    """As `attend`, in two products and a softmax. torch's kernel for processors makes its gradients in bfloat16 without
-    their units for it: this takes a fifth of its time at 128 positions, half at 256, as much at 1,024."""
+    """As `attend`, in two products and a softmax. torch's kernel for processors computes bfloat16 gradients without the
+    processor's bfloat16 units: this takes a fifth of its time at 128 positions, half at 256, as much at 1,024."""
     B, H, T, d = q.shape
     K, S = k.shape[1:3]
     if mask is None:
@@ -451,12 +451,12 @@ class Block(nn.Module):
 
 class Head(Linear):
     """Logits of hidden states, or the loss of each."""
-    WHOLE = 2**28  # logits that are made and kept at once: a GiB in float32, of which the loss wants three
-    ROWS = 1024  # of more, those of so many rows are made at a time, and again in the backward pass
+    WHOLE = 2**28  # so many logits, 1 GiB in float32, are made at once; the loss then holds three such
+    ROWS = 1024  # where there are more: rows made at a time, and made again in the backward pass
 
     def forward(self, x, targets=None, reduction="none"):
-        """x (..., D) -> logits (..., V). With targets (N,) of x (N, D), -100 where none counts: their nats in float32,
-        (N,), or () with reduction "sum".
+        """x (..., D) -> logits (..., V). With x (N, D) and targets (N,): the loss of each in nats, (N,) float32, 0
+        where the target is -100; or their sum, (), with reduction "sum".
 
         All within this one call: FSDP gathers the weight at each call, and all processes must call equally often,
         however many targets they have.
@@ -496,10 +496,10 @@ class Decoder(nn.Module):
     def masks(self, positions):
         """Which keys each query sees when texts share a row: (full, chunked), (B, 1, T, T) bool each.
 
-        A token at position p hides every earlier token at position p or above, from itself and from all later ones.
-        It sees itself and what is before it and not hidden. So position 0 begins a new document, and a jump back to
-        p continues the first p tokens of the one before. Positions 0 1 2 3, 2 3, 3 (commas only for the eye):
-        token 4 sees tokens 0 1 4, token 5 sees 0 1 4 5, and token 6 sees 0 1 4 6: another end of the same branch.
+        A token at position p hides, from itself on, all tokens to its left whose position is p or more. It sees itself
+        and what is to its left and not hidden. So position 0 begins a new document, and a jump back to p keeps p
+        tokens of what was seen and drops the rest. Positions 0 1 2 3, 2 3, 3 (commas only for the eye):
+        token 4 sees tokens 0 1 4, token 5 sees 0 1 4 5, and token 6 sees 0 1 4 6: it takes the place of 5.
         """
         T = positions.shape[1]
         place = torch.arange(T, device=positions.device)
@@ -518,8 +518,8 @@ class Decoder(nn.Module):
         return tuple(F.pad(places.squeeze(1), (0, 1), value=len(flat)).int() for places in found)
 
     def forward(self, idx=None, embeds=None, positions=None, cache=None, lengths=None, documents=False):
-        """Hidden states (B, T, D) and the balancing loss, summed over layers. documents: positions only ever begin
-        again at 0, which a GPU need not make a mask of. See Llama.forward."""
+        """Hidden states (B, T, D) and the balancing loss, summed over layers. documents: positions restart
+        at 0 only, so that some GPUs need no mask. See Llama.forward."""
         x = self.embed_tokens(idx) if embeds is None else embeds
         if positions is not None and cache is not None or lengths is not None and cache is None:
             raise ValueError("a cache knows its own positions, and only a cache takes lengths")
@@ -533,8 +533,8 @@ class Decoder(nn.Module):
     def append(self, x, cache, lengths=None):
         """Hidden states of x (B, T, D), which follow the tokens in cache and are added to it.
 
-        What follows a prompt goes in by pieces that do not cross the edge of a chunk (see `KVCache.pieces`): the last
-        keys would overwrite those that the first queries need. A prompt attends to its own keys, and needs none.
+        Later tokens go in by pieces that do not cross the edge of a chunk (see `KVCache.pieces`), or else their last
+        keys would overwrite those that their first queries need. A prompt sees its own keys, so it goes in whole.
         """
         hidden = []
         for piece in x.split(cache.pieces(x.shape[1]), dim=1):
@@ -582,9 +582,9 @@ class Llama(nn.Module):
         """Initialise every tensor by its role.
 
         norms        1
-        embedding    normal, std 1, or dim^-0.5 if it is the head too: a token must stand out from what the blocks
-                     add to it, otherwise copying is learned late
-        head         std 0.02, so that the first loss is close to ln V
+        embedding    normal, std 1: a token must stand out from what the blocks add to it, otherwise copying is
+                     learned late; dim^-0.5 if it is the head too: logits of unit scale
+        head         std 0.02: small logits, so that the first loss is close to ln V
         reads the residual stream    std 1/sqrt(inputs): activations start at unit scale at any width
         writes to it (o_proj, every down_proj)    the same over sqrt(2 * n_layer), so that the stream's variance does
                      not grow with depth (GPT-2)
@@ -610,7 +610,7 @@ class Llama(nn.Module):
         """Give a model that was made on the meta device memory there, to be filled; returns the model."""
         self._apply(lambda t: t.new_empty(t.shape, device=device))  # `to_empty` imports the compiler, for seconds
         self.model.expert_load = torch.zeros_like(self.model.expert_load, dtype=torch.float32)
-        if self.config.tie_embeddings:  # two by now
+        if self.config.tie_embeddings:  # `_apply` has made two of it
             self.lm_head.weight = self.model.embed_tokens.weight
         return self
 
@@ -618,10 +618,10 @@ class Llama(nn.Module):
         """Returns (logits (B, T, V), None) without targets, and (None, loss) with them.
 
         idx (B, T) int64, or embeds (B, T, D) in its place. targets (B, T): the token that follows each position,
-        -100 if it does not count. positions (B, T): restart at 0 with each document, which then sees no earlier one
-        (`Decoder.masks` has the whole rule, of which targets want no more than this). cache: a KVCache; the new tokens
-        continue those in it and are appended. lengths (B,): the real lengths of right-padded prompts, for an empty
-        cache only. Raises ValueError if the tokens do not fit the cache.
+        -100 if it does not count. positions (B, T): restart at 0 with each document, which then sees no earlier one;
+        without targets, as `Decoder.masks` says. cache: a KVCache; the new tokens continue those in it and are
+        appended. lengths (B,): the real lengths of right-padded prompts, for an empty cache only. Raises ValueError if
+        the tokens do not fit the cache.
         The loss is the mean over the targets that count, in nats, 0 if none does. In training, router_aux times the
         balancing loss is added.
         """
@@ -764,8 +764,8 @@ class KVCache:
     A layer with chunked attention has S = min(chunk, size) slots, any other S = size. Slot s holds the last position p
     with p % S == s. With S = 4, a row of 6 tokens has 4 5 2 3 in its slots.
     Rows may differ in length: lengths (B,) counts the tokens of each. An empty cache takes a prompt, whose positions
-    are (T,), the same for all rows: it attends to its own keys, as in training. What follows has positions (B, T), and
-    sees the slots up to its own.
+    are (T,), the same for all rows: it attends to its own keys, as in training. Later tokens have positions (B, T), and
+    see the slots up to their own: the others hold keys of an earlier chunk, or none yet.
     """
 
     def __init__(self, cfg, batch, size, device=None, dtype=None):
@@ -821,12 +821,12 @@ class KVCache:
         return (slots <= (positions % self.slots(chunk))[..., None])[:, None]
 
     def update(self, layer, k, v, positions):
-        """Store k, v (B, K, T, d) of a layer; returns the keys and values to attend to, (B, K, S, d)."""
+        """Store k, v (B, K, T, d) of a layer; returns what to attend to: those of all slots in use, or a prompt's."""
         keys, values = self.keys[layer], self.values[layer]  # (B, S, K, d)
         S, T = keys.shape[1], k.shape[2]
         new_k, new_v = k.transpose(1, 2).to(keys.dtype), v.transpose(1, 2).to(keys.dtype)  # (B, T, K, d)
         stored = positions
-        if T > S:  # keep only each row's last S tokens (a shorter row writes position 0 again)
+        if T > S:  # each row's last S tokens (a row that has fewer repeats position 0)
             stored = (self.lengths[:, None] - S + torch.arange(S, device=k.device)).clamp(min=0)  # (B, S)
             new_k, new_v = new_k[self.rows, stored], new_v[self.rows, stored]  # (B, S, K, d)
         slot = stored % S
@@ -880,12 +880,12 @@ class Sampling:
             logits, ids = logits.topk(min(self.top_k, logits.shape[-1]))
         p = (logits / self.temperature).softmax(-1)
         if self.top_p is not None and self.top_p < 1:
-            count = (p * p.shape[-1] > 1 - self.top_p).sum(-1).max()  # the others hold less than 1 - top_p
+            count = (p * p.shape[-1] > 1 - self.top_p).sum(-1).max()  # all others together hold at most 1 - top_p
             order = logits.topk(max(int(count), 1)).indices
             p, ids = p.gather(1, order), order if ids is None else ids.gather(1, order)
-            enough = p.cumsum(-1) - p >= self.top_p  # the likelier tokens reach top_p already
-            enough[:, 0] = False
-            p = p.masked_fill(enough, 0)
+            dropped = p.cumsum(-1) - p >= self.top_p  # the tokens before it reach top_p already
+            dropped[:, 0] = False
+            p = p.masked_fill(dropped, 0)
         if self.min_p:
             p = p.masked_fill(p < self.min_p * p.max(-1, keepdim=True).values, 0)
         each, wide = generator if isinstance(generator, list) else [generator], torch.float64

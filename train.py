@@ -185,13 +185,13 @@ def fit(task, cfg, out):
     step_model = data_parallel(compiled_model) if ddp else compiled_model
     print0(f"run        {out}, compile {'on' if compiles else 'off'}"
            + (f", resumed after step {state['step']}" if state["step"] else ""))
-    start, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, runs.torchrun_agents()
+    first_step, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, runs.torchrun_agents()
     most_bad_steps = 25 if scaler.is_enabled() else 5  # in a row; the scaler's first scales are too large on purpose
     with (stop_signals() as signals, IdleThreads(device) as threads, memory_advice(cfg, device, task.dtype),
           in_company(), contextlib.ExitStack() as stack,
           config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
-        for step in range(start, cfg.max_iters):
-            begin = time.perf_counter()
+        for step in range(first_step, cfg.max_iters):
+            began, done = time.perf_counter(), step + 1
             rate = optim.learning_rate(step, cfg)
             for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = rate
@@ -225,17 +225,17 @@ def fit(task, cfg, out):
             else:
                 scaler.update(scaler.get_scale() / 2)
                 bad_steps += 1
-                print0(f"step {step + 1}: the gradient is {norm}; step skipped")
+                print0(f"step {done}: the gradient is {norm}; step skipped")
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             load = llama.pop_expert_load()
 
-            elapsed = time.perf_counter() - begin
+            elapsed = time.perf_counter() - began
             threads.adapt(elapsed)
             times.append(elapsed)
-            state = state | {"step": step + 1, "sequences": state["sequences"] + sequences_per_step(cfg),
+            state = state | {"step": done, "sequences": state["sequences"] + sequences_per_step(cfg),
                              "tokens": state["tokens"] + int(targets), "seconds": state["seconds"] + elapsed}
-            done, first, last = step + 1, step == start, step + 1 == cfg.max_iters
+            first, last = step == first_step, done == cfg.max_iters
             if first and RANK == 0:  # now that a step fits into memory
                 stack.enter_context(runs.start_directory(out, runs.facts_of_run(cfg, llama.config, agents), log))
                 print0(f"memory     {peak_memory(device) / 2**30:.1f} GiB after the first step")
