@@ -218,7 +218,7 @@ def facts_of_run(cfg, model_config, agents):
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
     settings = asdict(cfg)
-    if Path(cfg.dataset).is_dir():
+    if Path(cfg.dataset).is_dir() and not (config.ROOT / "data" / cfg.dataset).is_dir():
         settings["dataset"] = os.path.abspath(cfg.dataset)  # found again from any folder
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": sys.argv, "settings": settings, "model": asdict(model_config), "processes": WORLD,

@@ -387,8 +387,10 @@ def print_schedule(task, per_epoch):
 
 
 def folder_of(cfg):
-    """The data set's folder: cfg.dataset as a path, or by its name under data/."""
-    return Path(cfg.dataset) if Path(cfg.dataset).is_dir() else config.ROOT / "data" / cfg.dataset
+    """The data set's folder: by its name under data/, or cfg.dataset as a path."""
+    named, path = config.ROOT / "data" / cfg.dataset, Path(cfg.dataset)
+    is_name = path.name == cfg.dataset and named.is_dir()  # downloads often lie in a folder of the same name
+    return path if path.is_dir() and not is_name else named
 
 
 def shape_from(base, given):

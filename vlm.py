@@ -337,7 +337,7 @@ def build(cfg, shape, records, source):
     kept = {k: v for k, v in shape.items() if k in train.TRAINING_ONLY}
     torch.manual_seed(cfg.seed)
     with config.mistakes(ValueError, FileNotFoundError):
-        source = source and checkpoint.find_checkpoint(source)
+        name, source = source, source and checkpoint.find_checkpoint(source)
         if source and sees(source):
             begun = cfg.init_from == "resume" and "encoder" in STAGES[cfg.stage]  # no longer that of the file
             vlm, tok = open_run(source, None if begun else cfg.vit_weights, **kept)
@@ -358,10 +358,10 @@ def build(cfg, shape, records, source):
                 tok, *ids = add(new_tokenizer(records, shape.get("vocab_size", 512) - count))
                 llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
             vlm = Vlm(llama, encoder, *ids, pixel_shuffle=bool(cfg.pixel_shuffle))
-        if cfg.lora_rank and vlm.llama4:
-            raise config.Mistake("lora_rank: Llama 4's checkpoint with vision has no place for an adapter")
         if cfg.lora_rank:
-            adapter.begin(vlm.llama, cfg.lora_rank, cfg.lora_alpha, source, cfg.seed)
+            if vlm.llama4:
+                raise config.Mistake("lora_rank: Llama 4's checkpoint with vision has no place for an adapter")
+            adapter.begin(vlm.llama, cfg.lora_rank, cfg.lora_alpha, name, cfg.seed)
     vlm.beta = cfg.beta
     train.need_shape(vlm.llama.config, shape if source else {})
     train.need_fit(vlm.llama.config, cfg, tok.vocab_size)
@@ -565,7 +565,8 @@ def ask(cfg):
     run = load(cfg, "answer", "questions")
     with run.autocast, contextlib.redirect_stdout(sys.stderr if cfg.json else sys.stdout):  # the words as they come
         tok = PictureTokenizer(run, paths)
-        ids = sample.fitting(tok.chat([{"role": "user", "content": question.strip()}]), run.vlm.llama)
+        turns = [{"role": "system", "content": cfg.system}] if cfg.system else []
+        ids = sample.fitting(tok.chat([*turns, {"role": "user", "content": question.strip()}]), run.vlm.llama)
         new = sample.write(run.vlm.llama, tok, ids, cfg, cfg.seed)
     if cfg.json:
         answer = tok.decode([i for i in new if i not in tok.stop_ids]).strip()
@@ -596,6 +597,7 @@ def score(cfg):
     if any("chosen" in record for record in records):  # before anything is encoded
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
     run = load(cfg, pack=False)
+    common.init_distributed(run.device)
     data, = run.read(records)
     rows = data.questions()
     found, n = {"loss": run.loss(run.vlm, data)}, len(run.pictures.names)
@@ -619,7 +621,7 @@ class VlmConfig(train.TrainConfig):
     """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
     stage: str = "align"  # what learns: projector; "see": encoder too; "instruct", "prefer": Llama too; "together": all
     encoder: str | None = None  # "vit_b_16" or another of vision.py; None: the checkpoint's, else vit_b_16
-    vit_weights: str | None = None  # file of torchvision's ViT weights; None: their download, in stage together none
+    vit_weights: str | None = None  # file of torchvision's ViT weights; None: their download, where it learns none
     pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
     feature_gb: float = 16.0  # [0, 1e6] of disk for what a frozen encoder saw, so that it looks once; COCO needs 35
     beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
@@ -631,7 +633,7 @@ class VlmConfig(train.TrainConfig):
     caption: tuple[str, ...] = ()  # describe these pictures, and all in these folders
     ask: tuple[str, ...] = ()  # a question, then the pictures that it is about
     chat: tuple[str, ...] = ()  # talk about these pictures
-    system: str | None = None  # system message of the chat; None: the template's own
+    system: str | None = None  # system message of --ask and --chat; None: the template's own
     trace: bool = False  # list the steps from the first picture of --caption to a logit
     json: bool = False  # print captions, an answer or scores as JSON, one object a line
     eval: bool = False  # score the run of out_dir, or of init_from, or the newest, on a whole split
@@ -649,7 +651,8 @@ class VlmConfig(train.TrainConfig):
         refused = {
             f"stage must be one of {', '.join(STAGES)}, not {self.stage!r}": self.stage not in STAGES,
             f"encoder must be one of {', '.join(names)}, not {self.encoder!r}": self.encoder not in (*names, None),
-            "give one of --caption, --ask and --chat": sum(map(bool, (self.caption, self.ask, self.chat))) > 1,
+            "give one of --caption, --ask, --chat and --eval":
+                sum(map(bool, (self.caption, self.ask, self.chat, self.eval or self.eval_only))) > 1,
             "ask takes a question and at least one picture: --ask \"What is this?\" img.jpg": len(self.ask) == 1,
             "the question is empty": self.ask and not self.ask[0].strip(),
             "trace follows a picture: --trace --caption img.jpg": self.trace and not self.caption,
@@ -657,8 +660,8 @@ class VlmConfig(train.TrainConfig):
                 self.num_beams > 1 and (self.temperature or self.ask or self.chat),
             f"lora_rank changes the Llama, which stage {self.stage} leaves as it is":
                 self.lora_rank and "llama" not in STAGES.get(self.stage, ()),
-            "doc_mask, whole_docs, epochs and head_copy are for train.py":
-                self.doc_mask or self.whole_docs or self.epochs or self.head_copy,
+            "doc_mask, whole_docs, epochs, hellaswag and head_copy are for train.py":
+                self.doc_mask or self.whole_docs or self.epochs or self.hellaswag or self.head_copy,
             "--shard=True splits a Llama, not one that sees": self.shard and WORLD > 1}
         for reason, holds in refused.items():
             if holds:

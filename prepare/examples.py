@@ -228,6 +228,8 @@ class Examples:
         seen = {}
         for rows in self.examples:
             for row in rows:
-                seen.setdefault((row.pictures, row.prompt().tobytes()), row)
+                if row.kind != "rejected":
+                    first = seen.setdefault((row.kind, row.pictures, row.prompt().tobytes()), row)
+                    first.answers = tuple(dict.fromkeys((*first.answers, *row.answers)))
         rows = list(seen.values())
         return [rows[i] for i in np.linspace(0, len(rows) - 1, min(most or len(rows), len(rows))).astype(int)]

@@ -35,7 +35,7 @@ class Settings:
     """What the prepare scripts for pictures share."""
     input: str | None = None  # folder with the downloaded files, in the data set's own layout; None: the hub
     out: str | None = None  # folder to write; None: data/<name of the script>, which vlm.py finds by that name
-    limit: int | None = None  # [1, inf) stop after this many images of each split; None: all of them
+    limit: int | None = None  # [1, inf) keep this many images of each split (the hub's are all read); None: all
 
 
 # -- records -----------------------------------------------------------------------------------------------------
@@ -77,6 +77,7 @@ def talks_of(record):
         need(all([role for role, _ in talk]), NOT_FROM)
         found.append(("answer", talk))
     if "chosen" in record:
+        need(not found, "it has a chosen answer beside captions or a conversation")
         found += [(key, (("user", record.get("question")), ("assistant", record.get(key))))
                   for key in ("chosen", "rejected")]
     need(found, "it has neither captions, conversations nor a chosen answer")
@@ -164,6 +165,8 @@ def save(records, folder, progress=True, sieve=None):
         raise config.Mistake("no usable record is left for training: " + ("; ".join(reasons) or "there are none"))
     with config.mistakes(OSError):
         folder.mkdir(parents=True, exist_ok=True)
+        for split in {*SPLITS} - records.keys():  # of an earlier preparation: its pictures may be in training now
+            (folder / f"{split}.jsonl").unlink(missing_ok=True)
     pictures = {split: {p for r in some for p in images_of(r)} for split, some in records.items()}
     for split, some in records.items():
         shards.write_text(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in some))

@@ -38,7 +38,9 @@ def record_of(raw, place):
     if "chosen" in made:
         made.pop("conversations", None)
     elif "conversations" not in made:
-        made = {"conversations": [{"from": "human", "value": raw.get("instruction")},
+        asked = [text for text in (raw.get("instruction"), raw.get("input")) if text]
+        images.need(all(isinstance(text, str) for text in asked), "its instruction or input is no text")
+        made = {"conversations": [{"from": "human", "value": "\n\n".join(asked)},
                                   {"from": "gpt", "value": raw.get("output")}]}
     paths = [str(picture_files.find(place / p).resolve()) for p in pictures]
     return made | ({"image": paths if len(paths) > 1 else paths[0]} if paths else {})

@@ -210,7 +210,9 @@ def write_text(out, cfg):
     sizes, records = {"train": cfg.images, "val": cfg.val_images}, {}
     for split, count in sizes.items():
         rng = random.Random(f"{cfg.seed} {split} text")
-        records[split] = [record for _ in range(count) for record in told("text", None, *scene(rng)[1:], rng)]
+        scenes = (scene(rng) for _ in range(count))
+        records[split] = [record for _, objects, found in scenes
+                          for record in told("text", None, objects, found[:cfg.questions], rng)]
     images.save(records, out, progress=False)
     tok, _ = examples.with_image(examples.new_tokenizer(images.load(out, "train"), VOCABULARY - 1))
     chat.write(out, tok, chat.Lessons(tok, chat.Settings(), LONGEST), *([out / f"{split}.jsonl"] for split in sizes))
