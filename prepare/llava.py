@@ -39,7 +39,7 @@ def record_of(raw, place):
         made.pop("conversations", None)
     elif "conversations" not in made:
         asked = [text for text in (raw.get("instruction"), raw.get("input")) if text]
-        images.need(all(isinstance(text, str) for text in asked), "its instruction or input is no text")
+        images.need(all(isinstance(text, str) for text in asked), "one of its texts is empty or no text")
         made = {"conversations": [{"from": "human", "value": "\n\n".join(asked)},
                                   {"from": "gpt", "value": raw.get("output")}]}
     paths = [str(picture_files.find(place / p).resolve()) for p in pictures]

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import config
+import train
 from prepare import examples, images, picture_files, tokenizer
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
@@ -171,6 +172,10 @@ RECORDS = {  # of a data set made by hand: what training says of them
     "elsewhere": [{"image": "a.png", "captions": ["<image> is a dog"]}],
     "the rejected one": [{"image": "a.png", "question": "q", "chosen": "a", "rejected": "a"}],
     "not a list of turns": [{"image": "a.png", "conversations": "hello"}],
+    "beside captions or a conversation": [
+        {"image": "a.png", "captions": ["c"], "question": "q", "chosen": "a", "rejected": "b"},
+        {"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}],
+         "question": "q", "chosen": "a", "rejected": "b"}],
 }
 
 
@@ -476,6 +481,44 @@ def test_few_records_still_make_both_splits(count, fraction, prepare, tmp_path):
     code, out, err, made = llava(prepare, tmp_path, raw, f"--val_fraction={fraction}")
     assert code == 0 and bool(made["val"]) == (count > 1 and fraction > 0) and made["train"], err
     assert ("val has no records" in out) == (not made["val"])
+
+
+def test_what_an_earlier_preparation_left_is_no_split_of_this_one(tmp_path):
+    """Its test pictures may be in training now."""
+    good = {"conversations": MORE}
+    images.save({split: [good] for split in images.SPLITS}, tmp_path / "data", progress=False)
+    images.save({"train": [good], "val": [good]}, tmp_path / "data", progress=False)
+    with pytest.raises(config.Mistake, match="only train and val"):
+        images.load(tmp_path / "data", "test")
+
+
+def test_answers_of_one_question_in_several_records_count_together(tmp_path):
+    """Five lines of one caption are scored as one line of five; a rejected answer is no reference."""
+    lines = [{"image": "a", "captions": [text]} for text in ("A dog.", "A brown dog.", "A dog.")]
+    data, _ = read_examples(tmp_path, lines, 60)
+    row, = data.questions()
+    assert row.answers == ("A dog.", "A brown dog.")
+    data, _ = read_examples(tmp_path, [{"image": "a", "question": "q", "chosen": "yes", "rejected": "no"}], 60)
+    row, = data.questions()
+    assert row.kind == "chosen" and row.answers == ("yes",)
+
+
+def test_an_instruction_has_its_input(prepare, tmp_path):
+    raw = [{"instruction": "Translate.", "input": "Hi", "output": "Salut"}]
+    made = llava(prepare, tmp_path, raw, "--val_fraction=0")[3]["train"]
+    assert made[0]["conversations"][0]["value"] == "Translate.\n\nHi"
+
+
+def test_a_data_set_goes_before_a_folder_of_its_name(tmp_path, monkeypatch):
+    """Downloads lie in a folder of the data set's name; a path with a separator is that path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "ROOT", tmp_path / "project")
+    (tmp_path / "coco").mkdir()
+    found = [train.folder_of(train.TrainConfig(dataset=name)) for name in ("coco", "./coco", "nowhere")]
+    (tmp_path / "project/data/coco").mkdir(parents=True)
+    found += [train.folder_of(train.TrainConfig(dataset=name)) for name in ("coco", f"{tmp_path}/coco")]
+    raw, prepared = tmp_path / "coco", tmp_path / "project/data/coco"
+    assert [path.resolve() for path in found] == [raw, raw, tmp_path / "project/data/nowhere", prepared, raw]
 
 
 def test_splits_that_are_not_there(tmp_path):

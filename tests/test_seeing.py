@@ -329,6 +329,24 @@ def test_an_empty_question_is_one_line(question, start, photos):
         vlm.main(USE | dict(init_from=str(start / "run"), ask=(question, str(photos / "a.png"))), {})
 
 
+@pytest.mark.parametrize("keys, said", [
+    (dict(eval=True, caption=("a.png",)), "give one of --caption, --ask, --chat and --eval"),
+    (dict(hellaswag=True), "hellaswag and head_copy are for train.py")])
+def test_keys_without_effect_are_refused(keys, said):
+    with pytest.raises(config.Mistake, match=said):
+        vlm.main(USE | keys, {})
+
+
+def test_a_question_has_its_system_message(start, photos, monkeypatch, capsys):
+    asked = []
+    real = vlm.PictureTokenizer.chat
+    monkeypatch.setattr(vlm.PictureTokenizer, "chat", lambda tok, turns: asked.append(turns) or real(tok, turns))
+    use = USE | dict(init_from=str(start / "run"), ask=("what?", str(photos / "a.png")))
+    vlm.main(use | dict(system="Answer in French."), {})
+    vlm.main(use, {})
+    assert [turn["role"] for turn in asked[0]] == ["system", "user"] and [t["role"] for t in asked[1]] == ["user"]
+
+
 def test_a_conversation_goes_on(start, photos, monkeypatch, capsys):
     """G14: past the end of the context, past marks in later turns and in the model's own words, past what is too long;
     what is dropped is said, and the picture stays."""
