@@ -39,7 +39,7 @@ ROWS = 1000  # of the embedding, whose median length tells what is usual
 class Settings:
     """Which conversations, for which model."""
     input: tuple[str, ...] = ()  # files, folders or globs of jsonl, json (also packed) and parquet; needed
-    val: tuple[str, ...] = ()  # the same to validate on; none: a share of the input
+    val: tuple[str, ...] = ()  # the same to validate on, even if in the input; none: a share of the input
     init_from: str | None = None  # the model that is to learn them, a directory or a hub name; needed
     template: str | None = None  # a jinja file, or a tokenizer's folder, with another chat template than the model's
     out: str | None = None  # folder to write; None: data/chat
@@ -289,7 +289,11 @@ def main():
         raise config.Mistake("which conversations, for which model? --input FILES --init_from MODEL")
     out = shards.own_folder(cfg.out or config.ROOT / "data/chat", shards.DATA_FILES, [*cfg.input, *cfg.val])
     with config.mistakes(OSError):
-        paths, val_paths = (sources.find_files(some, out) for some in (cfg.input, cfg.val))
+        val_paths = sources.find_files(cfg.val, out, "--val")
+        validating = {path.resolve() for path in val_paths}
+        paths = [path for path in sources.find_files(cfg.input, out) if path.resolve() not in validating]
+        if not paths:
+            raise config.Mistake("--val takes all files of --input: there is nothing to train on")
         tok, context = open_model(cfg)
         lessons = Lessons(tok, cfg, min(cfg.longest or context, context))
         meta, longest, learning = write(out, tok, lessons, paths, val_paths)

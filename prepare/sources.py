@@ -42,18 +42,18 @@ def walk(folder, skipped):
     return sorted(paths)
 
 
-def find_files(patterns, out=None):
+def find_files(patterns, out=None, flag="--input"):
     """The readable files that files, folders (searched to the bottom) and globs stand for, each once, in order.
 
-    Says what it skips; leaves out what lies in `out`, where the results go. Raises `Mistake` for a pattern without any
-    readable file, and for a file of another kind that is named itself; an empty one is skipped.
+    Says what it skips; leaves out what lies in `out`, where the results go. Raises `Mistake`, which names the flag, for
+    a pattern without any readable file, and for a file of another kind that is named itself; an empty one is skipped.
     """
     files, skipped, said = {}, Counter(), ""  # {real path: path}, {reason: number}
     for pattern in patterns:
         paths, readable = [], 0
         for path in map(Path, [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))):
             if path.is_file() and not format_of(path):
-                raise config.Mistake(f"--input {path}: cannot read this kind of file, only {READABLE}")
+                raise config.Mistake(f"{flag} {path}: cannot read this kind of file, only {READABLE}")
             paths += walk(path, skipped) if path.is_dir() else [path]
         for path in paths:
             real = Path(os.path.realpath(path))  # resolve() raises for a link to itself
@@ -67,10 +67,10 @@ def find_files(patterns, out=None):
                 files[real] = Path(os.path.abspath(path))
         said = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()) if n)
         if not readable and why_skipped(Path(pattern)) != "empty":
-            raise config.Mistake(f"--input {pattern}: no such file, nor a folder with any of {READABLE}"
+            raise config.Mistake(f"{flag} {pattern}: no such file, nor a folder with any of {READABLE}"
                                  + (f"; skipped: {said}" if said else ""))
     if patterns and not files:
-        raise config.Mistake(f"--input {' '.join(patterns)[:200]}: empty, there is nothing to read")
+        raise config.Mistake(f"{flag} {' '.join(patterns)[:200]}: empty, there is nothing to read")
     if said:
         print(f"files skipped: {said}", flush=True)
     return list(files.values())

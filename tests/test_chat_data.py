@@ -302,6 +302,22 @@ def test_conversations_are_held_out(tmp_path, capsys):
     assert code == 2 and "--val takes files" in err
 
 
+def test_files_to_validate_on_are_not_learned(tmp_path, capsys):
+    """They are left out of an input in which they lie, by another name too."""
+    model, folder = model_in(tmp_path / "model"), tmp_path / "in"
+    folder.mkdir()
+    lines(folder / "a.jsonl", [talk(i) for i in range(20)])
+    val = lines(folder / "b.jsonl", [talk(100 + i) for i in range(3)])
+    (tmp_path / "link.jsonl").symlink_to(val)
+    for path in val, tmp_path / "link.jsonl":
+        assert not prepare(tmp_path, capsys, model, "--input", folder, "--val", path)[2]
+        assert [shards.Split(tmp_path / "data", split).documents for split in shards.SPLITS] == [20, 3]
+    _, err, code = prepare(tmp_path, capsys, model, "--input", val, "--val", folder)
+    assert code == 2 and "--val takes all files of --input" in err
+    _, err, code = prepare(tmp_path, capsys, model, "--input", folder, "--val", tmp_path / "nowhere")
+    assert code == 2 and err.startswith(f"error: --val {tmp_path / 'nowhere'}: no such file")
+
+
 def test_a_base_model_that_never_learned_its_template(tmp_path, capsys):
     model = model_in(tmp_path / "model")
     path = lines(tmp_path / "a.jsonl", [talk(i) for i in range(30)])
