@@ -138,12 +138,13 @@ class Lessons:
     def __init__(self, tok, cfg, longest):
         self.tok, self.cfg, self.longest, self.counts = tok, cfg, longest, Counter()
 
-    def read(self, paths):
-        """(hash of the conversation, ids, which of them are learned) of each that can be learned from."""
+    def read(self, paths, limit=None):
+        """(hash of the conversation, ids, which of them are learned) of each that can be learned from, among so many
+        records."""
         from tqdm import tqdm
         source = sources.Files(paths, (), None)
         with tqdm(total=1, bar_format="{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]") as bar:
-            for _, place, record in itertools.islice(source.read(), self.cfg.limit):
+            for _, place, record in itertools.islice(source.read(), limit):
                 self.counts["records"] += 1
                 try:
                     messages, learn, tools = conversation_of(record)
@@ -271,7 +272,8 @@ def write(out, tok, lessons, paths, val_paths):
     writer, longest, learning = shards.Writer(out, tok, marked=True), 0, Counter()
     given = (("val", ids, learned) for _, ids, learned in lessons.read(val_paths)) if val_paths else ()
     fraction = 0 if val_paths else lessons.cfg.val_fraction
-    for n, (split, ids, learned) in enumerate(itertools.chain(held_out(lessons.read(paths), fraction), given)):
+    split_up = held_out(lessons.read(paths, lessons.cfg.limit), fraction)
+    for n, (split, ids, learned) in enumerate(itertools.chain(split_up, given)):
         marks = np.array(learned, np.uint8) * shards.LEARN
         marks[0] |= shards.START
         writer.add(split, ids, 0, marks=marks)

@@ -318,6 +318,13 @@ def test_files_to_validate_on_are_not_learned(tmp_path, capsys):
     assert code == 2 and err.startswith(f"error: --val {tmp_path / 'nowhere'}: no such file")
 
 
+def test_a_limit_of_the_input_leaves_the_validation_whole(tmp_path, capsys):
+    model = model_in(tmp_path / "model")
+    path, val = (lines(tmp_path / name, [talk(i) for i in range(5)]) for name in ("a.jsonl", "b.jsonl"))
+    assert not prepare(tmp_path, capsys, model, "--input", path, "--val", val, "--limit=2")[2]
+    assert [shards.Split(tmp_path / "data", split).documents for split in shards.SPLITS] == [2, 5]
+
+
 def test_a_base_model_that_never_learned_its_template(tmp_path, capsys):
     model = model_in(tmp_path / "model")
     path = lines(tmp_path / "a.jsonl", [talk(i) for i in range(30)])
