@@ -297,6 +297,8 @@ def main():
         if not paths:
             raise config.Mistake("--val takes all files of --input: there is nothing to train on")
         tok, context = open_model(cfg)
+        if cfg.longest and cfg.longest > context:
+            print(f"--longest={cfg.longest} exceeds the model's context: it is {context} tokens here", flush=True)
         lessons = Lessons(tok, cfg, min(cfg.longest or context, context))
         meta, longest, learning = write(out, tok, lessons, paths, val_paths)
     print("---", *lessons.report(), sep="\n")

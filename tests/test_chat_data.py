@@ -266,6 +266,14 @@ def test_too_long_ones_lose_whole_turns(tmp_path, capsys):
     assert ">>>It is 0.<|im_end|><<<" in said and said.count("--- conversation") == 3
 
 
+def test_longer_than_the_context_is_said(tmp_path, capsys):
+    model, path = model_in(tmp_path / "model"), lines(tmp_path / "a.jsonl", [talk(i) for i in range(20)])
+    for longest in 96, 97:
+        said, _, code = prepare(tmp_path, capsys, model, "--input", path, f"--longest={longest}")
+        assert not code and ("--longest=97 exceeds the model's context: it is 96 tokens here" in said) == (
+            longest == 97)
+
+
 def test_files_of_any_kind_give_the_same(tmp_path, capsys):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
