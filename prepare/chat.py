@@ -157,7 +157,7 @@ class Lessons:
                         print(f"skipped: {place}: {e}", flush=True)
                     continue
                 if lesson:
-                    yield text.hash_of(json.dumps([messages, tools], sort_keys=True)), *lesson
+                    yield text.hash_of(json.dumps([messages, tools], sort_keys=True, default=str)), *lesson
                 bar.set_description_str(f"{self.counts['records']:,} conversations", refresh=False)
                 bar.update(source.fraction() - bar.n)
 

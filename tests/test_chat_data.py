@@ -293,6 +293,16 @@ def test_files_of_any_kind_give_the_same(tmp_path, capsys):
     assert len(seen) == 1
 
 
+def test_dates_and_bytes_beside_a_message_do_no_harm(tmp_path, capsys):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    model, more = model_in(tmp_path / "model"), {"at": datetime.datetime(2026, 1, 31), "key": b"\xff"}
+    records = [{"messages": [message | more for message in talk(i)["messages"]]} for i in range(10)]
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert not prepare(tmp_path, capsys, model, "--input", tmp_path / "a.parquet")[2]
+    assert sum(shards.Split(tmp_path / "data", split).documents for split in shards.SPLITS) == 10
+
+
 def test_conversations_are_held_out(tmp_path, capsys):
     model = model_in(tmp_path / "model")
     path = lines(tmp_path / "a.jsonl", [talk(i % 100) for i in range(200)])  # each twice
