@@ -84,7 +84,8 @@ def new_tokenizer(source, cfg, threshold):
     if cfg.tokenizer == "byte":
         return tokenizer.byte()
     if cfg.tokenizer == "char":
-        return tokenizer.char(set().union(*itertools.islice(source, cfg.limit)), special=("<s>", "</s>"))
+        characters = set(itertools.chain.from_iterable(itertools.islice(source, cfg.limit)))
+        return tokenizer.char(characters, special=("<s>", "</s>"))
     sample, size = [], 0
     parts = [source] if cfg.limit else list(source.parts())
     for part in parts:

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -411,6 +412,18 @@ def test_documents_come_back_whole_with_other_tokenizers(tmp_path, data, kind):
     prepare("--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", *options)
     assert all_documents(tmp_path / "out") == sorted(texts)
     assert (shards.Split(tmp_path / "out", "val")[:].dtype == np.uint32) == (kind == "file")
+
+
+def test_characters_are_found_in_the_memory_of_one_document():
+    def documents():
+        for i in range(100):
+            yield "x" * 100_000 + chr(0x4e00 + i)
+    tracemalloc.start()
+    try:
+        tok = text.new_tokenizer(documents(), text.Settings(tokenizer="char"), 0)
+        assert tok.vocab_size == 101 + 2 and tracemalloc.get_traced_memory()[1] < 3_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_processes_and_batches_do_not_show(tmp_path):
