@@ -117,11 +117,12 @@ class Files(Source):
         return min((sum(self.sizes[:here]) + done) / max(sum(self.sizes), 1), 1)
 
     def parts(self):
-        """Each file as a source of its own, in an order that has nothing to do with their names."""
+        """(each file as a source of its own, its share of all bytes), in an order that has nothing to do with names."""
+        whole = max(sum(self.sizes), 1)
         for i in random.Random(0).sample(range(len(self.paths)), len(self.paths)):
             part = copy.copy(self)
             part.paths, part.sizes = [self.paths[i]], [self.sizes[i]]
-            yield part
+            yield part, self.sizes[i] / whole
 
     def read(self, first=0, done=0):
         """(position, place, record), from record `done` of file `first` on."""
@@ -176,7 +177,7 @@ class Hub(Source):
         return min(self.position[2] / self.total, 1) if self.total else 0
 
     def parts(self):
-        yield self
+        yield self, 1
 
     def read(self, state, done, total):
         """(position, place, record), from record `done` after `state` on."""

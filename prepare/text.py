@@ -34,7 +34,7 @@ HEAD = 1000  # documents among which at least one validates and one trains, howe
 FEW_TOKENS = 1000  # of validation, below which its loss says little
 FEW_DOCUMENTS = 20  # among which a single one may be most of a split
 SAMPLE = 1 << 25  # characters a new tokenizer is trained on
-SHARE = 1 << 20  # characters of that sample which each of many files may give at least
+SHARE = 1 << 20  # characters of that sample which a file may give at least, however small it is among the others
 COMMIT_SECONDS = 2  # at most so much work is done again after an interruption
 
 
@@ -87,9 +87,8 @@ def new_tokenizer(source, cfg, threshold):
         characters = set(itertools.chain.from_iterable(itertools.islice(source, cfg.limit)))
         return tokenizer.char(characters, special=("<s>", "</s>"))
     sample, size = [], 0
-    parts = [source] if cfg.limit else list(source.parts())
-    for part in parts:
-        most = min(size + max(SAMPLE // len(parts), SHARE), SAMPLE)
+    for part, share in [(source, 1)] if cfg.limit else source.parts():
+        most = min(size + max(int(SAMPLE * share), SHARE), SAMPLE)
         for text in itertools.islice(part if size < most else (), cfg.limit):
             if hash_of(text) >= threshold:
                 sample.append(text)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -424,6 +425,20 @@ def test_characters_are_found_in_the_memory_of_one_document():
         assert tok.vocab_size == 101 + 2 and tracemalloc.get_traced_memory()[1] < 3_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_a_large_file_among_small_ones_fills_the_sample_of_a_new_tokenizer(tmp_path, monkeypatch):
+    """Of each file its share of the bytes, of a small one SHARE, and no more than SAMPLE in all."""
+    samples = []
+    monkeypatch.setattr(tokenizer, "train_sentencepiece", lambda sample, size: samples.append(sample))
+    monkeypatch.setattr(text, "SAMPLE", 4000)
+    monkeypatch.setattr(text, "SHARE", 40)
+    for i in range(10):
+        jsonl(tmp_path / f"{i}.jsonl", [f"{i}" * 10] * 9)
+    jsonl(tmp_path / "large.jsonl", ["l" * 10] * 9000)
+    text.new_tokenizer(files_of(sources.find_files([str(tmp_path)])), text.Settings(), 0)
+    sizes = Counter("".join(samples[0]))
+    assert max(sizes[f"{i}"] for i in range(10)) == 40 and sizes["l"] > 3500 and sizes.total() == 4000
 
 
 def test_processes_and_batches_do_not_show(tmp_path):
