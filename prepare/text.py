@@ -52,7 +52,8 @@ class Settings:
     field: str = "text"  # where a record of jsonl, json or parquet has its text
 
     def __post_init__(self):
-        self.separator = tuple(s.replace("\\n", "\n") for s in self.separator)  # '\n\n' as a shell passes it
+        for typed, meant in (r"\n", "\n"), (r"\t", "\t"), (r"\r", "\r"), (r"\f", "\f"):  # as a shell passes them
+            self.separator = tuple(s.replace(typed, meant) for s in self.separator)
         if not all(self.separator):
             raise ValueError("separator cannot be empty")
 

@@ -483,6 +483,13 @@ def test_a_few_files_still_have_both_sides(tmp_path):
         shards.Split(out, "val")
 
 
+def test_separators_as_a_shell_passes_them(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ftwo\fthree")
+    (tmp_path / "b.txt").write_bytes(b"four\t\r\nfive")
+    prepare("--input", tmp_path, "--out", tmp_path / "out", "--tokenizer=byte", "--separator", r"\f", r"\t\r\n")
+    assert all_documents(tmp_path / "out") == ["five", "four", "one", "three", "two"]
+
+
 def test_results_among_the_input_are_not_read(tmp_path):
     texts = make_documents(20)
     jsonl(tmp_path / "in.jsonl", texts)
