@@ -150,6 +150,7 @@ def encoded(some_batches, workers, tok, directory, threshold):
         worker.update(tok=tok, threshold=threshold)
         yield from ((encode(texts), len(texts), position) for texts, position in some_batches)
         return
+    workers = min(workers, 61) if sys.platform == "win32" else workers  # more a ProcessPoolExecutor refuses there
     spawn, waiting = multiprocessing.get_context("spawn"), deque()
     with ProcessPoolExecutor(workers, spawn, start_worker, (directory, threshold)) as pool:
         try:

@@ -450,6 +450,19 @@ def test_processes_and_batches_do_not_show(tmp_path):
     assert bytes_of(tmp_path / "w1") == bytes_of(tmp_path / "w2")
 
 
+def test_windows_takes_at_most_61_processes(tmp_path, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(workers, *_):
+        raise Started(workers)
+    monkeypatch.setattr(text, "ProcessPoolExecutor", start)
+    for platform, most in ("win32", "61"), ("linux", "100"):
+        monkeypatch.setattr(sys, "platform", platform)
+        with pytest.raises(Started, match=most):
+            next(text.encoded([], 100, None, tmp_path, 0))
+
+
 def test_a_document_that_comes_twice_is_on_one_side(tmp_path):
     texts = make_documents(400)
     jsonl(tmp_path / "in/a.jsonl", texts + texts[::-1])
