@@ -3,9 +3,10 @@
 Reads txt, jsonl, json (each also .gz, .bz2, .xz, .zst) and parquet as a stream, so memory does not grow with the
 corpus; spreads the tokenizing over processes; goes on after an interruption. Neither shows in the result. Each document
 gets the tokenizer's BOS before it and EOS after it. Which side of the split it falls on is decided by a hash of its
-text, so a text that comes twice is not on both. A .txt file is one document unless it contains the separator; a file
-alone is also cut at its blank lines. White space around the documents of a .txt file is dropped, and what is longer
-than a million characters is cut at a line break. tinystories, fineweb_edu and cosmopedia are this with other settings.
+text, so a text that comes twice is not on both. A .txt file is cut at the separator; where it does not contain it, it
+is one document, or, as the only file, is cut at its blank lines. White space around the documents of a .txt file is
+dropped, and what is longer than a million characters is cut at a line break. tinystories, fineweb_edu and cosmopedia
+are this with other settings.
 """
 import hashlib
 import itertools
