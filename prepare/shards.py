@@ -128,12 +128,10 @@ class Writer:
 
     def _cut_back(self):
         """Cut files back to what was there at the last commit; OSError where they hold less."""
-        for split in self.counts:
-            for path, tokens in self._shards(split):
-                size = tokens * dtype_in(split, self.dtype).itemsize
-                if path.stat().st_size < size:
-                    raise OSError(f"{path} has lost its end")
-                os.truncate(path, size)
+        for path, counted, size in self._sizes():
+            if size < counted:
+                raise OSError(f"{path} has lost its end")
+            os.truncate(path, counted)
 
     def _clear(self):
         """Remove the earlier data set, and nothing else."""
@@ -147,6 +145,11 @@ class Writer:
         """(path, tokens) of each shard."""
         full, rest = divmod(self.counts[split]["tokens"], self.shard_tokens)
         return [(self._path(split, i), n) for i, n in enumerate([self.shard_tokens] * full + [rest] * (rest > 0))]
+
+    def _sizes(self):
+        """(path, bytes that were counted, bytes that it has) of each shard of all splits."""
+        return [(path, tokens * dtype_in(split, self.dtype).itemsize, path.stat().st_size)
+                for split in self.counts for path, tokens in self._shards(split)]
 
     def _append(self, split, ids):
         """Add ids, or marks, to the last shard, and to new ones."""
@@ -188,6 +191,9 @@ class Writer:
     def finish(self, floor_bpb=None, **extra):
         """Write meta.json and return it. floor_bpb: {split: exact bits per byte}; extra: more for meta.json."""
         self._flush()
+        if any(size != counted for _, counted, size in self._sizes()):
+            (self.work / "progress.json").unlink(missing_ok=True)  # there is nothing to go on from
+            raise config.Mistake(f"another process writes to {self.directory} too: run one of them, from the beginning")
         splits = {}
         for split, counts in self.counts.items():
             shards = tqdm(self._shards(split), f"hashing {split}", unit="shard", leave=False, delay=1)  # seconds

@@ -288,6 +288,21 @@ def test_the_writer_goes_on_from_its_last_commit(tmp_path):
         assert bytes_of(directory) == bytes_of(tmp_path / "whole")
 
 
+def test_two_processes_in_one_folder_refuse_and_the_old_data_set_stays(small):
+    """Neither is complete, and nothing of what they mixed is gone on from."""
+    directory, _ = small
+    old = bytes_of(directory)
+    first, other = (shards.Writer(directory, tokenizer.byte(), recipe="r") for _ in range(2))
+    for writer in first, other, first, other:
+        writer.add("train", [1, 2, 3], 3)
+        writer.commit(1)
+    for writer in first, other:
+        with pytest.raises(config.Mistake, match="another process writes to .* too"):
+            writer.finish()
+    assert bytes_of(directory) == old
+    assert shards.Writer(directory, tokenizer.byte(), recipe="r").position is None
+
+
 def test_killed_while_it_replaces_an_old_data_set_nothing_is_lost(tmp_path, monkeypatch):
     """Before and after each file that `finish` moves, removes or writes: the old set or the new one can be read, or
     the reader refuses; and the same command always ends with the new one, going on where it was."""
