@@ -136,10 +136,13 @@ def correct(items, scores):
 def main():
     cfg = config.load(Settings)
     out = shards.own_folder(cfg.out or FOLDER, r"val\.jsonl(\.\d+\.tmp)?", cfg.input)
-    found = items(sources.find_files(cfg.input))
-    lines = [json.dumps(item) for item in itertools.islice(found, cfg.limit)]
-    out.mkdir(parents=True, exist_ok=True)
-    shards.write_text(out / "val.jsonl", "\n".join(lines) + "\n")
+    with config.mistakes(OSError):
+        found = items(sources.find_files(cfg.input))
+        lines = [json.dumps(item) for item in itertools.islice(found, cfg.limit)]
+        if not lines:
+            raise config.Mistake("there are no items in the input")
+        out.mkdir(parents=True, exist_ok=True)
+        shards.write_text(out / "val.jsonl", "\n".join(lines) + "\n")
     print(f"{out}/val.jsonl: {len(lines):,} items")
 
 

@@ -49,7 +49,8 @@ def download():
 def main():
     cfg = config.load(Settings)
     out = shards.own_folder(cfg.out or config.ROOT / "data/shakespeare", shards.DATA_FILES, cfg.input)
-    whole = "".join(read_file(path, cfg) for path in sources.find_files(cfg.input)) if cfg.input else download()
+    with config.mistakes(OSError):
+        whole = "".join(read_file(path, cfg) for path in sources.find_files(cfg.input)) if cfg.input else download()
     whole = whole[:cfg.limit]
     cut = int(len(whole) * (1 - cfg.val_fraction))
     if not 0 < cut < len(whole):

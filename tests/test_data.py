@@ -975,6 +975,16 @@ def test_hellaswag_raw_and_cleaned_items(tmp_path):
             list(hellaswag.items([tmp_path / "bad.jsonl"]))
 
 
+def test_hellaswag_without_items_keeps_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/val.jsonl").write_text("old")
+    (tmp_path / "in.json").write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["", f"--input={tmp_path / 'in.json'}", f"--out={tmp_path / 'out'}"])
+    with pytest.raises(config.Mistake, match="no items"):
+        hellaswag.main()
+    assert (tmp_path / "out/val.jsonl").read_text() == "old"
+
+
 def test_hellaswag_whole(tmp_path, data):
     run("hellaswag.py", "--input", data / "text/hellaswag_val.jsonl.gz", "--out", tmp_path)
     items = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import config
-from prepare import formats, sources
+from prepare import formats, hellaswag, shakespeare, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECES = 1, 2, 7, 64, 1 << 20
@@ -371,6 +371,10 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="locked"):
         sources.find_files([str(tmp_path / "in")])
+    monkeypatch.setattr(sys, "argv", ["", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
+    for script in hellaswag, shakespeare:
+        with pytest.raises(config.Mistake, match="locked"):
+            script.main()
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------
