@@ -131,7 +131,7 @@ def best_guess(kind):
     counts = defaultdict(Counter)  # of the answers to each question
     for combination in combinations(True):
         counts[tuple(combination[i] for i in named)][tuple(combination[i] for i in answers)] += 1
-    right = sum(max(of.values()) for of in counts.values()) / sum(of.total() for of in counts.values())
+    right = sum(max(of.values()) for of in counts.values()) / len(combinations(True))
     return right / math.prod(ways(Slot(slot)) for slot in told - set(COMBINATION))
 
 
@@ -141,9 +141,10 @@ def best_guess(kind):
 def combinations(held_out):
     """What a hero, a helper and its clothes may be in validation (held_out) or in training: one of seven combinations
     is held out, where the four indices add up to 7 n."""
-    words = [[(i, word) for i, (word,) in enumerate(GRAMMAR.rules[slot])] for slot in COMBINATION]
-    return [tuple(word for _, word in combination) for combination in itertools.product(*words)
-            if (sum(i for i, _ in combination) % 7 == 0) == held_out]
+    words = [[word for (word,) in GRAMMAR.rules[slot]] for slot in COMBINATION]
+    indices = itertools.product(*(range(len(some)) for some in words))
+    return [combination for combination, at in zip(itertools.product(*words), indices)
+            if (sum(at) % 7 == 0) == held_out]
 
 
 def tell(rng, number, held_out):
