@@ -1,7 +1,7 @@
 """Fast decoding: what is done to a plain Llama, from outside, so that it writes text quickly.
 
-    model = to_decode(Llama.from_pretrained(directory))             weights packed, or quantised to 8 or 4 bits
-    answers = decode_all(model, prompts, max_new_tokens=100)        many requests at once, a free row takes the next
+    model = to_decode(Llama.from_pretrained(directory, torch.float32))    packed, or rounded to 8 or 4 bits
+    answers = decode_all(model, prompts, max_new_tokens=100)              many at once, a free row takes the next
 """
 import functools
 import time
@@ -286,7 +286,7 @@ def to_decode(model, compile=False, bits=32, rows=0):
     """Make a Llama's generation fast; returns the model, which may be another one.
 
     On a CPU float32 matrices are packed; or, with rows, they are made bfloat16 if a step of so many rows takes less
-    time then, on this processor. compile: see `compile_step`. bits: see `pack`.
+    time then, on this processor. compile: see `compile_step`. bits: see `pack`; ValueError where it cannot be.
     """
     weight, ready = model.lm_head.weight, isinstance(model.lm_head, (PackedLinear, Int8Linear))
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and not ready:
@@ -294,6 +294,8 @@ def to_decode(model, compile=False, bits=32, rows=0):
         pack(model, bits)
         if half and seconds_of_step(half, rows) < seconds_of_step(model, rows):
             model = half
+    elif bits < 32:
+        raise ValueError(f"{bits} bits are made of plain float32 weights on a CPU")
     if compile:
         compile_step(model)
     return model
@@ -482,4 +484,4 @@ def beam_search(model, prompt, max_new_tokens, beams, stop_ids=frozenset()):
         for tensor in (cache.lengths, *cache.keys, *cache.values):
             tensor[:len(rows)] = tensor[rows]
         logits = model.decode_one_token(tokens, cache.part(slice(len(rows))))
-    return ended[0][1]
+    return ended[0][1] if ended else []  # there is no room, or none was asked for

@@ -189,6 +189,9 @@ def test_only_plain_layers_are_packed_and_half_precision_stays_as_it_is():
     torch.testing.assert_close(to_decode(model)(idx)[0], want, rtol=1e-5, atol=1e-5)
     assert isinstance(attention.q_proj, Adapter) and isinstance(attention.q_proj.base, decode.PackedLinear)
     half = to_decode(talker().bfloat16())
+    for rounded in model, half:
+        with pytest.raises(ValueError, match="8 bits"):
+            to_decode(rounded, bits=8)
     assert not any(isinstance(m, (decode.PackedLinear, decode.QuickNorm)) for m in half.modules())
     assert to_decode(model) is model  # a second time changes nothing
 
@@ -363,6 +366,12 @@ def test_a_trace_adds_up(changes, packed):
     assert names[at - 1:at + 2:2] == ["model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.o_proj"]
     assert steps[at][4] == ("no RoPE" if "chunk" in changes else "RoPE") and steps[at][1] == (1, 11, 32)
     assert len(sample.steps_of(llama, [1, 2])) == len(steps)
+
+
+def test_a_search_without_room_finds_nothing():
+    model = build(tiny("llama-3.2-1b"))
+    assert decode.beam_search(model, [1, 2], 0, 3) == []
+    assert decode.beam_search(model, [1] * model.config.context, 5, 3) == []
 
 
 # -- 8 and 4 bits ------------------------------------------------------------------------------------------------
