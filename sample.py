@@ -47,8 +47,10 @@ class SampleConfig:
             raise ValueError("--quantize goes with neither --compile nor --dtype: what is not rounded stays in float32")
         if self.save and self.quantize == "none":
             raise ValueError("--save writes rounded weights: it wants --quantize")
-        if self.quantize != "none" and self.trace:
-            raise ValueError("--trace counts whole weights: leave --quantize out")
+        if self.save and (self.start or self.chat):
+            raise ValueError("--save writes weights and no text: leave --start and --chat out")
+        if self.trace and (self.quantize != "none" or self.compile or len(self.start) > 1):
+            raise ValueError("--trace follows one --start through plain weights: leave --quantize and --compile out")
         if self.chat and (self.start or self.trace):
             raise ValueError(f"--chat asks for what you say: leave {'--start' if self.start else '--trace'} out")
         if self.system and not self.chat:
@@ -79,6 +81,12 @@ def newest_run(out=config.ROOT / "out"):
     return max(runs, key=lambda path: path.stat().st_mtime).parent
 
 
+def find(name):
+    """The directory of a run or of a hub name; of the newest run where the name is None."""
+    with config.mistakes(ValueError, FileNotFoundError):
+        return find_checkpoint(newest_run() if name is None else name)
+
+
 def read_prompt(text):
     """The text of a prompt, or of the file it names as FILE:path."""
     if not text.startswith("FILE:"):
@@ -89,17 +97,15 @@ def read_prompt(text):
 
 def load(cfg, rows=1):
     """(model, tokenizer, directory) ready to sample so many rows at once, on the device and in the dtype asked for."""
-    directory = Path(cfg.init_from) if cfg.init_from else newest_run()
-    device, bits = pick_device(cfg.device), BITS[cfg.quantize]
+    device, bits, directory = pick_device(cfg.device), BITS[cfg.quantize], find(cfg.init_from)
     with config.mistakes(ValueError, FileNotFoundError):
-        directory = find_checkpoint(directory)
         rounded = decode.bits_of(directory)
         if bits < 32 or rounded:
             decode.check_quantize(device)
         if rounded:
-            if bits < 32 or cfg.trace or cfg.dtype not in ("auto", "float32"):
-                raise config.Mistake(f"{directory} has weights of {rounded} bits: leave --quantize, --dtype and "
-                                     "--trace out")
+            if bits < 32 or cfg.compile or cfg.trace or cfg.dtype not in ("auto", "float32"):
+                raise config.Mistake(f"{directory} has weights of {rounded} bits: leave --quantize, --compile, --trace "
+                                     "and --dtype out")
             model = decode.load_quantized(directory)
         else:
             dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
@@ -115,6 +121,11 @@ def load(cfg, rows=1):
 
 
 # -- text --------------------------------------------------------------------------------------------------------
+
+def encode_prompt(tok, text):
+    """ids of a text to continue; without one, of the beginning of a document: BOS, or a line's end."""
+    return tok.encode(text, bos=tok.adds_bos or not text) or tok.encode("\n")
+
 
 def fitting(ids, model):
     """ids, if the model's context holds them and at least one more."""
@@ -144,10 +155,7 @@ def complete(model, tok, cfg, title):
     prompts = [read_prompt(t) for t in cfg.start] or [""]
     if cfg.start and "" in prompts:
         raise config.Mistake("the prompt is empty: give some text, or leave --start out to begin a document")
-    encoded = []
-    for prompt in prompts:
-        ids = tok.encode(prompt, bos=tok.adds_bos or not prompt)
-        encoded.append(fitting(ids or tok.encode("\n"), model))  # without a BOS a document begins after a line's end
+    encoded = [fitting(encode_prompt(tok, prompt), model) for prompt in prompts]
     print(title, file=sys.stderr)
     count, seconds = 0, 0.0
     for prompt, ids in zip(prompts, encoded):
@@ -281,7 +289,7 @@ def print_steps(steps):
 def trace(model, tok, cfg, title):
     """Print the steps of a forward pass over the first prompt."""
     prompt = read_prompt(cfg.start[0]) if cfg.start else ""
-    ids = fitting(tok.encode(prompt, bos=tok.adds_bos or not prompt) or tok.encode("\n"), model)
+    ids = fitting(encode_prompt(tok, prompt), model)
     print(title, "tokens: " + " ".join(f"{i}={tok.decode([i], special=True)!r}" for i in ids), sep="\n")
     print_steps(steps_of(model, ids))
 
@@ -289,6 +297,11 @@ def trace(model, tok, cfg, title):
 def main(cfg):
     """Load the model once, then complete, chat or trace."""
     advice = "try --dtype=bfloat16, fewer --max_new_tokens or --device=cpu: "
+    if cfg.save:
+        with config.mistakes(OSError, prefix="--save: "):
+            Path(cfg.save).mkdir(parents=True, exist_ok=True)
+        if any(Path(cfg.save).iterdir()):
+            raise config.Mistake(f"--save: {cfg.save} is not empty")
     with config.mistakes(torch.OutOfMemoryError, prefix=advice):
         model, tok, directory = load(cfg)
         with torch.device("meta"):
@@ -296,14 +309,13 @@ def main(cfg):
         if parameters < 10e6:  # they stay in the caches of one core; two would mostly wait for each other
             torch.set_num_threads(1)
         if cfg.save:
-            if Path(cfg.save).is_dir() and any(Path(cfg.save).iterdir()):
-                raise config.Mistake(f"--save: {cfg.save} is not empty")
-            decode.save_quantized(model, BITS[cfg.quantize], cfg.save)
-            tok.save(cfg.save)
+            with config.mistakes(OSError, prefix="--save: "):
+                decode.save_quantized(model, BITS[cfg.quantize], cfg.save)
+                tok.save(cfg.save)
             print(f"{cfg.save}: {parameters:,} parameters as {cfg.quantize}")
             return
         talk = chat if cfg.chat else trace if cfg.trace else complete
-        talk(model, tok, cfg, f"{os.path.relpath(directory)}: {parameters:,} parameters")
+        talk(model, tok, cfg, f"{cfg.init_from or directory}: {parameters:,} parameters")
 
 
 if __name__ == "__main__":

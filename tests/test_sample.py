@@ -538,16 +538,22 @@ def test_sample_saves_rounded_weights_and_samples_from_them(tmp_path, capsys, mo
     capsys.readouterr()
     sample.main(SampleConfig(init_from=rounded, **how))
     assert capsys.readouterr().out == want
-    for wrong in dict(quantize="int8"), dict(dtype="bfloat16"):
+    for wrong in dict(quantize="int8"), dict(dtype="bfloat16"), dict(compile=True):
         with pytest.raises(config.Mistake, match="4 bits"):
             sample.main(SampleConfig(init_from=rounded, **how, **wrong))
-    with pytest.raises(config.Mistake, match="not empty"):
-        sample.main(SampleConfig(init_from=plain, quantize="int4", save=plain, device="cpu"))
+    file = tmp_path / "b" / "config.json"
+    for there, words in (plain, "not empty"), (str(file), "--save: "), (str(file / "folder"), "--save: "):
+        with pytest.raises(config.Mistake, match=words):  # before anything is loaded
+            sample.main(SampleConfig(init_from="nowhere", quantize="int4", save=there, device="cpu"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(config.Mistake, match="AVX2; this one is DEFAULT"):
         sample.main(SampleConfig(init_from=rounded, **how))
-    with pytest.raises(ValueError, match="--save"):
-        SampleConfig(save="there")
+    for wrong in {}, dict(quantize="int8", start=("a",)), dict(quantize="int8", chat=True):
+        with pytest.raises(ValueError, match="--save"):
+            SampleConfig(save="there", **wrong)
+    for wrong in dict(start=("a", "b")), dict(compile=True):
+        with pytest.raises(ValueError, match="--trace"):
+            SampleConfig(trace=True, **wrong)
 
 
 @pytest.mark.parametrize("faster", (True, False))
