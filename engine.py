@@ -14,7 +14,6 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, model_vali
 import config
 import sample
 import vlm
-from checkpoint import find_checkpoint
 from decode import Batch
 from prepare.images import IMAGE, with_pictures
 
@@ -64,10 +63,21 @@ class Asked(BaseModel):
                     BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = []
     limit: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
     temperature: float | None = Field(None, ge=0, le=2)  # None: that of sample.py; 0, as in vlm.py, of what sees
+    top_k: int = Field(sample.SampleConfig.top_k, ge=0)
     top_p: float = Field(sample.SampleConfig.top_p, ge=0, le=1)
+    min_p: float = Field(sample.SampleConfig.min_p, ge=0, le=1)
     seed: int = Field(default_factory=lambda: secrets.randbits(62), ge=0, lt=2**63)
+    # -- what may only be said as if it were not
     n: Literal[1] = 1
+    best_of: Literal[1] = 1
     logprobs: Literal[False, 0] = False
+    echo: Literal[False] = False
+    suffix: Literal[""] = ""
+    frequency_penalty: float = Field(0, ge=0, le=0)
+    presence_penalty: float = Field(0, ge=0, le=0)
+    logit_bias: dict = Field({}, max_length=0)
+    response_format: dict[Literal["type"], Literal["text"]] = {}
+    functions: list = Field([], max_length=0)
     tools: list = Field([], max_length=0)
 
     @model_validator(mode="before")
@@ -97,27 +107,27 @@ class Engine:
         self.size = min(size, model.config.context)
         self.stop_ids = frozenset(tok.stop_ids | set(model.config.eos_ids))
         self.autocast = eyes.autocast if eyes else nullcontext()
-        self.batch, self.thread = self.make_batch(), ThreadPoolExecutor(1)
+        advice = f"{rows} requests of {self.size} tokens are too many: try fewer --rows or a shorter --context: "
+        with self.autocast, config.mistakes(RuntimeError, prefix=advice):  # torch's, of too little memory
+            self.batch = Batch(model, rows, self.size)
+        self.thread = ThreadPoolExecutor(1)
         self.reading, self.task, self.left = 0, None, []  # prompts in the making; what runs `decode`; who has gone
 
     @classmethod
     def load(cls, cfg):
         """That of a serve.ServeConfig."""
         machine = {key: getattr(cfg, key) for key in ("init_from", "device", "dtype", "quantize")}
-        with config.mistakes(ValueError, FileNotFoundError):
-            machine["init_from"] = str(find_checkpoint(Path(cfg.init_from) if cfg.init_from else sample.newest_run()))
-        name = Path(machine["init_from"]).resolve().name
-        if not vlm.sees(Path(machine["init_from"])):
+        directory = sample.find(cfg.init_from)
+        machine["init_from"] = str(directory)
+        local = cfg.init_from is None or Path(cfg.init_from).is_dir()
+        name = directory.resolve().name if local else cfg.init_from  # owner/model, of the hub
+        if not vlm.sees(directory):
             model, tok, _ = sample.load(config.make(sample.SampleConfig, machine), cfg.rows)
             return cls(name, model, tok, cfg.rows, cfg.context)
         if machine.pop("quantize") != "none":
             raise config.Mistake("--quantize is for runs that read text alone; this one sees")
         eyes = vlm.load(config.make(vlm.VlmConfig, machine))
         return cls(name, eyes.vlm.llama, eyes.tok, cfg.rows, cfg.context, eyes)
-
-    def make_batch(self):
-        with self.autocast:
-            return Batch(self.model, self.rows, self.size)
 
     def held(self):
         """Requests that run, or wait for a row, or whose prompt is in the making."""
@@ -145,8 +155,7 @@ class Engine:
 
     def prompt(self, said, room):
         if isinstance(said, str):
-            ids = self.tok.encode(said, bos=self.tok.adds_bos or not said) or self.tok.encode("\n")
-            return self.fitting(ids, room)
+            return self.fitting(sample.encode_prompt(self.tok, said), room)
         turns, files = [], []
         for role, parts in said:
             pictures = [io.BytesIO(part) for part in parts if isinstance(part, bytes)]
@@ -179,7 +188,8 @@ class Engine:
         "length"). It takes a row when the first piece is asked for, and frees it when no more are. Raises what a step
         raised."""
         usual = 0 if self.eyes else sample.SampleConfig.temperature
-        request = self.batch.add(prompt, asked.limit or self.size, self.stop_ids, top_p=asked.top_p, seed=asked.seed,
+        request = self.batch.add(prompt, asked.limit or self.size, self.stop_ids, asked.seed, top_k=asked.top_k,
+                                 top_p=asked.top_p, min_p=asked.min_p,
                                  temperature=usual if asked.temperature is None else asked.temperature)
         request.queue = asyncio.Queue()
         if self.task is None or self.task.done():
@@ -210,8 +220,9 @@ class Engine:
             try:
                 found = await asyncio.get_running_loop().run_in_executor(self.thread, self.step)
             except Exception as e:  # such as too little memory: those that are here fail, later ones need not
-                found = [(r, e) for r in (*self.batch.running, *self.batch.waiting) if not r.done]
-                self.batch = self.make_batch()
+                found = [(r, e) for r in (*self.batch.running, *self.batch.waiting)]
+                self.batch.running.clear()
+                self.batch.waiting.clear()
             for request, token in found:
                 request.queue.put_nowait(token)
             while self.left:

@@ -151,6 +151,21 @@ def test_null_is_not_given(served):
     assert answer.json()["usage"]["completion_tokens"] == 2
 
 
+def test_what_changes_nothing_may_be_said(served):
+    neutral = dict(n=1, best_of=1, logprobs=False, echo=False, suffix="", frequency_penalty=0.0, presence_penalty=0,
+                   logit_bias={}, response_format={"type": "text"}, functions=[], tools=[], user="me")
+    answer = httpx.post(served[1] + "/v1/completions", json=GOOD | neutral)
+    assert answer.json()["usage"]["completion_tokens"] == 2
+
+
+def test_top_k_and_min_p_choose(served):
+    engine, _, client = served
+    expect = greedy(engine, engine.tok.encode("abc", bos=True), 20)[0]
+    for key in {"top_k": 1}, {"min_p": 1}:
+        done = client.completions.create(model="tiny", prompt="abc", max_tokens=20, temperature=2, extra_body=key)
+        assert done.choices[0].text == expect
+
+
 def test_models(served):
     assert [model.id for model in served[2].models.list()] == ["tiny"]
 
@@ -165,9 +180,12 @@ GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2}
     ({"temperature": -1}, 400, "temperature"), ({"temperature": 1e9}, 400, "temperature"),
     ({"top_p": 1.5}, 400, "top_p"), ({"seed": -1}, 400, "seed"), ({"seed": 2**64}, 400, "seed"),
     ({"n": 2}, 400, "n: "), ({"logprobs": 5}, 400, "logprobs"), ({"tools": [{}]}, 400, "tools"),
-    ({"stop": 3}, 400, "stop"),
-    ({"stop": ["a"] * 5}, 400, "stop"), ({"stop": ""}, 400, "stop"), ({"stop": "a" * 1000}, 400, "stop"),
-    ({"stream": "perhaps"}, 400, "stream"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty"), ({"presence_penalty": -1}, 400, "presence_penalty"),
+    ({"logit_bias": {"5": 1}}, 400, "logit_bias"), ({"echo": True}, 400, "echo"), ({"suffix": "x"}, 400, "suffix"),
+    ({"best_of": 2}, 400, "best_of"), ({"functions": [{}]}, 400, "functions"), ({"min_p": 2}, 400, "min_p"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format"), ({"top_k": -1}, 400, "top_k"),
+    ({"stop": 3}, 400, "stop"), ({"stop": ["a"] * 5}, 400, "stop"), ({"stop": ""}, 400, "stop"),
+    ({"stop": "a" * 1000}, 400, "stop"), ({"stream": "perhaps"}, 400, "stream"),
     ({"stream_options": 3}, 400, "stream_options"), ({"prompt": "x" * 21_000_000}, 413, "more than 20000000 bytes"),
     ({"messages": [{"role": "user", "content": "x"}]}, 400, "a prompt"),
 ])
@@ -235,9 +253,11 @@ def test_a_full_queue_asks_to_come_again():
         assert client.completions.create(**GOOD).usage.completion_tokens == 2
 
 
-def test_a_step_that_fails_ends_no_later_request():
+def test_a_step_that_fails_ends_no_later_request(monkeypatch):
     with serving() as (engine, address):
+        monkeypatch.setattr("engine.Batch", None)  # there may be no memory for a second cache
         def fail():
+            del engine.batch.step  # the next one goes well
             raise RuntimeError("out of memory")
         engine.batch.step = fail
         assert httpx.post(address + "/v1/completions", json=GOOD).json()["error"]["message"].endswith("out of memory")
