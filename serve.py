@@ -43,7 +43,7 @@ class ServeConfig:
 
 def read_settings(argv):
     """ServeConfig of the command line, whose first word may be what to serve."""
-    cfg = config.load(ServeConfig, [f"--init_from={argv[0]}", *argv[1:]] if argv and argv[0][0] != "-" else argv)
+    cfg = config.load(ServeConfig, [f"--init_from={argv[0]}", *argv[1:]] if argv and argv[0][:1] != "-" else argv)
     if missing := [name for name in ("fastapi", "uvicorn", *["gradio"] * cfg.page) if not find_spec(name)]:
         raise config.Mistake(f'the server needs {", ".join(missing)}: pip install -e ".[serve]"')
     return cfg
@@ -53,10 +53,12 @@ if __name__ == "__main__":  # before torch is imported: a typo answers at once
     settings = config.run(read_settings, sys.argv[1:])
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from engine import Asked, Engine
 
@@ -110,10 +112,8 @@ async def answer(request: Request):
         said = {"delta" if asked.stream else "message": {"role": "assistant", "content": text}}
         said = (said if chat else {"text": text}) | {"index": 0, "logprobs": None, "finish_reason": finish}
         return head | {"choices": [said]}
-
     def usage(new):
         return {"usage": {"prompt_tokens": len(prompt), "completion_tokens": new, "total_tokens": len(prompt) + new}}
-
     async def events():
         line = "data: {}\n\n".format
         try:
@@ -143,8 +143,7 @@ def turns_of(messages):
         said = ([{"text": m["content"]}] if isinstance(m["content"], str) else m["content"] for m in same)
         parts = [Path(part["file"]["path"]).read_bytes() if "file" in part else
                  html.unescape(part["text"]) if role == "assistant" else part["text"] for some in said for part in some]
-        none = role == "assistant" and parts[0].startswith(NO_ANSWER)
-        turns = turns[:-1] if none else [*turns, (role, parts)]
+        turns = turns[:-1] if role == "assistant" and parts[0].startswith(NO_ANSWER) else [*turns, (role, parts)]
     return turns
 
 
@@ -178,9 +177,9 @@ def make_app(engine, cfg):
     app = FastAPI(title="everyllama", openapi_url=None)
     app.state.engine, app.state.cfg = engine, cfg
     app.include_router(api)
-    if cfg.host == "127.0.0.1":  # or pages of the web could read answers, by a name that leads here
+    if cfg.host in ("127.0.0.1", "localhost"):  # or pages of the web could read answers, by a name that leads here
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    for kind in HTTPException, ValidationError, config.Mistake, Exception:
+    for kind in HTTPException, ValidationError, config.Mistake, ClientDisconnect, Exception:
         app.add_exception_handler(kind, lambda _, e: JSONResponse(*error_object(e)))
     if cfg.page:
         add_page(app, engine, cfg.body)
@@ -188,9 +187,9 @@ def make_app(engine, cfg):
 
 
 def main(cfg):
-    engine = Engine.load(cfg)
     with config.mistakes(OSError, prefix=f"cannot listen at {cfg.host}:{cfg.port}: "):
         listener = socket.create_server((cfg.host, cfg.port))
+    engine = Engine.load(cfg)
     server = uvicorn.Server(uvicorn.Config(make_app(engine, cfg), log_level="warning", timeout_graceful_shutdown=3))
     print(f"{engine.name} at http://{cfg.host}:{listener.getsockname()[1]}, the API under /v1", flush=True)
     logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)  # cutting off a page is no error

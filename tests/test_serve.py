@@ -223,6 +223,15 @@ def test_bodies_that_are_no_json_do_no_harm(served):
 
 def test_a_name_that_leads_here_from_elsewhere_is_no_way_in(served):
     assert httpx.get(served[1] + "/v1/models", headers={"Host": "example.com"}).status_code == 400
+    with serving(engine=served[0], host="localhost") as (_, address):
+        assert httpx.get(address + "/v1/models").status_code == 200
+        assert httpx.get(address + "/v1/models", headers={"Host": "example.com"}).status_code == 400
+
+
+def test_addresses_and_methods_that_are_not_served_are_errors_as_openai_has_them(served):
+    for path, status in ("/v1/embeddings", 404), ("/v1/completions", 405):
+        answer = httpx.get(served[1] + path)
+        assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_a_client_that_leaves_frees_its_row():
@@ -267,14 +276,52 @@ def test_a_step_that_fails_ends_no_later_request(monkeypatch):
         assert httpx.post(address + "/v1/completions", json=GOOD).status_code == 200
 
 
+def small(rows):
+    """An Engine without a server."""
+    model = build(tiny("stories15m", vocab_size=VOCABULARY, context=4096))
+    return serve.Engine("tiny", model, characters(), rows, 3000)
+
+
+def test_a_step_that_fails_halfway_leaves_nobody_waiting():
+    """The first request has its only token already, when the prompt of the second finds no memory."""
+    engine = small(rows=2)
+    read = engine.batch.read
+
+    def second_fails(prompt, row):
+        if row:
+            raise RuntimeError("out of memory")
+        return read(prompt, row)
+    engine.batch.read = second_fails
+
+    async def ask():
+        return [piece async for piece in engine.write([1], serve.Asked(model="tiny", max_tokens=1))]
+
+    async def both():
+        return await asyncio.wait_for(asyncio.gather(ask(), ask(), return_exceptions=True), 5)
+    assert [type(answer) for answer in asyncio.run(both())] == [RuntimeError] * 2 and not engine.held()
+
+
+SCOPE = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"host", b"localhost")],
+         "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("localhost", 80)}
+
+
+def test_a_client_that_leaves_during_its_upload_is_no_error():
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive():
+        return messages.pop()
+
+    async def send(_):
+        pass
+    asyncio.run(serve.make_app(small(rows=1), serve.ServeConfig(page=False))(dict(SCOPE), receive, send))
+    assert not messages
+
+
 def test_a_client_that_leaves_before_its_stream_begins_keeps_no_row():
     """It hangs up between its request and the first byte of the answer: the server finds that out when it sends."""
-    cfg = serve.ServeConfig(page=False, rows=1, context=3000)
-    engine = serve.Engine("tiny", build(tiny("stories15m", vocab_size=VOCABULARY, context=4096)), characters(), 1, 3000)
+    cfg, engine = serve.ServeConfig(page=False, rows=1, context=3000), small(rows=1)
     engine.stop_ids = frozenset()
     body = json.dumps(GOOD | {"max_tokens": 2900, "stream": True}).encode()
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"host", b"localhost")],
-             "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("localhost", 80)}
 
     async def leave(version):
         messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -285,7 +332,7 @@ def test_a_client_that_leaves_before_its_stream_begins_keeps_no_row():
         async def send(_):
             raise OSError("the client has gone")
         with contextlib.suppress(Exception):
-            await serve.make_app(engine, cfg)(scope | {"asgi": {"version": "3.0", "spec_version": version}}, receive,
+            await serve.make_app(engine, cfg)(SCOPE | {"asgi": {"version": "3.0", "spec_version": version}}, receive,
                                               send)
         for _ in range(20):  # steps, in which a row is freed
             await asyncio.sleep(0.01)
@@ -369,12 +416,33 @@ def test_pictures_that_have_no_place(eyes, served):
 
 # -- the program ------------------------------------------------------------------------------------------------
 
-def test_a_port_that_is_taken_is_one_line(tmp_path):
-    build(tiny("stories15m", vocab_size=VOCABULARY)).save_pretrained(tmp_path)
-    characters().save(tmp_path)
+def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(config.Mistake, match="cannot listen at 127.0.0.1"):
             serve.main(serve.read_settings([str(tmp_path), "--page=False", f"--port={taken.getsockname()[1]}"]))
+
+
+def test_a_cache_that_is_too_large_is_one_line():
+    with pytest.raises(config.Mistake, match="fewer --rows or a shorter --context"):
+        small(rows=10**9)
+
+
+def test_a_model_of_the_hub_has_its_name_there(tmp_path, monkeypatch):
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    build(tiny("stories15m", vocab_size=VOCABULARY)).save_pretrained(snapshot)
+    characters().save(snapshot)
+    for name, want in ("owner/model", "owner/model"), (str(snapshot), "0123abcd"):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda asked, **_: {"owner/model": snapshot}[asked])
+        engine = serve.Engine.load(serve.ServeConfig(init_from=name, device="cpu", dtype="float32"))
+        assert engine.name == want
+
+
+def test_an_empty_name_is_not_the_newest_run(tmp_path, monkeypatch):
+    cfg = serve.read_settings(["", "--page=False", "--device=cpu"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sample.newest_run", None)
+    with pytest.raises(config.Mistake, match="config.json"):
+        serve.Engine.load(cfg)
 
 
 def test_missing_packages_are_one_line(monkeypatch):
