@@ -112,8 +112,10 @@ async def answer(request: Request):
         said = {"delta" if asked.stream else "message": {"role": "assistant", "content": text}}
         said = (said if chat else {"text": text}) | {"index": 0, "logprobs": None, "finish_reason": finish}
         return head | {"choices": [said]}
+
     def usage(new):
         return {"usage": {"prompt_tokens": len(prompt), "completion_tokens": new, "total_tokens": len(prompt) + new}}
+
     async def events():
         line = "data: {}\n\n".format
         try:

@@ -1,6 +1,6 @@
 """Rewards instead of answers: a Llama that knows half of the quiz's answers is rewarded for the right ones.
 
-    python train.py config/quiz.py --max_iters=250 --out_dir=out/quiz_half
+    python train.py config/quiz.py --max_iters=150 --out_dir=out/quiz_half
     python feedback.py config/quiz_grpo.py
 """
 init_from = "out/quiz_half"

@@ -26,7 +26,7 @@ ROWS = {  # name: (what is learned, the command, where it begins)
     "sft": ("then the answers (SFT)", "train.py config/quiz.py", "begin"),
     "lora_begin": ("to copy, with LoRA", "train.py config/quiz_begin.py --lora_rank=16", "out/tales"),
     "lora": ("then the answers, with LoRA", "train.py config/quiz.py", "lora_begin"),
-    "half": ("SFT, stopped early", "train.py config/quiz.py --max_iters=250", "begin"),
+    "half": ("SFT, stopped early", "train.py config/quiz.py --max_iters=150", "begin"),
     "grpo": ("rewards (GRPO)", "feedback.py config/quiz_grpo.py", "half"),
     "rank1": ("rewards, LoRA of rank 1", "feedback.py config/quiz_grpo.py --lora_rank=1", "half"),
     "rejection": ("its own right answers (rejection sampling)", "feedback.py config/quiz_grpo.py --baseline=zero",
