@@ -243,7 +243,9 @@ def check_writable(cfg, out):
 def held(out):
     """run.json of a run, if it has one, locked as long as it is open. Raises `Mistake` if another process holds it."""
     path = out / "run.json"
-    file = open(path if path.exists() else os.devnull)
+    if not os.path.exists(path):
+        return open(os.devnull)
+    file = open(path)
     try:
         import fcntl  # Windows has none
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -256,6 +258,7 @@ def held(out):
 
 def start_directory(out, facts, log):
     """Make the run directory, an earlier run moved aside; write the log so far and run.json, returned locked."""
+    held(out).close()  # by a process that began at the same time, when neither had a run.json yet
     with config.mistakes(OSError, prefix="cannot write the run directory: "):
         if facts["settings"]["init_from"] != "resume" and latest(out):
             aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())

@@ -166,6 +166,19 @@ def test_a_run_is_written_by_one_process(run, monkeypatch):
     train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7)))
 
 
+def test_of_two_that_start_together_one_writes(tmp_path):
+    """Neither finds a run.json when it looks; what locks the first one's must stop the second."""
+    out = tmp_path / "run"
+    with runs.held(out), runs.held(tmp_path / "another"):  # nothing there is nothing to lock
+        pass
+    facts, log = {"settings": {"init_from": "scratch"}}, runs.Log(out, 0)
+    with runs.start_directory(out, facts, log):
+        before = (out / "run.json").stat()
+        with pytest.raises(config.Mistake, match="another process is writing the run"):
+            runs.start_directory(out, facts, log)
+        assert (out / "run.json").stat().st_ino == before.st_ino and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_run_does_not_move_what_it_starts_from(run, stories, monkeypatch):
     for source in run, run / "best":
         with pytest.raises(config.Mistake, match="is where this run starts from: give another --out_dir"):
