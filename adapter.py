@@ -216,7 +216,7 @@ def portable(source):
     if not Path(source).is_dir():
         return str(source)  # on the hub
     path = Path(os.path.abspath(source))
-    return str(path.relative_to(config.ROOT) if config.ROOT in path.parents else path)
+    return (path.relative_to(config.ROOT) if config.ROOT in path.parents else path).as_posix()  # as Windows reads too
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def write(directory, hf, state, max_shard_size="5GB"):
                 Path(folder, file).write_text(json.dumps(content, indent=2) + "\n")
             for file in Path(folder).iterdir():
                 file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read
-                with open(file, "rb") as f:
+                with open(file, "rb+") as f:  # Windows syncs no file that is open only for reading
                     os.fsync(f.fileno())
                 file.replace(directory / file.name)
     if rank == 0:
