@@ -8,6 +8,7 @@ adapter_config.json is kept as `llama.adapter`. What it asks for that is not sup
 every tensor that has no place. Sources: peft 0.21 `tuners/tuners_utils.py`, `tuners/lora/layer.py`,
 `utils/save_and_load.py`; rsLoRA (arXiv:2312.03732).
 """
+import hashlib
 import json
 import os
 import re
@@ -219,12 +220,25 @@ def portable(source):
     return (path.relative_to(config.ROOT) if config.ROOT in path.parents else path).as_posix()  # as Windows reads too
 
 
+def digest(llama):
+    """What tells a base model from the same one after training: the hash of its first k_proj, in bfloat16, in which
+    the base may be opened. All processes that share the model call it."""
+    k_proj = llama.model.layers[0].self_attn.k_proj
+    weight = checkpoint.whole(getattr(k_proj, "base_layer", k_proj).weight).to("cpu", torch.bfloat16)
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
 @torch.no_grad()
 def read_tensors(llama, path, settings):
-    """Read A and B of every module. Raises ValueError for tensors that are missing, mis-shaped or have no place."""
+    """Read A and B of every module. Raises ValueError for tensors that are missing, mis-shaped or have no place, and
+    for those that were learned on a base model of other weights."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path} (pickled weights are not read: they can run code)")
     tensors = {name.replace("model.language_model.", "model."): t for name, t in checkpoint.read_tensors(path).items()}
+    with checkpoint.opened(path) as file:
+        base = (file.metadata() or {}).get("base_sha256")  # None in files of peft
+    if base not in (None, digest(llama)):
+        raise ValueError(f"{path.parent}: the base model has changed since ({settings['base_model_name_or_path']})")
     version = re.match(r"(\d+)\.(\d+)", str(settings.get("peft_version")))  # before 0.18 there was none
     version = tuple(map(int, version.groups())) if version else (0, 0)
     names = {f"{place}.lora_{part}.weight" for place, *_ in places(llama) for part in "AB"}
@@ -249,11 +263,12 @@ def save(llama, directory):
     for place, _, module in places(llama):
         pair = to_peft(*(checkpoint.whole(t).cpu() for t in (module.lora_A, module.lora_B)))
         tensors |= {f"{place}.lora_{part}.weight": t.contiguous() for part, t in zip("AB", pair)}
+    metadata = {"format": "pt", "base_sha256": digest(llama)}
     if RANK > 0:  # of processes that share the model
         return
     directory.mkdir(parents=True, exist_ok=True)
     with atomic_write(directory / "adapter_model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata=metadata)
     with atomic_write(directory / "adapter_config.json") as path:
         path.write_text(json.dumps(llama.adapter, indent=2) + "\n")
 

@@ -343,7 +343,7 @@ def read_tensors(path, prefixes=("",)):
     """{name: tensor} of a safetensors file, or of all those of a checkpoint, whose names begin with one of prefixes."""
     tensors = {}
     for part in _weight_files(path) if path.is_dir() else [path]:
-        with _opened(part) as file:
+        with opened(part) as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
     return tensors
 
@@ -363,7 +363,7 @@ def _find_tensors(directory, cfg, shapes):
     headers of a directory's safetensors files: what is wrong with them is found before anything is read."""
     found, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
     for path in _weight_files(directory):
-        with _opened(path) as file:
+        with opened(path) as file:
             for name in file.keys():
                 ours, part = _our_name(name, cfg, shapes), file.get_slice(name)
                 if ours in found:
@@ -390,7 +390,7 @@ def refuse(where, wrong):
 
 
 @contextlib.contextmanager
-def _opened(path):
+def opened(path):
     """A safetensors file, open; what is wrong with it is a ValueError."""
     from safetensors import safe_open
     try:
@@ -402,7 +402,7 @@ def _opened(path):
 
 def _need_equal(directory, embedding, head):
     """Raise ValueError if the embedding and the head, as in `_find_tensors`, are two matrices."""
-    with _opened(embedding[0]) as one, _opened(head[0]) as two:
+    with opened(embedding[0]) as one, opened(head[0]) as two:
         same = embedding[2:] == head[2:] and torch.equal(one.get_tensor(embedding[1]), two.get_tensor(head[1]))
     if not same:
         raise ValueError(f"{directory}: tie_word_embeddings is true in config.json, but {head[1]} is not "
@@ -414,7 +414,7 @@ def _fill(llama, places):
     """Read each parameter, or the part of it that this process has, from where `_find_tensors` found it."""
     parameters = {name.replace(".base_layer", ""): p for name, p in llama.named_parameters()}  # of an adapted one
     for ours, (path, name, *_) in places.items():
-        with _opened(path) as file:
+        with opened(path) as file:
             p, t = parameters[ours], file.get_tensor(name)  # of which nothing is read before it is copied
             if not hasattr(p, "placements"):
                 p.copy_(t)

@@ -196,6 +196,24 @@ def test_files_come_back_bit_for_bit(base, tmp_path, shape):
         n for n in again.state_dict() if "lora_" in n}
 
 
+def test_a_base_that_was_trained_on_is_refused(base, tmp_path):
+    """In any dtype, and after a single step at a small rate; a base in bfloat16 is the same one."""
+    llama = Llama.from_pretrained(base(SHAPE4))
+    adapter.begin(llama, 4, 8, tmp_path / "base", seed=0)
+    adapter.save(llama, tmp_path / "adapter")
+    plain = Llama.from_pretrained(tmp_path / "base")
+    plain.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    for dtype in torch.float32, torch.bfloat16:
+        adapter.save(adapter.load(tmp_path / "adapter", dtype), tmp_path / "adapter")
+    plain.float()
+    for p in plain.parameters():
+        p.data.add_(1e-5)
+    plain.save_pretrained(tmp_path / "base")
+    for dtype in torch.float32, torch.bfloat16:
+        with pytest.raises(ValueError, match="the base model has changed since"):
+            adapter.load(tmp_path / "adapter", dtype)
+
+
 # -- what is not supported -------------------------------------------------------------------------------------------
 
 def changed(folder, **keys):
