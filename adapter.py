@@ -48,6 +48,7 @@ READ = {"base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_patter
 HARMLESS = {"task_type", "auto_mapping", "inference_mode", "layers_pattern", "lora_dropout", "megatron_core",
             "qalora_group_size", "eva_config", "runtime_config"}  # they change no logits
 DEFAULTS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), "revision": ("main",)}
+LAYOUT = "0.21.2"  # the release of peft as which A and B are written
 
 
 # -- which matrices, of which rank -----------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def begin(llama, rank, alpha, base, seed):
     llama.adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": portable(base),
                      "r": rank, "lora_alpha": alpha, "use_rslora": False, "target_modules": MATRICES,
                      "target_parameters": EXPERTS if llama.config.n_experts else None, "bias": "none",
-                     "lora_dropout": 0.0, "inference_mode": True, "peft_version": "0.21.2"}  # whose layout this is
+                     "lora_dropout": 0.0, "inference_mode": True, "peft_version": LAYOUT}
     lora.attach(llama, paths(llama, llama.adapter))
     if not llama.lm_head.weight.is_meta:
         lora.draw(llama, seed)
@@ -158,7 +159,7 @@ def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
             except (re.error, TypeError) as e:
                 raise ValueError(f"{directory / 'adapter_config.json'}: target_modules and patterns must be lists of "
                                  f"names or regular expressions: {e}") from None
-            llama.adapter = settings
+            llama.adapter = settings | {"peft_version": LAYOUT}  # however its files were, it is written anew
         if new:
             begin(llama, *new)
         if split:
@@ -173,7 +174,7 @@ def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
 
 def is_adapter(directory):
     """Whether a directory holds an adapter instead of whole weights."""
-    return (Path(directory) / "adapter_config.json").is_file()
+    return os.path.isfile(Path(directory) / "adapter_config.json")
 
 
 def read_settings(directory):
@@ -196,14 +197,15 @@ def read_settings(directory):
 
 
 def base_of(directory):
-    """Where the base model of an adapter is. A relative path begins at the current directory, as for peft, or at any
-    folder that the adapter is in, so that a folder of runs can be moved as a whole."""
+    """Where the base model of an adapter is. A relative path begins at the current directory, as for peft, at any
+    folder that the adapter is in, so that a folder of runs can be moved as a whole, or at the project's root, where
+    `portable` has it begin."""
     directory = Path(directory).absolute()
     name = read_settings(directory).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise ValueError(f"{directory}/adapter_config.json names no base model in base_model_name_or_path")
-    for start in (Path(), directory, *directory.parents):
-        if (start / name).is_dir():
+    for start in (Path(), directory, *directory.parents, config.ROOT):
+        if os.path.isdir(start / name):
             return start / name
     try:
         return checkpoint.find_checkpoint(name)
@@ -258,17 +260,16 @@ def save(llama, directory):
     """Write a checkpoint: of an adapted Llama the adapter alone, else all of it."""
     if not hasattr(llama, "adapter"):
         return checkpoint.save(llama, directory)
-    from safetensors.torch import save_file
     directory, tensors = Path(directory), {}
     for place, _, module in places(llama):
         pair = to_peft(*(checkpoint.whole(t).cpu() for t in (module.lora_A, module.lora_B)))
         tensors |= {f"{place}.lora_{part}.weight": t.contiguous() for part, t in zip("AB", pair)}
-    metadata = {"format": "pt", "base_sha256": digest(llama)}
+    base = digest(llama)
     if RANK > 0:  # of processes that share the model
         return
     directory.mkdir(parents=True, exist_ok=True)
     with atomic_write(directory / "adapter_model.safetensors") as path:
-        save_file(tensors, path, metadata=metadata)
+        checkpoint.write_tensors(tensors, path, base_sha256=base)
     with atomic_write(directory / "adapter_config.json") as path:
         path.write_text(json.dumps(llama.adapter, indent=2) + "\n")
 

@@ -32,7 +32,7 @@ def load(name, dtype=None, device="cpu", prepare=None, **overrides):
     mis-shaped tensors.
     """
     directory = find_checkpoint(name)
-    if (directory / "adapter_config.json").exists():
+    if os.path.exists(directory / "adapter_config.json"):
         raise ValueError(f"{directory} holds an adapter (adapter_config.json), which adapter.load opens; or merge it")
     generation = directory / "generation_config.json"
     cfg = config_from_hf(read_json(directory / "config.json"), read_json(generation) if generation.exists() else {})
@@ -62,7 +62,6 @@ def save(llama, directory, state=None, max_shard_size="5GB"):
 def write(directory, hf, state, max_shard_size="5GB"):
     """Write hf, the dict of a config.json (None: without one), and the tensors of state. See `save`."""
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     rank, world = (RANK, WORLD) if any(hasattr(t, "placements") for t in state.values()) else (0, 1)
@@ -86,7 +85,7 @@ def write(directory, hf, state, max_shard_size="5GB"):
                         tensors[name] = t.cpu().contiguous()
             with written():
                 if mine:
-                    save_file(tensors, Path(folder, mine), metadata={"format": "pt"})
+                    write_tensors(tensors, Path(folder, mine))
         with written():
             for file, content in texts.items() if rank == 0 else ():
                 Path(folder, file).write_text(json.dumps(content, indent=2) + "\n")
@@ -97,6 +96,15 @@ def write(directory, hf, state, max_shard_size="5GB"):
                 file.replace(directory / file.name)
     if rank == 0:
         remove_weights(directory, except_for={*texts, *split.filename_to_tensors})
+
+
+def write_tensors(tensors, path, **metadata):
+    """Write {name: tensor} as a safetensors file. Raises OSError where the disk is full, as other files do."""
+    from safetensors.torch import save_file
+    try:
+        save_file(tensors, path, metadata={"format": "pt"} | metadata)
+    except SafetensorError as e:
+        raise OSError(first_line(e)) from None
 
 
 def whole(t):
@@ -116,7 +124,7 @@ def find_checkpoint(name):
     """The local directory of a checkpoint: `name` itself, or the copy of the Hugging Face hub's model of that name.
 
     Raises FileNotFoundError when there is neither. A model that is not public needs a token in HF_TOKEN."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # Path.is_dir raises an error of its own before Python 3.14 where nothing may be read
         return Path(name)
     from huggingface_hub import errors, snapshot_download
     name = str(name)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import adapter
 import common
 import config
 import model
@@ -271,6 +272,17 @@ def test_no_space_for_a_run_directory(place, monkeypatch, capsys):
         found = run_script(monkeypatch, capsys, "train.py", command(place, "train.py", [], []))
     check("cannot write the run directory: ", *found)
     assert files_in(place) == before
+
+
+def test_a_disk_that_is_full_is_an_os_error(tmp_path):
+    """Of safetensors too, for whoever merges or saves outside of a run."""
+    llama = model.Llama(model.LlamaConfig(vocab_size=4, context=4, **SMALL))
+    with largest_file(3000), pytest.raises(OSError, match="File too large"):
+        llama.save_pretrained(tmp_path / "whole")
+    llama.save_pretrained(tmp_path / "base")
+    adapter.begin(llama, 4, 8, tmp_path / "base", seed=0)
+    with largest_file(3000), pytest.raises(OSError, match="File too large"):
+        adapter.save(llama, tmp_path / "adapter")
 
 
 def test_files_are_synced_while_they_can_be_written(tmp_path, monkeypatch):

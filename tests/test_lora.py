@@ -138,8 +138,10 @@ def test_experts_as_peft_wrote_them_before_0_19(base, tmp_path, shape):
     said = json.loads((tmp_path / "old/adapter_config.json").read_text())
     for version in ("0.18.1", None):
         (tmp_path / "old/adapter_config.json").write_text(json.dumps(said | {"peft_version": version}))
+        adapter.save(adapter.load(tmp_path / "old"), tmp_path / "again")  # as a run that goes on does
         with torch.no_grad():
-            close(adapter.load(tmp_path / "old")(tokens())[0], expected(tokens())[0])
+            for name in "old", "again":
+                close(adapter.load(tmp_path / name)(tokens())[0], expected(tokens())[0])
 
 
 # -- and ours open in peft -------------------------------------------------------------------------------------------
@@ -303,6 +305,9 @@ def test_a_folder_of_runs_can_be_moved(tmp_path, monkeypatch):
     shutil.move(tmp_path / "out", tmp_path / "elsewhere" / "out")
     for place in "run", "run/best", "run/checkpoints/step_00000010":
         assert adapter.base_of(tmp_path / "elsewhere/out" / place) == tmp_path / "elsewhere/out/base"
+    adapter.save(llama, tmp_path.parent / f"{tmp_path.name}_far")  # and from the project's root
+    shutil.move(tmp_path / "elsewhere/out", tmp_path / "out")
+    assert adapter.base_of(tmp_path.parent / f"{tmp_path.name}_far") == tmp_path / "out/base"
     assert adapter.portable("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
 
 
@@ -337,7 +342,8 @@ def test_a_run_learns_an_adapter_and_resumes_to_the_bit(words, run, tmp_path, ca
     before = (run / "model.safetensors").read_bytes()
     whole, halves = tmp_path / "lora", tmp_path / "halves"
     train.main(settings(words, whole, init_from=str(run), **LORA), {})
-    assert "parameters learn" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "parameters learn" in said and ", adamw, lr" in said
     shutil.copytree(whole / "checkpoints/step_00000010", halves / "checkpoints/step_00000010")
     shutil.copy(whole / "log.jsonl", halves)
     train.main(settings(words, halves, init_from="resume", **LORA), {})
@@ -464,6 +470,12 @@ def test_lora_needs_a_model_that_is_there():
         config.make(adapter.MergeConfig, {"merge": "x"})
 
 
+def test_replicas_are_of_split_models():
+    with pytest.raises(ValueError, match="replicas counts split models: it needs --shard=True"):
+        train.TrainConfig(replicas=4)
+    train.TrainConfig(replicas=4, shard=True)
+
+
 def test_the_head_and_muon_leave_adapters_alone(base, tmp_path):
     llama = Llama.from_pretrained(base(SHAPE4))
     adapter.begin(llama, 4, 8, tmp_path / "base", seed=0)
@@ -471,6 +483,14 @@ def test_the_head_and_muon_leave_adapters_alone(base, tmp_path):
     count = sum(p.numel() for group in adamw.param_groups for p in group["params"])
     assert count == sum(p.numel() for n, p in llama.named_parameters() if "lora_" in n)
     assert not any("router" in n or "lm_head" in n for n, p in llama.named_parameters() if p.requires_grad)
+
+
+def test_muon_iterates_in_bfloat16_only_where_that_is_fast_or_asked_for(base):
+    llama, cfg = Llama.from_pretrained(base(SHAPE)), train.TrainConfig(optimizer="muon")
+    for device, dtype, expected in ("cpu", "float32", "float32"), ("cpu", "bfloat16", "bfloat16"), (
+            "mps", "float32", "float32"), ("mps", "float16", "float32"):
+        _, muon = optim.make_optimizers(llama, cfg, torch.device(device), getattr(torch, dtype))
+        assert muon.dtype == getattr(torch, expected), (device, dtype)
 
 
 def test_decoding_is_the_same_with_a_cache(base, tmp_path):
