@@ -8,6 +8,7 @@ adapter_config.json is kept as `llama.adapter`. What it asks for that is not sup
 every tensor that has no place. Sources: peft 0.21 `tuners/tuners_utils.py`, `tuners/lora/layer.py`,
 `utils/save_and_load.py`; rsLoRA (arXiv:2312.03732).
 """
+import hashlib
 import json
 import os
 import re
@@ -47,6 +48,7 @@ READ = {"base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_patter
 HARMLESS = {"task_type", "auto_mapping", "inference_mode", "layers_pattern", "lora_dropout", "megatron_core",
             "qalora_group_size", "eva_config", "runtime_config"}  # they change no logits
 DEFAULTS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), "revision": ("main",)}
+LAYOUT = "0.21.2"  # the release of peft as which A and B are written
 
 
 # -- which matrices, of which rank -----------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ def begin(llama, rank, alpha, base, seed):
     llama.adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": portable(base),
                      "r": rank, "lora_alpha": alpha, "use_rslora": False, "target_modules": MATRICES,
                      "target_parameters": EXPERTS if llama.config.n_experts else None, "bias": "none",
-                     "lora_dropout": 0.0, "inference_mode": True, "peft_version": "0.21.2"}  # whose layout this is
+                     "lora_dropout": 0.0, "inference_mode": True, "peft_version": LAYOUT}
     lora.attach(llama, paths(llama, llama.adapter))
     if not llama.lm_head.weight.is_meta:
         lora.draw(llama, seed)
@@ -157,7 +159,7 @@ def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
             except (re.error, TypeError) as e:
                 raise ValueError(f"{directory / 'adapter_config.json'}: target_modules and patterns must be lists of "
                                  f"names or regular expressions: {e}") from None
-            llama.adapter = settings
+            llama.adapter = settings | {"peft_version": LAYOUT}  # however its files were, it is written anew
         if new:
             begin(llama, *new)
         if split:
@@ -172,7 +174,7 @@ def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
 
 def is_adapter(directory):
     """Whether a directory holds an adapter instead of whole weights."""
-    return (Path(directory) / "adapter_config.json").is_file()
+    return os.path.isfile(Path(directory) / "adapter_config.json")
 
 
 def read_settings(directory):
@@ -195,14 +197,15 @@ def read_settings(directory):
 
 
 def base_of(directory):
-    """Where the base model of an adapter is. A relative path begins at the current directory, as for peft, or at any
-    folder that the adapter is in, so that a folder of runs can be moved as a whole."""
+    """Where the base model of an adapter is. A relative path begins at the current directory, as for peft, at any
+    folder that the adapter is in, so that a folder of runs can be moved as a whole, or at the project's root, where
+    `portable` has it begin."""
     directory = Path(directory).absolute()
     name = read_settings(directory).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise ValueError(f"{directory}/adapter_config.json names no base model in base_model_name_or_path")
-    for start in (Path(), directory, *directory.parents):
-        if (start / name).is_dir():
+    for start in (Path(), directory, *directory.parents, config.ROOT):
+        if os.path.isdir(start / name):
             return start / name
     try:
         return checkpoint.find_checkpoint(name)
@@ -216,15 +219,28 @@ def portable(source):
     if not Path(source).is_dir():
         return str(source)  # on the hub
     path = Path(os.path.abspath(source))
-    return str(path.relative_to(config.ROOT) if config.ROOT in path.parents else path)
+    return (path.relative_to(config.ROOT) if config.ROOT in path.parents else path).as_posix()  # as Windows reads too
+
+
+def digest(llama):
+    """What tells a base model from the same one after training: the hash of its first k_proj, in bfloat16, in which
+    the base may be opened. All processes that share the model call it."""
+    k_proj = llama.model.layers[0].self_attn.k_proj
+    weight = checkpoint.whole(getattr(k_proj, "base_layer", k_proj).weight).to("cpu", torch.bfloat16)
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 @torch.no_grad()
 def read_tensors(llama, path, settings):
-    """Read A and B of every module. Raises ValueError for tensors that are missing, mis-shaped or have no place."""
+    """Read A and B of every module. Raises ValueError for tensors that are missing, mis-shaped or have no place, and
+    for those that were learned on a base model of other weights."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path} (pickled weights are not read: they can run code)")
     tensors = {name.replace("model.language_model.", "model."): t for name, t in checkpoint.read_tensors(path).items()}
+    with checkpoint.opened(path) as file:
+        base = (file.metadata() or {}).get("base_sha256")  # None in files of peft
+    if base not in (None, digest(llama)):
+        raise ValueError(f"{path.parent}: the base model has changed since ({settings['base_model_name_or_path']})")
     version = re.match(r"(\d+)\.(\d+)", str(settings.get("peft_version")))  # before 0.18 there was none
     version = tuple(map(int, version.groups())) if version else (0, 0)
     names = {f"{place}.lora_{part}.weight" for place, *_ in places(llama) for part in "AB"}
@@ -244,16 +260,16 @@ def save(llama, directory):
     """Write a checkpoint: of an adapted Llama the adapter alone, else all of it."""
     if not hasattr(llama, "adapter"):
         return checkpoint.save(llama, directory)
-    from safetensors.torch import save_file
     directory, tensors = Path(directory), {}
     for place, _, module in places(llama):
         pair = to_peft(*(checkpoint.whole(t).cpu() for t in (module.lora_A, module.lora_B)))
         tensors |= {f"{place}.lora_{part}.weight": t.contiguous() for part, t in zip("AB", pair)}
+    base = digest(llama)
     if RANK > 0:  # of processes that share the model
         return
     directory.mkdir(parents=True, exist_ok=True)
     with atomic_write(directory / "adapter_model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        checkpoint.write_tensors(tensors, path, base_sha256=base)
     with atomic_write(directory / "adapter_config.json") as path:
         path.write_text(json.dumps(llama.adapter, indent=2) + "\n")
 

@@ -32,7 +32,7 @@ def load(name, dtype=None, device="cpu", prepare=None, **overrides):
     mis-shaped tensors.
     """
     directory = find_checkpoint(name)
-    if (directory / "adapter_config.json").exists():
+    if os.path.exists(directory / "adapter_config.json"):
         raise ValueError(f"{directory} holds an adapter (adapter_config.json), which adapter.load opens; or merge it")
     generation = directory / "generation_config.json"
     cfg = config_from_hf(read_json(directory / "config.json"), read_json(generation) if generation.exists() else {})
@@ -62,7 +62,6 @@ def save(llama, directory, state=None, max_shard_size="5GB"):
 def write(directory, hf, state, max_shard_size="5GB"):
     """Write hf, the dict of a config.json (None: without one), and the tensors of state. See `save`."""
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     rank, world = (RANK, WORLD) if any(hasattr(t, "placements") for t in state.values()) else (0, 1)
@@ -86,17 +85,26 @@ def write(directory, hf, state, max_shard_size="5GB"):
                         tensors[name] = t.cpu().contiguous()
             with written():
                 if mine:
-                    save_file(tensors, Path(folder, mine), metadata={"format": "pt"})
+                    write_tensors(tensors, Path(folder, mine))
         with written():
             for file, content in texts.items() if rank == 0 else ():
                 Path(folder, file).write_text(json.dumps(content, indent=2) + "\n")
             for file in Path(folder).iterdir():
                 file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read
-                with open(file, "rb") as f:
+                with open(file, "rb+") as f:  # Windows syncs no file that is open only for reading
                     os.fsync(f.fileno())
                 file.replace(directory / file.name)
     if rank == 0:
         remove_weights(directory, except_for={*texts, *split.filename_to_tensors})
+
+
+def write_tensors(tensors, path, **metadata):
+    """Write {name: tensor} as a safetensors file. Raises OSError where the disk is full, as other files do."""
+    from safetensors.torch import save_file
+    try:
+        save_file(tensors, path, metadata={"format": "pt"} | metadata)
+    except SafetensorError as e:
+        raise OSError(first_line(e)) from None
 
 
 def whole(t):
@@ -116,7 +124,7 @@ def find_checkpoint(name):
     """The local directory of a checkpoint: `name` itself, or the copy of the Hugging Face hub's model of that name.
 
     Raises FileNotFoundError when there is neither. A model that is not public needs a token in HF_TOKEN."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # Path.is_dir raises an error of its own before Python 3.14 where nothing may be read
         return Path(name)
     from huggingface_hub import errors, snapshot_download
     name = str(name)
@@ -343,7 +351,7 @@ def read_tensors(path, prefixes=("",)):
     """{name: tensor} of a safetensors file, or of all those of a checkpoint, whose names begin with one of prefixes."""
     tensors = {}
     for part in _weight_files(path) if path.is_dir() else [path]:
-        with _opened(part) as file:
+        with opened(part) as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
     return tensors
 
@@ -363,7 +371,7 @@ def _find_tensors(directory, cfg, shapes):
     headers of a directory's safetensors files: what is wrong with them is found before anything is read."""
     found, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
     for path in _weight_files(directory):
-        with _opened(path) as file:
+        with opened(path) as file:
             for name in file.keys():
                 ours, part = _our_name(name, cfg, shapes), file.get_slice(name)
                 if ours in found:
@@ -390,7 +398,7 @@ def refuse(where, wrong):
 
 
 @contextlib.contextmanager
-def _opened(path):
+def opened(path):
     """A safetensors file, open; what is wrong with it is a ValueError."""
     from safetensors import safe_open
     try:
@@ -402,7 +410,7 @@ def _opened(path):
 
 def _need_equal(directory, embedding, head):
     """Raise ValueError if the embedding and the head, as in `_find_tensors`, are two matrices."""
-    with _opened(embedding[0]) as one, _opened(head[0]) as two:
+    with opened(embedding[0]) as one, opened(head[0]) as two:
         same = embedding[2:] == head[2:] and torch.equal(one.get_tensor(embedding[1]), two.get_tensor(head[1]))
     if not same:
         raise ValueError(f"{directory}: tie_word_embeddings is true in config.json, but {head[1]} is not "
@@ -414,7 +422,7 @@ def _fill(llama, places):
     """Read each parameter, or the part of it that this process has, from where `_find_tensors` found it."""
     parameters = {name.replace(".base_layer", ""): p for name, p in llama.named_parameters()}  # of an adapted one
     for ours, (path, name, *_) in places.items():
-        with _opened(path) as file:
+        with opened(path) as file:
             p, t = parameters[ours], file.get_tensor(name)  # of which nothing is read before it is copied
             if not hasattr(p, "placements"):
                 p.copy_(t)

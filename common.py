@@ -247,7 +247,7 @@ def atomic_write(path):
         tmp.touch()
         mode = tmp.stat().st_mode
         yield tmp
-        with open(tmp, "rb") as f:
+        with open(tmp, "rb+") as f:  # Windows syncs no file that is open only for reading
             os.fsync(f.fileno())
         os.chmod(tmp, mode)  # safetensors lets nobody else read its files
         os.replace(tmp, path)

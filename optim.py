@@ -98,7 +98,8 @@ def make_optimizers(model, cfg, device, dtype):
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
     if not hidden:
         return [adamw]
-    iteration = torch.float32 if device.type == "cpu" and dtype != torch.bfloat16 else torch.bfloat16
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    iteration = torch.bfloat16 if dtype == torch.bfloat16 or fast else torch.float32
     return [adamw, Muon(hidden, cfg.learning_rate, cfg.muon_momentum, cfg.weight_decay, iteration)]
 
 

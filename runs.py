@@ -30,10 +30,14 @@ from prepare import shards
 
 # -- checkpoints -------------------------------------------------------------------------------------------------
 
+def checkpoints(out):
+    """The complete checkpoints of a run directory, oldest first. Each appears by one rename, whole."""
+    return sorted((Path(out) / "checkpoints").glob("step_" + 8 * "[0-9]"))
+
+
 def latest(out):
-    """The newest complete checkpoint of a run directory, or None. A checkpoint appears by one rename, whole."""
-    checkpoints = sorted((Path(out) / "checkpoints").glob("step_*"))
-    return checkpoints[-1] if checkpoints else None
+    """The newest complete checkpoint of a run directory, or None."""
+    return (checkpoints(out) or [None])[-1]
 
 
 def common_latest(out):
@@ -86,12 +90,18 @@ def save_checkpoint(out, write, state, tensors, shared, keep):
         with together():
             if shared or RANK == 0:
                 write(tmp)
-                if shared:
-                    checkpoint.save_parts(tensors, tmp / "optimizer")
-                else:
-                    checkpoint.write(tmp / "optimizer", None, tensors)
+                (tmp / f"rank{RANK}").touch()  # for the first process to find
+        with together():
+            if shared:
+                checkpoint.save_parts(tensors, tmp / "optimizer")
+            elif RANK == 0:
+                checkpoint.write(tmp / "optimizer", None, tensors)
         with together():
             if RANK == 0:
+                for rank in range(WORLD if shared else 1):
+                    if not os.path.exists(tmp / f"rank{rank}"):
+                        raise OSError(f"process {rank} writes to another disk, and a model that is shared needs one")
+                    (tmp / f"rank{rank}").unlink()
                 best = state["best"] if math.isfinite(state["best"]) else None
                 shards.write_text(tmp / "train_state.json", json.dumps(state | {"best": best}, indent=1) + "\n")
                 os.replace(tmp, final)
@@ -106,7 +116,7 @@ def save_checkpoint(out, write, state, tensors, shared, keep):
         rest = f"the checkpoint {before.name} is intact" if before else "there is no checkpoint yet"
         raise config.Mistake(f"cannot save to {out}: {first_line(e)}; {rest}") from e
     print0(f"saved      {final.name} in {time.perf_counter() - start:.1f} s")
-    for old in sorted((out / "checkpoints").glob("step_*"))[:-keep] if RANK == 0 else ():
+    for old in checkpoints(out)[:-keep] if RANK == 0 else ():
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -230,12 +240,12 @@ def facts_of_run(cfg, model_config, agents):
 
 def check_writable(cfg, out):
     """Raise `Mistake` if a run directory cannot be made, without making it, or is needed for something else."""
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    there = next(p for p in (out, *out.absolute().parents) if os.path.exists(p))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise config.Mistake(f"cannot write the run directory {out}: {there} is not a directory that can be written to")
-    if Path(cfg.init_from).is_dir() and out.resolve() in (Path(cfg.init_from) / "_").resolve().parents:
+    if os.path.isdir(cfg.init_from) and out.resolve() in (Path(cfg.init_from) / "_").resolve().parents:
         raise config.Mistake(f"{out} is where this run starts from: give another --out_dir")
-    if out.is_dir() and os.listdir(out) and not (out / "run.json").exists() and cfg.init_from != "resume":
+    if os.path.isdir(out) and os.listdir(out) and not os.path.exists(out / "run.json") and cfg.init_from != "resume":
         raise config.Mistake(f"{out} holds something else than a run: give another --out_dir")
     held(out).close()
 
@@ -243,7 +253,9 @@ def check_writable(cfg, out):
 def held(out):
     """run.json of a run, if it has one, locked as long as it is open. Raises `Mistake` if another process holds it."""
     path = out / "run.json"
-    file = open(path if path.exists() else os.devnull)
+    if not os.path.exists(path):
+        return open(os.devnull)
+    file = open(path)
     try:
         import fcntl  # Windows has none
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -256,6 +268,7 @@ def held(out):
 
 def start_directory(out, facts, log):
     """Make the run directory, an earlier run moved aside; write the log so far and run.json, returned locked."""
+    held(out).close()  # by a process that began at the same time, when neither had a run.json yet
     with config.mistakes(OSError, prefix="cannot write the run directory: "):
         if facts["settings"]["init_from"] != "resume" and latest(out):
             aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())

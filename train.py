@@ -85,6 +85,8 @@ class TrainConfig:
             raise ValueError("lora_rank: LoRA changes a model that is there, which --init_from names")
         if self.head_copy and (self.lora_rank or self.init_from == "scratch"):
             raise ValueError("head_copy changes the head of a model that is there, all of whose weights learn")
+        if self.replicas > 1 and not self.shard:
+            raise ValueError("replicas counts split models: it needs --shard=True")
 
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux")  # fields of LlamaConfig that no checkpoint carries
@@ -381,7 +383,9 @@ def print_schedule(task, per_epoch):
     cfg, epochs = task.cfg, task.cfg.max_iters * sequences_per_step(task.cfg) / per_epoch
     if cfg.warmup_iters >= cfg.max_iters > 1:
         print0(f"warmup     takes all {cfg.max_iters} steps: give a smaller --warmup_iters, or smaller steps")
-    print0(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), {cfg.optimizer}, lr {cfg.learning_rate:g} after "
+    learning = [(name, p) for name, p in task.model.named_parameters() if p.requires_grad]
+    optimizer = "muon" if any(optim.for_muon(name, p, cfg) for name, p in learning) else "adamw"
+    print0(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), {optimizer}, lr {cfg.learning_rate:g} after "
            f"{cfg.warmup_iters} of warmup, {cfg.schedule} to {cfg.min_lr:g}")
     print0(f"hardware   {task.device}, {str(task.dtype).removeprefix('torch.')} ({task.why_dtype})")
 
@@ -431,7 +435,7 @@ def need_fit(c, cfg, vocab_size):
 def load_llama(cfg, shape, source, place):
     """(Llama, tokenizer) of a checkpoint, a directory or a hub name, where `place` says (`shard.Place`). Weights that
     learn are float32, those that LoRA freezes may be bfloat16."""
-    with config.mistakes(ValueError, FileNotFoundError):
+    with config.mistakes(ValueError, OSError):
         directory = find_checkpoint(source)
         kept = {k: v for k, v in shape.items() if k in (*TRAINING_ONLY, "context")}  # RoPE has no longest position
         new = (cfg.lora_rank, cfg.lora_alpha, source, cfg.seed) if cfg.lora_rank else None

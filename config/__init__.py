@@ -100,6 +100,7 @@ class Key:
             return None
         if name.startswith("tuple["):
             item = replace(self, type=name[len("tuple["):].split(",")[0])
+            value = () if value in ("()", ("()",)) else value  # as -h shows it
             values = value if isinstance(value, (tuple, list)) else [value]
             if item.type != "str" and len(values) == 1 and isinstance(values[0], str):
                 values = values[0].split(",")  # 8,1,4,8192
@@ -168,7 +169,7 @@ def _files():
 
 def _from_file(path, known):
     """{key: value} from a file of Python assignments; modules and functions in it are its own."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise Mistake(f"no config file {path}; there are {', '.join(_files().values())}")
     try:
         left = runpy.run_path(str(path))
@@ -278,7 +279,7 @@ def of_run(directory, cls, also):
     """
     directory = Path(directory).absolute()
     files = [folder / "run.json" for folder in (directory, *directory.parents[:2])]
-    path = next((file for file in files if file.is_file()), None)
+    path = next((file for file in files if os.path.isfile(file)), None)
     if path is None:
         return {}, {}
     wrong = OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError

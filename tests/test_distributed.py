@@ -240,20 +240,26 @@ def fault(words, out, kind):  # noqa: F811
     """A run of which something goes wrong with the last process after step 2."""
     save, step, last = runs.save_checkpoint, runs.Log.write, common.RANK == common.WORLD - 1
 
-    def full(out, write, state, *rest):
-        if state["step"] == 4 and last:
+    def fails(out, write, state, *rest):
+        def write_most(directory):
+            write(directory)
+            if not last:
+                raise OSError("no room for the tokenizer")
+        if state["step"] == 4 and kind == "full" and last:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        save(out, write, state, *rest)
+        elsewhere = state["step"] == 4 and kind == "elsewhere" and last
+        between = state["step"] == 4 and kind == "between"
+        save(out.with_name("elsewhere") if elsewhere else out, write_most if between else write, state, *rest)
 
     def ends(self, entry):
         if entry["step"] == 3 and last:
             os._exit(9) if kind == "dies" else time.sleep(15)
         step(self, entry)
-    if kind == "full":
-        runs.save_checkpoint = full
-    else:
+    if kind in ("dies", "hangs"):
         runs.Log.write = ends
-    if kind == "hangs":
+    else:
+        runs.save_checkpoint = fails
+    if kind in ("hangs", "between"):
         common.PATIENCE = common.timedelta(seconds=10)
     go_on(words, out, 1, DENSE, max_iters=6)
 
@@ -264,16 +270,19 @@ def contents(folder):
 
 @pytest.mark.parametrize("kind, codes, line", [
     ("full", [2, 2], "cannot save to {out}: .*; the checkpoint step_00000002 is intact"),
+    ("elsewhere", [2, 2], "cannot save to {out}: process 1 writes to another disk.*step_00000002 is intact"),
+    ("between", [2, 2], "cannot save to {out}: no room for the tokenizer; the checkpoint step_00000002 is intact"),
     ("dies", [2, 9], "another process has ended"),
     pytest.param("hangs", [2, None], "has not answered for 0:00:10", marks=pytest.mark.slow)])
 def test_a_fault_of_one_process_ends_all_with_a_line(words, tmp_path, kind, codes, line):  # noqa: F811
-    """A disk that is full, a process that dies, one that does not answer: the checkpoint before stays whole."""
+    """A disk that is full, or is not the same for all, a file that one process cannot write, a process that dies, one
+    that does not answer: the checkpoint before stays whole."""
     out = tmp_path / "run"
     (found,), said, err = processes((2, "fault", str(words), str(out), kind))
     assert [c for c, want in zip(found, codes) if want is not None] == [c for c in codes if c is not None], err
     errors = [text for text in err.splitlines() if text.startswith("error: ")]
     assert errors and all(re.search(line.format(out=out), text) for text in errors), err
-    assert len(errors) == (1 if kind == "full" else len(errors)) and "Traceback" not in err
+    assert len(errors) == (1 if "cannot save" in line else len(errors)) and "Traceback" not in err
     assert runs.latest(out).name == "step_00000002"
     assert [p.name for p in (out / "checkpoints").iterdir() if p.name != ".writing"] == ["step_00000002"]
     go_on(words, out, 1, {}, init_from="resume", max_iters=4)

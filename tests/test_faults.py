@@ -20,6 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import adapter
+import common
 import config
 import model
 import checkpoint
@@ -270,6 +272,27 @@ def test_no_space_for_a_run_directory(place, monkeypatch, capsys):
         found = run_script(monkeypatch, capsys, "train.py", command(place, "train.py", [], []))
     check("cannot write the run directory: ", *found)
     assert files_in(place) == before
+
+
+def test_a_disk_that_is_full_is_an_os_error(tmp_path):
+    """Of safetensors too, for whoever merges or saves outside of a run."""
+    llama = model.Llama(model.LlamaConfig(vocab_size=4, context=4, **SMALL))
+    with largest_file(3000), pytest.raises(OSError, match="File too large"):
+        llama.save_pretrained(tmp_path / "whole")
+    llama.save_pretrained(tmp_path / "base")
+    adapter.begin(llama, 4, 8, tmp_path / "base", seed=0)
+    with largest_file(3000), pytest.raises(OSError, match="File too large"):
+        adapter.save(llama, tmp_path / "adapter")
+
+
+def test_files_are_synced_while_they_can_be_written(tmp_path, monkeypatch):
+    """Windows syncs no others."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.write(file, b"")))  # an error where it only reads
+    model.Llama(model.LlamaConfig(vocab_size=4, context=4, **SMALL)).save_pretrained(tmp_path)
+    with common.atomic_write(tmp_path / "a.txt") as path:
+        path.write_text("a")
+    assert len(synced) == 3
 
 
 @pytest.mark.parametrize("steps, room, line", [

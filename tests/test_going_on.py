@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_train import DENSE, SPARSE, log_of, same, settings, states, torchrun, words  # noqa: F401
 
+import checkpoint
 import config
 import optim
 import runs
@@ -164,6 +165,42 @@ def test_a_run_is_written_by_one_process(run, monkeypatch):
             with pytest.raises(config.Mistake, match="another process is writing the run"):
                 train.main(*read_settings(monkeypatch, *flags(**settings | {"init_from": init_from})))
     train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", max_iters=7)))
+
+
+def test_of_two_that_start_together_one_writes(tmp_path):
+    """Neither finds a run.json when it looks; what locks the first one's must stop the second."""
+    out = tmp_path / "run"
+    with runs.held(out), runs.held(tmp_path / "another"):  # nothing there is nothing to lock
+        pass
+    facts, log = {"settings": {"init_from": "scratch"}}, runs.Log(out, 0)
+    with runs.start_directory(out, facts, log):
+        before = (out / "run.json").stat()
+        with pytest.raises(config.Mistake, match="another process is writing the run"):
+            runs.start_directory(out, facts, log)
+        assert (out / "run.json").stat().st_ino == before.st_ino and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_copy_of_a_checkpoint_is_the_users(tmp_path):
+    state = dict.fromkeys(runs.STATE, 0) | {"best": 1.0}
+    for name in "step_00000009_keep", "step_old", "step_00000001":
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+
+    def write(directory):
+        (directory / "weights").write_text("1")
+    runs.save_checkpoint(tmp_path, write, state | {"step": 2}, {"a": torch.zeros(1)}, False, keep=1)
+    assert runs.latest(tmp_path).name == "step_00000002"
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
+        "step_00000009_keep", "step_old", "step_00000002"}
+    assert not list(tmp_path.rglob("rank*"))
+
+
+def test_a_name_that_no_disk_takes_is_one_line(monkeypatch):
+    """As a folder that may not be read, it made Path.is_dir raise before Python 3.14."""
+    for key in "init_from", "out_dir":
+        cfg = train.TrainConfig(**{key: 300 * "a"})
+        with pytest.raises((config.Mistake, FileNotFoundError)):
+            runs.check_writable(cfg, train.run_directory(cfg.out_dir, "a"))
+            checkpoint.find_checkpoint(cfg.init_from)
 
 
 def test_a_run_does_not_move_what_it_starts_from(run, stories, monkeypatch):

@@ -138,8 +138,10 @@ def test_experts_as_peft_wrote_them_before_0_19(base, tmp_path, shape):
     said = json.loads((tmp_path / "old/adapter_config.json").read_text())
     for version in ("0.18.1", None):
         (tmp_path / "old/adapter_config.json").write_text(json.dumps(said | {"peft_version": version}))
+        adapter.save(adapter.load(tmp_path / "old"), tmp_path / "again")  # as a run that goes on does
         with torch.no_grad():
-            close(adapter.load(tmp_path / "old")(tokens())[0], expected(tokens())[0])
+            for name in "old", "again":
+                close(adapter.load(tmp_path / name)(tokens())[0], expected(tokens())[0])
 
 
 # -- and ours open in peft -------------------------------------------------------------------------------------------
@@ -194,6 +196,24 @@ def test_files_come_back_bit_for_bit(base, tmp_path, shape):
     assert same(dict(llama.state_dict()), dict(again.state_dict())) and again.adapter == llama.adapter
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n in again.state_dict() if "lora_" in n}
+
+
+def test_a_base_that_was_trained_on_is_refused(base, tmp_path):
+    """In any dtype, and after a single step at a small rate; a base in bfloat16 is the same one."""
+    llama = Llama.from_pretrained(base(SHAPE4))
+    adapter.begin(llama, 4, 8, tmp_path / "base", seed=0)
+    adapter.save(llama, tmp_path / "adapter")
+    plain = Llama.from_pretrained(tmp_path / "base")
+    plain.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    for dtype in torch.float32, torch.bfloat16:
+        adapter.save(adapter.load(tmp_path / "adapter", dtype), tmp_path / "adapter")
+    plain.float()
+    for p in plain.parameters():
+        p.data.add_(1e-5)
+    plain.save_pretrained(tmp_path / "base")
+    for dtype in torch.float32, torch.bfloat16:
+        with pytest.raises(ValueError, match="the base model has changed since"):
+            adapter.load(tmp_path / "adapter", dtype)
 
 
 # -- what is not supported -------------------------------------------------------------------------------------------
@@ -285,6 +305,9 @@ def test_a_folder_of_runs_can_be_moved(tmp_path, monkeypatch):
     shutil.move(tmp_path / "out", tmp_path / "elsewhere" / "out")
     for place in "run", "run/best", "run/checkpoints/step_00000010":
         assert adapter.base_of(tmp_path / "elsewhere/out" / place) == tmp_path / "elsewhere/out/base"
+    adapter.save(llama, tmp_path.parent / f"{tmp_path.name}_far")  # and from the project's root
+    shutil.move(tmp_path / "elsewhere/out", tmp_path / "out")
+    assert adapter.base_of(tmp_path.parent / f"{tmp_path.name}_far") == tmp_path / "out/base"
     assert adapter.portable("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
 
 
@@ -319,7 +342,8 @@ def test_a_run_learns_an_adapter_and_resumes_to_the_bit(words, run, tmp_path, ca
     before = (run / "model.safetensors").read_bytes()
     whole, halves = tmp_path / "lora", tmp_path / "halves"
     train.main(settings(words, whole, init_from=str(run), **LORA), {})
-    assert "parameters learn" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "parameters learn" in said and ", adamw, lr" in said
     shutil.copytree(whole / "checkpoints/step_00000010", halves / "checkpoints/step_00000010")
     shutil.copy(whole / "log.jsonl", halves)
     train.main(settings(words, halves, init_from="resume", **LORA), {})
@@ -446,6 +470,12 @@ def test_lora_needs_a_model_that_is_there():
         config.make(adapter.MergeConfig, {"merge": "x"})
 
 
+def test_replicas_are_of_split_models():
+    with pytest.raises(ValueError, match="replicas counts split models: it needs --shard=True"):
+        train.TrainConfig(replicas=4)
+    train.TrainConfig(replicas=4, shard=True)
+
+
 def test_the_head_and_muon_leave_adapters_alone(base, tmp_path):
     llama = Llama.from_pretrained(base(SHAPE4))
     adapter.begin(llama, 4, 8, tmp_path / "base", seed=0)
@@ -453,6 +483,14 @@ def test_the_head_and_muon_leave_adapters_alone(base, tmp_path):
     count = sum(p.numel() for group in adamw.param_groups for p in group["params"])
     assert count == sum(p.numel() for n, p in llama.named_parameters() if "lora_" in n)
     assert not any("router" in n or "lm_head" in n for n, p in llama.named_parameters() if p.requires_grad)
+
+
+def test_muon_iterates_in_bfloat16_only_where_that_is_fast_or_asked_for(base):
+    llama, cfg = Llama.from_pretrained(base(SHAPE)), train.TrainConfig(optimizer="muon")
+    for device, dtype, expected in ("cpu", "float32", "float32"), ("cpu", "bfloat16", "bfloat16"), (
+            "mps", "float32", "float32"), ("mps", "float16", "float32"):
+        _, muon = optim.make_optimizers(llama, cfg, torch.device(device), getattr(torch, dtype))
+        assert muon.dtype == getattr(torch, expected), (device, dtype)
 
 
 def test_decoding_is_the_same_with_a_cache(base, tmp_path):
