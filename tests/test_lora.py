@@ -198,6 +198,17 @@ def test_files_come_back_bit_for_bit(base, tmp_path, shape):
         n for n in again.state_dict() if "lora_" in n}
 
 
+def test_a_base_opens_in_float16(base, tmp_path):
+    """Rounded to float16 first, 1 + 2^-8 + 2^-12 is another number in bfloat16; the base is the same all the same."""
+    plain = Llama.from_pretrained(base(SHAPE4))
+    plain.model.layers[0].self_attn.k_proj.weight.data.fill_(1 + 2**-8 + 2**-12)
+    plain.save_pretrained(tmp_path / "base")
+    adapter.begin(plain, 4, 8, tmp_path / "base", seed=0)
+    adapter.save(plain, tmp_path / "adapter")
+    for dtype in torch.float32, torch.bfloat16, torch.float16:
+        adapter.load(tmp_path / "adapter", dtype)
+
+
 def test_a_base_that_was_trained_on_is_refused(base, tmp_path):
     """In any dtype, and after a single step at a small rate; a base in bfloat16 is the same one."""
     llama = Llama.from_pretrained(base(SHAPE4))
