@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 import checkpoint
 import config
@@ -108,7 +107,7 @@ def save_checkpoint(out, write, state, tensors, shared, keep):
                 link_checkpoint(final, out)
                 if state["improved"]:
                     link_checkpoint(final, out / "best", skip=("train_state.json",))
-    except (OSError, RuntimeError, SafetensorError) as e:  # each library has its own error for a full disk
+    except (OSError, RuntimeError) as e:  # torch has an error of its own for a full disk
         if RANK > 0:
             sys.exit(2)  # one line is enough
         shutil.rmtree(tmp, ignore_errors=True)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import adapter
 import checkpoint
@@ -521,7 +521,8 @@ def save(vlm, directory, tok):
         adapter.save(vlm.llama, directory)
         for part in ("projector", "encoder") if vlm.encoder_learned else ("projector",):
             with atomic_write(directory / f"{part}.safetensors") as path:
-                save_file({k: t.detach().cpu().contiguous() for k, t in getattr(vlm, part).state_dict().items()}, path)
+                state = getattr(vlm, part).state_dict()
+                checkpoint.write_tensors({name: t.detach().cpu().contiguous() for name, t in state.items()}, path)
         if not vlm.encoder_learned and not vlm.encoder_digest:  # once: a frozen encoder stays as it is
             vlm.encoder_digest = digest_of(vlm.encoder)[:16]
         files = {"vlm.json": {"encoder": vlm.encoder.name, "encoder_learned": vlm.encoder_learned,
