@@ -49,6 +49,7 @@ HARMLESS = {"task_type", "auto_mapping", "inference_mode", "layers_pattern", "lo
             "qalora_group_size", "eva_config", "runtime_config"}  # they change no logits
 DEFAULTS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), "revision": ("main",)}
 LAYOUT = "0.21.2"  # the release of peft as which A and B are written
+BASE = "base.sha256"  # what `digest` said of the base model when the adapter was saved
 
 
 # -- which matrices, of which rank -----------------------------------------------------------------------------------
@@ -239,10 +240,8 @@ def read_tensors(llama, path, settings):
     if not path.is_file():
         raise FileNotFoundError(f"no {path} (pickled weights are not read: they can run code)")
     tensors = {name.replace("model.language_model.", "model."): t for name, t in checkpoint.read_tensors(path).items()}
-    with checkpoint.opened(path) as file:
-        base = (file.metadata() or {}).get("base_sha256")  # None in files of peft
-    now = digest(llama)
-    if base and now and base != now:
+    file, now = path.with_name(BASE), digest(llama)
+    if now and file.is_file() and file.read_text().strip() != now:  # peft writes no such file
         raise ValueError(f"{path.parent}: the base model has changed since ({settings['base_model_name_or_path']})")
     version = re.match(r"(\d+)\.(\d+)", str(settings.get("peft_version")))  # before 0.18 there was none
     version = tuple(map(int, version.groups())) if version else (0, 0)
@@ -272,7 +271,10 @@ def save(llama, directory):
         return
     directory.mkdir(parents=True, exist_ok=True)
     with atomic_write(directory / "adapter_model.safetensors") as path:
-        checkpoint.write_tensors(tensors, path, base_sha256=base)
+        checkpoint.write_tensors(tensors, path)
+    if base:
+        with atomic_write(directory / BASE) as path:  # metadata of safetensors have no fixed order
+            path.write_text(base + "\n")
     with atomic_write(directory / "adapter_config.json") as path:
         path.write_text(json.dumps(llama.adapter, indent=2) + "\n")
 

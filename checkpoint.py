@@ -98,11 +98,11 @@ def write(directory, hf, state, max_shard_size="5GB"):
         remove_weights(directory, except_for={*texts, *split.filename_to_tensors})
 
 
-def write_tensors(tensors, path, **metadata):
+def write_tensors(tensors, path):
     """Write {name: tensor} as a safetensors file. Raises OSError where the disk is full, as other files do."""
     from safetensors.torch import save_file
     try:
-        save_file(tensors, path, metadata={"format": "pt"} | metadata)
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as e:
         raise OSError(first_line(e)) from None
 
@@ -461,7 +461,13 @@ def save_parts(tensors, directory):
 
 def load_tensors(tensors, directory):
     """Fill {name: tensor}, or the parts of them that this process has, from what `write` or `save_parts` wrote."""
-    import torch.distributed.checkpoint as dcp
+    one_file = directory / "model.safetensors"
+    if one_file.exists() and not any(hasattr(t, "placements") for t in tensors.values()):
+        with opened(one_file) as file:
+            for name, t in tensors.items():
+                t.copy_(file.get_tensor(name))
+        return
+    import torch.distributed.checkpoint as dcp  # seconds
     try:
         with _quiet():
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(directory)), no_dist=True)

@@ -17,6 +17,7 @@ import common
 import config
 import decode
 import runs
+import scores
 import train
 import vision
 import vlm
@@ -683,8 +684,8 @@ def test_caption_scores_of_known_captions():
     texts = ["A dog runs on green grass.", "Two children play in the blue water.", "The old man sits at a long table."]
     rows = [examples.Row(None, None, (), (t.replace(".", " ."), "some other words entirely here"), "caption")
             for t in texts]
-    right = vlm.caption_scores(list(zip(texts, rows)))
-    wrong = vlm.caption_scores(list(zip(texts[1:] + texts[:1], rows)))
+    right = scores.caption_scores(list(zip(texts, rows)))
+    wrong = scores.caption_scores(list(zip(texts[1:] + texts[:1], rows)))
     assert right["BLEU-4"] == pytest.approx(1, abs=1e-6) and wrong["BLEU-4"] < 0.1
     assert right["CIDEr-D"] > 4 > 0.5 > wrong["CIDEr-D"]
 
