@@ -170,7 +170,7 @@ def test_models(served):
     assert [model.id for model in served[2].models.list()] == ["tiny"]
 
 
-GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2}
+GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2, "temperature": 0}  # or an end may be drawn
 
 
 @pytest.mark.parametrize("changes, status, words", [
@@ -441,7 +441,7 @@ def test_an_empty_name_is_not_the_newest_run(tmp_path, monkeypatch):
     cfg = serve.read_settings(["", "--page=False", "--device=cpu"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sample.newest_run", None)
-    with pytest.raises(config.Mistake, match="config.json"):
+    with pytest.raises(config.Mistake, match="no directory"):
         serve.Engine.load(cfg)
 
 
