@@ -421,26 +421,35 @@ def _need_equal(directory, embedding, head):
 def _fill(llama, places):
     """Read each parameter, or the part of it that this process has, from where `_find_tensors` found it."""
     parameters = {name.replace(".base_layer", ""): p for name, p in llama.named_parameters()}  # of an adapted one
-    for ours, (path, name, *_) in places.items():
+    for path in {path for path, *_ in places.values()}:
         with opened(path) as file:
-            p, t = parameters[ours], file.get_tensor(name)  # of which nothing is read before it is copied
-            if not hasattr(p, "placements"):
-                p.copy_(t)
-                continue
-            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-            size, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-            if all(size):  # the last processes may have nothing of a small one
-                p.to_local().copy_(t[tuple(slice(a, a + n) for a, n in zip(start, size))])
+            for ours, (place, name, *_) in places.items():
+                if place == path:
+                    _fill_one(parameters[ours], file.get_tensor(name))  # nothing of it is read before it is copied
+
+
+def _fill_one(p, t):
+    """Copy t into p, or the part of it that this process has."""
+    if not hasattr(p, "placements"):
+        p.copy_(t)
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    size, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    if all(size):  # the last processes may have nothing of a small one
+        p.to_local().copy_(t[tuple(slice(a, a + n) for a, n in zip(start, size))])
 
 
 # -- tensors by name, of a run that goes on -------------------------------------------------------------------------
 
 def tensor_names(directory):
     """The names of all tensors in a directory of safetensors. Raises ValueError where there is nothing to read."""
-    paths = list(directory.glob("*.safetensors"))
+    names, paths = set(), list(directory.glob("*.safetensors"))
     if not paths:
         raise ValueError(f"no tensors in {directory}")
-    return {name for path in paths for name in read_tensors(path)}
+    for path in paths:
+        with opened(path) as file:
+            names |= set(file.keys())
+    return names
 
 
 def save_parts(tensors, directory):

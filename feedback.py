@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 import adapter
 import common
+import runs
 import train
 from common import RANK, WORLD, print0
 from decode import decode_all
@@ -115,7 +116,7 @@ class Feedback:
 
     def __init__(self, cfg, shape, out, device):
         self.cfg, self.device, self.floor = cfg, device, None
-        self.folder = train.folder_of(cfg)
+        self.folder = runs.folder_of(cfg)
         self.dtype, self.why_dtype = common.pick_dtype(cfg.dtype, device)
         self.autocast = common.autocast_to(self.dtype, device)
         self.questions, self.val = (read_questions(self.folder, split) for split in ("train", "val"))

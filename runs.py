@@ -219,6 +219,13 @@ class Log:
         plot(curves, self.out / "loss.png", self.out.name, floor)
 
 
+def folder_of(cfg):
+    """The data set's folder: by its name under data/, or cfg.dataset as a path."""
+    named, path = config.ROOT / "data" / cfg.dataset, Path(cfg.dataset)
+    is_name = path.name == cfg.dataset and named.is_dir()  # downloads often lie in a folder of the same name
+    return path if path.is_dir() and not is_name else named
+
+
 def facts_of_run(cfg, model_config, agents):
     """What run.json records: every setting, versions, hardware, code."""
     try:
@@ -227,7 +234,7 @@ def facts_of_run(cfg, model_config, agents):
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
     settings = asdict(cfg)
-    if Path(cfg.dataset).is_dir() and not (config.ROOT / "data" / cfg.dataset).is_dir():
+    if folder_of(cfg) == Path(cfg.dataset):
         settings["dataset"] = os.path.abspath(cfg.dataset)  # found again from any folder
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": sys.argv, "settings": settings, "model": asdict(model_config), "processes": WORLD,

@@ -390,13 +390,6 @@ def print_schedule(task, per_epoch):
     print0(f"hardware   {task.device}, {str(task.dtype).removeprefix('torch.')} ({task.why_dtype})")
 
 
-def folder_of(cfg):
-    """The data set's folder: by its name under data/, or cfg.dataset as a path."""
-    named, path = config.ROOT / "data" / cfg.dataset, Path(cfg.dataset)
-    is_name = path.name == cfg.dataset and named.is_dir()  # downloads often lie in a folder of the same name
-    return path if path.is_dir() and not is_name else named
-
-
 def shape_from(base, given):
     """LlamaConfig `base` with the fields in `given`; sizes that follow from a changed field are derived anew."""
     if ("dim" in given or "n_head" in given) and "head_dim" not in given:
@@ -500,7 +493,7 @@ class Text:
         self.cfg, self.device = cfg, device
         self.dtype, self.why_dtype = pick_dtype(cfg.dtype, device)
         self.autocast = autocast_to(self.dtype, device)
-        self.folder = folder_of(cfg)
+        self.folder = runs.folder_of(cfg)
         self.data, self.val, self.tok = open_data(self.folder, cfg)
         self.windows = windows_of(self.data, cfg, self.tok.bos_id)
         self.val_windows = windows_of(self.val, cfg, self.tok.bos_id)

@@ -33,31 +33,31 @@ import config
 if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
     settings = config.run(config.load, "vlm.py:VlmConfig", None, "model.py:LlamaConfig")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn as nn  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
 
-import adapter  # noqa: E402
-import checkpoint  # noqa: E402
-import common  # noqa: E402
-import decode  # noqa: E402
-import lora  # noqa: E402
-import model  # noqa: E402
-import runs  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-import vision  # noqa: E402
-from common import RANK, WORLD, print0  # noqa: E402
-from feedback import preference, row_losses  # noqa: E402
-from prepare import images, picture_files, tokenizer  # noqa: E402
-from prepare.examples import (  # noqa: E402
+import adapter
+import checkpoint
+import common
+import decode
+import lora
+import model
+import runs
+import sample
+import train
+import vision
+from common import RANK, WORLD, print0
+from feedback import preference, row_losses
+from prepare import images, picture_files, tokenizer
+from prepare.examples import (
     FRAME, PATCH, Examples, caption_prompt, new_tokenizer, with_frame, with_image)
-from prepare.features import Pictures, fingerprint, read_references  # noqa: E402
-from prepare.images import IMAGE, with_pictures  # noqa: E402
-from prepare.windows import order  # noqa: E402
-from scores import agree, measured, track  # noqa: E402
-from vision import sees  # noqa: E402
+from prepare.features import Pictures, fingerprint, read_references
+from prepare.images import IMAGE, with_pictures
+from prepare.windows import order
+from scores import agree, measured, track
+from vision import sees
 
 STAGES = {  # what learns in each; the loss is that of the assistant's words, in "prefer" DPO's
     "align": ("projector",),  # to put what the encoder sees into the words of a Llama that stays as it is
@@ -239,7 +239,7 @@ class Stage:
 
     def __init__(self, cfg, shape, out, device):
         self.cfg, self.out, self.device, self.floor = cfg, out, device, None
-        self.folder = train.folder_of(cfg)
+        self.folder = runs.folder_of(cfg)
         records = [images.load(self.folder, split) for split in ("train", "val")]
         need_records(cfg, records)  # before any download
         resumed = runs.common_latest(out) if cfg.init_from == "resume" else None
@@ -592,7 +592,7 @@ def trace(cfg):
 
 def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
-    folder = train.folder_of(cfg)
+    folder = runs.folder_of(cfg)
     records = images.load(folder, cfg.split)
     if any("chosen" in record for record in records):  # before anything is encoded
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import shards, sources, text, tokenizer  # noqa: E402
+import config
+from prepare import shards, sources, text, tokenizer
 
 SPEAKERS = "system", "user", "assistant", "tool"
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system", "function": "tool", "observation": "tool"}

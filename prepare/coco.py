@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import images, picture_files  # noqa: E402
+import config
+from prepare import images, picture_files
 
 
 def from_folder(folder, out, limit):

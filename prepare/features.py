@@ -15,7 +15,7 @@ import torch
 import config
 import vision
 from common import RANK, WORLD, autocast_to, print0, together
-from prepare import picture_files
+from prepare import picture_files, shards
 
 
 class Pictures:
@@ -88,10 +88,7 @@ class Pictures:
                 if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
                     make_room(place, limit * 2**30 - 2 * count * math.prod(shape))
                     for path, (size, dtype) in files.items():
-                        np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, size).flush()
-                        if hasattr(os, "posix_fallocate"):  # else a full disk ends the process while pages are written
-                            with open(path.with_suffix(".tmp"), "r+b") as file:
-                                os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+                        shards.new_array(path.with_suffix(".tmp"), size, dtype)
                         path.with_suffix(".tmp").replace(path)
             self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
             os.utime(place / f"{name}.npy")  # it is in use

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import text  # noqa: E402
+import config
+from prepare import text
 
 
 @dataclass

@@ -14,8 +14,8 @@ import tarfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import images, picture_files  # noqa: E402
+import config
+from prepare import images, picture_files
 
 LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
 NEEDED = "--input must hold Flickr8k's own files: "

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import shards, sources  # noqa: E402
+import config
+from prepare import shards, sources
 
 OFFLINE = "give HellaSwag's own files, say hellaswag_val.jsonl, with --input"
 FOLDER = config.ROOT / "data/hellaswag"  # where train.py looks

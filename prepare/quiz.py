@@ -32,9 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import chat, shards, tokenizer  # noqa: E402
-from prepare.tales import GRAMMAR, Slot, finish, parse_choice  # noqa: E402
+import config
+from prepare import chat, shards, tokenizer
+from prepare.tales import GRAMMAR, Slot, finish, parse_choice
 
 # The plots in which it is asked, a colon, the question, the answer; slots as in the grammar ("story" is any plot).
 QUESTIONS = """

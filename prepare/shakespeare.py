@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import formats, shards, sources, tokenizer  # noqa: E402
+import config
+from prepare import formats, shards, sources, tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 

@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import chat, examples, images, shards  # noqa: E402
+import config
+from prepare import chat, examples, images, shards
 
 COLORS = {"red": (215, 40, 40), "orange": (245, 140, 25), "yellow": (245, 225, 55), "green": (45, 160, 70),
           "blue": (45, 85, 215), "purple": (135, 50, 170), "black": (20, 20, 20), "white": (248, 248, 248)}
@@ -226,7 +226,7 @@ def write_pictures(out, cfg):
     sizes = {"train": cfg.images, "val": cfg.val_images, "test": cfg.test_images}
     with config.mistakes(OSError):
         out.mkdir(parents=True, exist_ok=True)
-        pixels = np.lib.format.open_memmap(out / "images.npy.tmp", "w+", np.uint8, (sum(sizes.values()), SIDE, SIDE, 3))
+        pixels = shards.new_array(out / "images.npy.tmp", (sum(sizes.values()), SIDE, SIDE, 3), np.uint8)
     row, records, asked = 0, defaultdict(list), defaultdict(list)
     for split, count in sizes.items():
         rng, choices = random.Random(f"{cfg.seed} {split}"), random.Random(f"{cfg.seed} {split} {cfg.stage}")

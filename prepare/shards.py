@@ -58,6 +58,17 @@ def write_text(path, text):
 
 # -- writing -----------------------------------------------------------------------------------------------------
 
+def new_array(path, shape, dtype):
+    """An array of zeros in a new .npy file, to be filled. Its room on the disk is taken at once where that is possible:
+    else a full disk ends the process while the array is filled, and is no OSError."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    array.flush()
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
+
+
 def own_folder(out, pattern, inputs=()):
     """The folder `out` to write to, as a Path. Raises `Mistake` where it holds a run, any of the inputs, or files whose
     names do not match the pattern: nothing of others' is lost. Hidden files are left alone."""

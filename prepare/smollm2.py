@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import tokenizer, weights  # noqa: E402
+import config
+from prepare import tokenizer, weights
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

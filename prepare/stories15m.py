@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import tokenizer, weights  # noqa: E402
+import config
+from prepare import tokenizer, weights
 
 WEIGHTS = "https://huggingface.co/karpathy/tinyllamas/resolve/main/stories15M.bin"
 TOKENIZER = "https://raw.githubusercontent.com/karpathy/llama2.c/master/tokenizer.model"

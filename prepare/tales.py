@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import shards, tokenizer  # noqa: E402
+import config
+from prepare import shards, tokenizer
 
 _, WORDS, PLOTS = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split("\n---\n")
 PRONOUNS = {"she": {"them": "her", "their": "her"}, "he": {"them": "him", "their": "his"}}

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
-import config  # noqa: E402
-from prepare import shards, sources, tokenizer  # noqa: E402
+import config
+from prepare import shards, sources, tokenizer
 
 BATCH = 1 << 19  # characters a worker tokenizes at a time
 HEAD = 1000  # documents among which at least one validates and one trains, however small the fraction

@@ -29,8 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared" / "data"))  # no part of the project
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-import config  # noqa: E402
+import common
+import config
 
 
 @dataclass

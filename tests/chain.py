@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402
+import config
 
 
 @dataclass
@@ -26,16 +26,16 @@ class Settings:
 if __name__ == "__main__":  # a typo is told before torch is imported
     settings = config.run(config.load, Settings)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-import common  # noqa: E402
-import runs  # noqa: E402
-import train  # noqa: E402
-import vlm  # noqa: E402
-from prepare import images  # noqa: E402
-from prepare.shapes import SIDE  # noqa: E402
-from scores import agree  # noqa: E402
+import common
+import runs
+import train
+import vlm
+from prepare import images
+from prepare.shapes import SIDE
+from scores import agree
 
 SCENES = {"text": 8000, "align": 16000, "instruct": 16000, "prefer": 5000}  # to learn from in each stage, in order
 COLUMNS = ("stage", "minutes", "captions", "answers", "blank", "wrong picture", "pairs", "margin", "reading order",

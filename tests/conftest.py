@@ -9,8 +9,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in every child too: no result depends on the number of cores
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

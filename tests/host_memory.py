@@ -16,7 +16,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from prepare import shards, tokenizer  # noqa: E402
+from prepare import shards, tokenizer
 
 SHAPE = dict(n_layer=26, n_head=16, n_kv_head=8, dim=1024, head_dim=64, ffn_dim=3072, vocab_size=32000,
              tie_embeddings=False)

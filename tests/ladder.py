@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402
+import config
 
 if __name__ == "__main__":  # a typo is told before torch is imported
     words = sys.argv[1:]
@@ -28,17 +28,17 @@ if __name__ == "__main__":  # a typo is told before torch is imported
         words = ["config/tales.py", "--max_iters=300", "--eval_interval=100", *words]
     settings = config.run(config.load, "train.py:TrainConfig", words, "model.py:LlamaConfig")
 
-import torch  # noqa: E402
-from safetensors.torch import save_model  # noqa: E402
+import torch
+from safetensors.torch import save_model
 
-import before_llama as before  # noqa: E402
-import bench  # noqa: E402
-import model  # noqa: E402
-import records  # noqa: E402
-import runs  # noqa: E402
-import train  # noqa: E402
-from common import keep_freed_memory, pick_device  # noqa: E402
-from prepare.shards import write_text  # noqa: E402
+import before_llama as before
+import bench
+import model
+import records
+import runs
+import train
+from common import keep_freed_memory, pick_device
+from prepare.shards import write_text
 
 KEPT = ROOT / "tests/ladder.json"
 MARKS = "<!-- ladder: written by tests/ladder.py -->\n", "<!-- end of the ladder -->\n"

@@ -18,12 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import adapter  # noqa: E402
-import lora  # noqa: E402
-import optim  # noqa: E402
-import shard  # noqa: E402
-import train  # noqa: E402
-from model import PRESETS, Llama  # noqa: E402
+import adapter
+import lora
+import optim
+import shard
+import train
+from model import PRESETS, Llama
 
 GPUS = 8, 16, 32, 64, 128, 256, 512
 MODELS = {"Llama 3.1 8B": "llama-3.1-8b", "Llama 3.1 70B": "llama-3.1-70b", "Llama 4 Scout": "llama-4-scout"}

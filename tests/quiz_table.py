@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402
-import runs  # noqa: E402
+import config
+import runs
 
 OUT = ROOT / "out/quiz_table"
 ROWS = {  # name: (what is learned, the command, where it begins)

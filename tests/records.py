@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import config  # noqa: E402
-from bench import hardware  # noqa: E402
+import config
+from bench import hardware
 
 KEPT = ROOT / "tests/records.json"
 MARKS = "<!-- records: written by tests/records.py -->\n", "<!-- end of records -->\n"

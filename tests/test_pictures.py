@@ -13,7 +13,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import config
+import runs
 import train
+from model import LlamaConfig
 from prepare import examples, images, picture_files, tokenizer
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
@@ -514,11 +516,14 @@ def test_a_data_set_goes_before_a_folder_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(config, "ROOT", tmp_path / "project")
     (tmp_path / "coco").mkdir()
-    found = [train.folder_of(train.TrainConfig(dataset=name)) for name in ("coco", "./coco", "nowhere")]
+    found = [runs.folder_of(train.TrainConfig(dataset=name)) for name in ("coco", "./coco", "nowhere")]
     (tmp_path / "project/data/coco").mkdir(parents=True)
-    found += [train.folder_of(train.TrainConfig(dataset=name)) for name in ("coco", f"{tmp_path}/coco")]
+    found += [runs.folder_of(train.TrainConfig(dataset=name)) for name in ("coco", f"{tmp_path}/coco")]
     raw, prepared = tmp_path / "coco", tmp_path / "project/data/coco"
     assert [path.resolve() for path in found] == [raw, raw, tmp_path / "project/data/nowhere", prepared, raw]
+    kept = [runs.facts_of_run(train.TrainConfig(dataset=name), LlamaConfig(), [])["settings"]["dataset"]
+            for name in ("coco", "./coco")]
+    assert kept == ["coco", str(raw)]  # so that a run goes on with the same data, from any folder
 
 
 def test_splits_that_are_not_there(tmp_path):

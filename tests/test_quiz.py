@@ -12,9 +12,9 @@ from test_tales import parses
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402
-from prepare import quiz, shards, tales, tokenizer  # noqa: E402
-from prepare.tales import GRAMMAR, Slot  # noqa: E402
+import config
+from prepare import quiz, shards, tales, tokenizer
+from prepare.tales import GRAMMAR, Slot
 
 KINDS = quiz.kinds()
 A = "(?:a|an)"

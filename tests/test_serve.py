@@ -22,14 +22,14 @@ openai = pytest.importorskip("openai", reason="needs openai")
 httpx = pytest.importorskip("httpx", reason="needs httpx")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the packages of [serve]")
 
-import config  # noqa: E402
-import serve  # noqa: E402
-import vision  # noqa: E402
-import vlm  # noqa: E402
-from conftest import PATIENCE, ROOT  # noqa: E402
-from prepare import examples, tokenizer  # noqa: E402
-from prepare.images import with_pictures  # noqa: E402
-from test_model import build, tiny  # noqa: E402
+import config
+import serve
+import vision
+import vlm
+from conftest import PATIENCE, ROOT
+from prepare import examples, tokenizer
+from prepare.images import with_pictures
+from test_model import build, tiny
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
 VOCABULARY = 97

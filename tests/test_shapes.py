@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402
-import train  # noqa: E402
-import vlm  # noqa: E402
-from prepare import examples, images, shapes, shards, tokenizer  # noqa: E402
+import config
+import train
+import vlm
+from prepare import examples, images, shapes, shards, tokenizer
 
 CAPTION = re.compile(r"a (small|large) (\w+) (\w+) at the (\w+(?: (?:left|right))?)(?: and |$)")
 CELL = shapes.SIDE // 3  # pixels of a place

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from prepare import shards, tales, tokenizer  # noqa: E402
-from prepare.tales import GRAMMAR, Grammar, Slot  # noqa: E402
+from prepare import shards, tales, tokenizer
+from prepare.tales import GRAMMAR, Grammar, Slot
 
 
 @pytest.fixture(scope="module")
