@@ -678,7 +678,7 @@ def main(given, shape):
     if given.get("init_from") == "resume":
         given, shape = train.with_run(given, shape, "vlm.py:VlmConfig", "vlm_")
     elif given.get("eval") or given.get("eval_only"):
-        config.make(VlmConfig, given | {"lora_rank": 0})  # what is wrong with the words alone, before a run is looked for
+        config.make(VlmConfig, given | {"lora_rank": 0})  # its own mistakes before a run is looked for
         directory = run_to_use(given.get("out_dir"), given.get("init_from", "scratch"))
         named = given.get("vit_weights")
         given, shape = train.with_run(given, shape, "vlm.py:VlmConfig", directory=directory)

@@ -215,10 +215,14 @@ def _from_args(args, known):
 
 
 def names_first(argv, known, kind):
-    """(the names that argv begins with, the rest of argv); raises `Mistake` for a name that is not in `known`."""
+    """(the names that argv begins with, the rest of argv); raises `Mistake` for a name that is not in `known`. Instead
+    of that prints the script's own words where -h is among them."""
+    if {"-h", "--help"} & {*argv}:
+        print(sys.modules["__main__"].__doc__)
+        sys.exit()
     names = list(itertools.takewhile(lambda a: not a.startswith("-"), argv))
     if unknown := [n for n in names if n not in known]:
-        raise Mistake(f"no {kind} '{unknown[0]}'; there are {', '.join(known)}")
+        raise Mistake(f"no {kind} '{unknown[0]}'; there are {', '.join(known) or 'none'}")
     return names, argv[len(names):]
 
 

@@ -5,7 +5,7 @@
 """
 dataset = "quiz"
 init_from = "out/quiz_begin"
-context = 448  # the tales' is 120; the longest conversation has some 400 tokens
+context = 448  # the tales' is 120; the longest conversation has 333 tokens
 block_size = 448
 batch_size = 5  # sequences of conversations, about 2,200 tokens
 max_iters = 600  # twice as many gained half a point

@@ -6,7 +6,7 @@
 """
 dataset = "quiz_begin"
 init_from = "out/tales"
-context = 448  # the tales' is 120; the longest conversation has some 400 tokens
+context = 448  # the tales' is 120; as config/quiz.py, which goes on from here
 block_size = 448
 batch_size = 5  # sequences of conversations, about 2,200 tokens
 max_iters = 150

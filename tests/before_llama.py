@@ -20,13 +20,13 @@ def learned_positions(model):
     for block in decoder.layers:
         block.self_attn.nope = True
     scale = decoder.embed_tokens.weight.std().item()  # as loud as the tokens, or they are learned late
-    decoder.pos_embedding = nn.Embedding(cfg.context, cfg.dim)
-    nn.init.normal_(decoder.pos_embedding.weight, std=scale)
+    decoder.positional_embedding = nn.Embedding(cfg.context, cfg.dim)
+    nn.init.normal_(decoder.positional_embedding.weight, std=scale)
     blocks = decoder.blocks
 
     def blocks_at(x, positions, *more):
         """`Decoder.blocks` of x (B, T, D) with the vectors of positions (T,) or (B, T)."""
-        return blocks(x + decoder.pos_embedding(positions), positions, *more)
+        return blocks(x + decoder.positional_embedding(positions), positions, *more)
     decoder.blocks = blocks_at
 
 

@@ -51,11 +51,14 @@ def train_stages(seed):
         if not (ROOT / f"data/shapes_{stage}/meta.json").is_file():
             prepare = ["prepare/shapes.py", f"--stage={stage}", f"--images={scenes}"]
             subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True)
-        given, _ = config.load(keys, [file], train.SHAPE_KEYS)
+        given, _ = config.load(keys, [str(ROOT / file)], train.SHAPE_KEYS)
         log = runs.read_log(out / "log.jsonl")
         if not log or log[-1]["step"] < given["max_iters"]:
-            begin = ["--init_from=resume"] if log else [file, f"--seed={seed}", *before]
-            subprocess.run([sys.executable, script, *begin, f"--out_dir={out}"], cwd=ROOT, check=True)
+            begin = ["--init_from=resume"] if runs.latest(out) else [file, f"--seed={seed}", *before]
+            with subprocess.Popen([sys.executable, script, *begin, f"--out_dir={out}"], cwd=ROOT) as training:
+                pass  # not subprocess.run, which kills what Ctrl-C has told to save
+            if training.returncode:
+                sys.exit(training.returncode)
             log = runs.read_log(out / "log.jsonl")
         done[stage], before = (out, log[-1]["seconds"] / 60), [f"--init_from={out}"]
     return done

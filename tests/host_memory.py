@@ -16,6 +16,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import config
 from prepare import shards, tokenizer
 
 SHAPE = dict(n_layer=26, n_head=16, n_kv_head=8, dim=1024, head_dim=64, ffn_dim=3072, vocab_size=32000,
@@ -104,5 +105,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
+    config.run(config.names_first, sys.argv[1:], (), "row")  # -h alone
     with tempfile.TemporaryDirectory() as folder:
         main(Path(folder))

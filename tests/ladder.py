@@ -13,6 +13,7 @@ goes on with the rung it was at. Without any words it also keeps its figures in 
 import inspect
 import json
 import math
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -123,6 +124,10 @@ def cache_bytes(llama, size):
 def climb(rung, cfg, shape, out):
     """Train a rung in the directory out, unless that was done before: {name: value} of what there is to say of it."""
     if (out / "rung.json").is_file():
+        had = json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"]
+        if other := [k for k in ("seed", "max_iters")[:1 + (not cfg.epochs)] if had[k] != getattr(cfg, k)]:
+            raise config.Mistake(f"{out} was made with {other[0]}={had[other[0]]}: give another --out_dir, or remove "
+                                 "it")
         return json.loads((out / "rung.json").read_text(encoding="utf-8"))
     print(f"\n== {rung.name}", flush=True)
     task = Task(cfg, shape | rung.shape, out, pick_device(cfg.device), rung.changes)
@@ -191,6 +196,7 @@ def main(settings, shape, words=("some",)):
         cfg = train.TrainConfig(**settings)
         ladder = rungs(train.shape_from(model.PRESETS[cfg.model], shape), cfg.block_size)
     keep_freed_memory()
+    runs.command_to_resume = lambda out: shlex.join(["python", *sys.argv])  # which goes on with this rung
     if cfg.dtype == "auto" and pick_device(cfg.device).type == "cpu":
         cfg = replace(cfg, dtype="float32")  # what auto measures there may differ from rung to rung
     top, found = Path(cfg.out_dir or ROOT / "out").absolute() / f"ladder_{Path(cfg.dataset).name}", {}

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import adapter
+import config
 import lora
 import optim
 import shard
@@ -132,4 +133,5 @@ def main():
 
 
 if __name__ == "__main__":
+    config.run(config.names_first, sys.argv[1:], (), "row")  # -h alone
     main()

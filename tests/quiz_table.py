@@ -5,9 +5,11 @@
     python tests/quiz_table.py                                      # all rows; two cores: 40 minutes
     python tests/quiz_table.py half grpo --device=cpu               # some, with keys for all of them
 
-Each row is a run in out/quiz_table/, which then answers all validation questions greedily; one that is there is not
-made again. Those after "grpo" begin where it does and take its steps, "more" as many seconds: equal compute.
+Each row is a run in out/quiz_table/, made after those that it needs, which then answers all validation questions
+greedily; one that is complete is not made again. Those after "grpo" begin where it does and take its steps, "more" as
+many seconds: equal compute.
 """
+import json
 import math
 import platform
 import re
@@ -24,8 +26,7 @@ OUT = ROOT / "out/quiz_table"
 ROWS = {  # name: (what is learned, the command, where it begins)
     "begin": ("to copy", "train.py config/quiz_begin.py", "out/tales"),
     "sft": ("then the answers (SFT)", "train.py config/quiz.py", "begin"),
-    "lora_begin": ("to copy, with LoRA", "train.py config/quiz_begin.py --lora_rank=16", "out/tales"),
-    "lora": ("then the answers, with LoRA", "train.py config/quiz.py", "lora_begin"),
+    "lora": ("then the answers, with LoRA", "train.py config/quiz.py --lora_rank=16", "begin"),
     "half": ("SFT, stopped early", "train.py config/quiz.py --max_iters=150", "begin"),
     "grpo": ("rewards (GRPO)", "feedback.py config/quiz_grpo.py", "half"),
     "rank1": ("rewards, LoRA of rank 1", "feedback.py config/quiz_grpo.py --lora_rank=1", "half"),
@@ -37,33 +38,42 @@ ROWS = {  # name: (what is learned, the command, where it begins)
 }
 
 
-def python(command):
-    """Run a script of ours -> what it printed. Raises CalledProcessError."""
-    print(f"\n$ python {command}", flush=True)
-    with subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+def python(*words):
+    """Run a script of ours -> what it printed. Ends this one too where it fails."""
+    print(f"\n$ python {' '.join(words)}", flush=True)
+    with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         lines = [line for line in process.stdout if not print(line, end="", flush=True)]
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+        sys.exit(process.returncode)
     return "".join(lines)
 
 
 def last(name):
-    """The last entry of a row's log that says what a step took."""
-    return [entry for entry in runs.read_log(OUT / name / "log.jsonl") if "train_loss" in entry][-1]
+    """The last entry of a row's log that says what a step took; None before there is one."""
+    return next((e for e in reversed(runs.read_log(OUT / name / "log.jsonl")) if "train_loss" in e), None)
+
+
+def make(name, keys):
+    """Train a row, after those that it needs, unless that is done."""
+    _, command, start = ROWS[name]
+    for needed in ["grpo"] * (name == "more") + [start] * (start in ROWS):
+        make(needed, keys)
+    if last(name):
+        wanted = json.loads((OUT / name / "run.json").read_text(encoding="utf-8"))["settings"]["max_iters"]
+        if last(name)["step"] >= wanted:
+            return
+    if name == "more":
+        keys = [*keys, f"--max_iters={round(last('grpo')['seconds'] * last('half')['step'] / last('half')['seconds'])}"]
+    python(*command.split(), f"--init_from={OUT / start if start in ROWS else start}", f"--out_dir={OUT / name}", *keys)
 
 
 def row(name, keys):
-    """The line of the table for one run, made if it is not there."""
-    what, command, start = ROWS[name]
-    out = OUT / name
-    if name == "more":
-        keys = [*keys, f"--max_iters={round(last('grpo')['seconds'] * last('half')['step'] / last('half')['seconds'])}"]
-    if not (out / "log.jsonl").is_file():
-        python(f"{command} --init_from={start if '/' in start else OUT / start} --out_dir={out} {' '.join(keys)}")
-    said = python(f"feedback.py --eval_only --init_from={out}")
+    """The line of the table for one row."""
+    make(name, keys)
+    said = python("feedback.py", "--eval_only", f"--init_from={OUT / name}")
     share, count = re.search(r"val accuracy (\S+) of (\S+)", said).groups()
     error = math.sqrt(float(share) * (1 - float(share)) / int(count.replace(",", "")))
-    end = last(name)
+    end, (what, command, _) = last(name), ROWS[name]
     return (f"| {what} | `{command}` | {end['step']:,} | {end['seconds']:.0f} | {100 * float(share):.1f} ± "
             f"{100 * error:.1f} |")
 

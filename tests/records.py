@@ -121,7 +121,8 @@ def measure(name, more, seeds):
             run(words)
         minutes.append((time.perf_counter() - start) / 60)
         scores.append(score(name, last))
-    return summary(name, scores, minutes, "cuda" if any("cuda" in word for word in more) else "cpu")
+    from common import pick_device
+    return summary(name, scores, minutes, pick_device("auto").type)  # as each training does
 
 
 OF_NO_WEIGHT = {"out_dir", "init_from", "seed", "device", "dtype", "compile", "log_interval", "sample_tokens",

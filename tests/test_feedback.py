@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import quiz_table
+
 import config
 import feedback
 import runs
+import train
 from model import Llama, LlamaConfig
 from prepare import quiz, tokenizer
 
@@ -189,3 +192,28 @@ def test_eval_only_answers_all_validation_questions(place, tmp_path, capsys, mon
     said = capsys.readouterr().out
     assert "val accuracy 0.5000 of 8" in said and "left 100.0% of 4, right 0.0% of 4" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_the_quiz_table_follow_each_other(tmp_path, monkeypatch):
+    """Every command is one that its script takes; what a row needs is made before it, once, and nothing again."""
+    trained = []
+
+    def python(script, *words):
+        keys = {"train.py": train.TrainConfig, "feedback.py": feedback.FeedbackConfig}[script]
+        cfg, _ = config.load(keys, list(words), "model.py:LlamaConfig")
+        if not cfg.eval_only:
+            trained.append(cfg.out_dir.rsplit("/")[-1])
+            out = tmp_path / trained[-1]
+            assert str(cfg.init_from) == "out/tales" or runs.read_log(tmp_path / cfg.init_from / "log.jsonl")
+            out.mkdir()
+            (out / "run.json").write_text(json.dumps({"settings": {"max_iters": cfg.max_iters}}))
+            lines = [{"step": cfg.max_iters, "seconds": 60.0, "train_loss": 1.0}, {"step": cfg.max_iters}]
+            (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return "val accuracy 0.5000 of 10,000 questions\n"
+    monkeypatch.setattr(quiz_table, "python", python)
+    monkeypatch.setattr(quiz_table, "OUT", tmp_path)
+    assert quiz_table.row("more", ()).endswith("| 150 | 60 | 50.0 ± 0.5 |")
+    assert trained == ["begin", "half", "grpo", "more"]
+    for name in quiz_table.ROWS:
+        quiz_table.row(name, ())
+    assert sorted(trained) == sorted(quiz_table.ROWS)

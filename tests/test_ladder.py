@@ -58,8 +58,8 @@ def test_gpt_2_is_that_of_transformers():
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
     state |= {"transformer.wte.weight": decoder.embed_tokens.weight, "lm_head.weight": ours.lm_head.weight,
-              "transformer.wpe.weight": decoder.pos_embedding.weight, "transformer.ln_f.weight": decoder.norm.weight,
-              "transformer.ln_f.bias": decoder.norm.bias}
+              "transformer.wpe.weight": decoder.positional_embedding.weight,
+              "transformer.ln_f.weight": decoder.norm.weight, "transformer.ln_f.bias": decoder.norm.bias}
     for i, block in enumerate(decoder.layers):
         at, attention = f"transformer.h.{i}.", block.self_attn
         q, k, v = attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
