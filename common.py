@@ -24,13 +24,16 @@ PATIENCE = timedelta(minutes=10)  # for a process that does not answer, as on a 
 
 def print0(*words):
     """Print, on the first process only. A reader of the output that leaves, as `| head` does, stops the program as
-    SIGTERM does, which a training run answers by saving."""
+    SIGTERM does, which a training run answers by saving. Without a terminal, or room on the disk, it goes on silently.
+    """
     if RANK == 0:
         try:
-            print(*words, flush=True)
+            with config.printing():
+                print(*words, flush=True)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what else is printed has somewhere to go
             signal.raise_signal(signal.SIGTERM)
+        except OSError:
+            pass
 
 
 def all_reduce_sum(*numbers):

@@ -60,6 +60,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from common import print0
 from engine import Asked, Engine
 
 api = APIRouter(prefix="/v1")
@@ -193,7 +194,7 @@ def main(cfg):
         listener = socket.create_server((cfg.host, cfg.port))
     engine = Engine.load(cfg)
     server = uvicorn.Server(uvicorn.Config(make_app(engine, cfg), log_level="warning", timeout_graceful_shutdown=3))
-    print(f"{engine.name} at http://{cfg.host}:{listener.getsockname()[1]}, the API under /v1", flush=True)
+    print0(f"{engine.name} at http://{cfg.host}:{listener.getsockname()[1]}, the API under /v1")
     logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)  # cutting off a page is no error
     server.run([listener])
 

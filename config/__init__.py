@@ -48,21 +48,34 @@ def mistakes(*kinds, prefix=""):
         raise Mistake(prefix + " ".join(str(e).split())) from e
 
 
+@contextlib.contextmanager
+def printing():
+    """A block that prints. Where that fails, what is printed from then on, or still buffered, goes nowhere."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
 def run(main, *args):
-    """Call main(*args). A `Mistake` ends the program with one line on stderr and exit code 2, Ctrl-C with 130, and a
-    reader of its output that leaves, as `| head` does, with 141 and no word. What the terminal's encoding lacks is
-    replaced."""
+    """Call main(*args). A `Mistake`, or OSError, with which the machine refuses something, ends the program with one
+    line on stderr and exit code 2, Ctrl-C with 130, and a reader of its output that leaves, as `| head` does, with 141
+    and no word. What the terminal's encoding lacks is replaced."""
     def last_word(kind, *rest):  # while torch is being imported, outside of main
         print("interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     sys.excepthook = last_word
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # None without a terminal, another class within a test
+        if hasattr(stream, "reconfigure"):  # None if closed, another class within a test
             stream.reconfigure(errors="replace")
     try:
-        try:
-            return main(*args)
-        finally:
-            sys.stdout.flush()
+        with mistakes(OSError):
+            try:
+                return main(*args)
+            finally:
+                with printing():
+                    sys.stdout.flush()
     except Mistake as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -70,7 +83,6 @@ def run(main, *args):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has somewhere to go
         sys.exit(141)
 
 
@@ -123,7 +135,7 @@ class Key:
             low, high = map(float, self.limits[1:-1].split(", "))
             above = low <= value if self.limits[0] == "[" else low < value
             below = value <= high if self.limits[-1] == "]" else value < high
-            if not (above and below and abs(value) <= 2**63):  # a NaN is neither; beyond 2**63 numpy overflows
+            if not (above and below and abs(value) < 2**63):  # a NaN is neither; from 2**63 on numpy overflows
                 raise Mistake(f"{where}: {self.name} must lie in {self.limits}, not {value!r}")
 
 
@@ -162,13 +174,21 @@ def _find(known, name, where):
 
 # -- files and words ---------------------------------------------------------------------------------------------
 
+def as_seen(path):
+    """A path as seen from here; as it is where nothing leads there, as to another drive of Windows."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
 def _files():
     """{name: path} of the config files of this project, as seen from here."""
-    return {path.stem: os.path.relpath(path) for path in sorted((ROOT / "config").glob("[!_]*.py"))}
+    return {path.stem: as_seen(path) for path in sorted((ROOT / "config").glob("[!_]*.py"))}
 
 
 def _from_file(path, known):
-    """{key: value} from a file of Python assignments; modules and functions in it are its own."""
+    """{key: value} from a file of Python assignments; modules, functions and classes in it are its own."""
     if not os.path.isfile(path):
         raise Mistake(f"no config file {path}; there are {', '.join(_files().values())}")
     try:
@@ -178,9 +198,10 @@ def _from_file(path, known):
     except Exception as e:
         line = next((f.lineno for f in reversed(inspect.trace()) if Path(f.filename) == Path(path)), "?")
         raise Mistake(f"{path}, line {line}: {type(e).__name__}: {e}") from None
-    script = re.search(rf"(\w+\.py) config/{Path(path).name}", left["__doc__"] or "")  # the command it begins with
+    command = rf"(\w+\.py) config/{re.escape(Path(path).name)}"  # that it begins with
+    script = re.search(command, left["__doc__"] or "")
     left = {name: value for name, value in left.items()
-            if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType, type))}
+            if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
     if left.keys() - known and script and script[1] != Path(sys.argv[0]).name:
         raise Mistake(f"{path} is for {script[1]}")
     return {name: _find(known, name, path).read(value, path) for name, value in left.items()}

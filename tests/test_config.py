@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,8 @@ def test_command_line(argv, name, value):
 
 @pytest.mark.parametrize("text, expect", [
     ("batch_size = 8\nlearning_rate = 1\n_private = 3\nimport math\n", {"batch_size": 8, "learning_rate": 1.0}),
+    ("from math import sqrt\nfrom functools import partial\nhalf = partial(sqrt)\nbatch_size = half(64)\n",
+     {"batch_size": 8}),
     ("def half(x):\n    return x // 2\nbatch_size = half(16)\n", {"batch_size": 8}),
     ("batch_size = 1e3\n", {"batch_size": 1000}),
     ("batch_size = 1.5\n", "batch_size takes int, not 1.5"),
@@ -98,7 +101,7 @@ def test_command_line(argv, name, value):
     ("bach_size = 8\n", "did you mean 'batch_size'"),
 ])
 def test_file(tmp_path, text, expect):
-    path = tmp_path / "c.py"
+    path = tmp_path / "c[1 (copy.py"
     path.write_text(text)
     if isinstance(expect, str):
         with pytest.raises(config.Mistake, match=expect.replace("'", ".")) as e:
@@ -174,13 +177,13 @@ def test_every_number_knows_its_range(name):
     for key, declared in numbers.items():
         assert declared.limits, f"{name} {key} declares no interval"
         low, high = map(float, declared.limits[1:-1].split(", "))
-        for value in ("-1", "0", "nan", "inf", "-inf", "18446744073709551616", "1e400", "-1e-300", "1e19"):
+        for value in ("-1", "0", "nan", "inf", "-inf", "18446744073709551616", str(2**63), "1e400", "-1e-300", "1e19"):
             try:
                 taken = config._from_args([f"--{key}={value}"], numbers)[key]
             except config.Mistake as e:
                 assert key in str(e) and "\n" not in str(e)
             else:
-                assert low <= taken <= high and math.isfinite(taken) and abs(taken) <= 2**63
+                assert low <= taken <= high and math.isfinite(taken) and abs(taken) < 2**63
 
 
 def test_a_default_lies_within_its_range():
@@ -230,6 +233,21 @@ def test_a_reader_that_leaves_ends_the_program_quietly(unbuffered):
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 141 and not said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("end, code, said", [
+    (">/dev/full", 2, "error: [Errno 28] No space left on device\n"), (">&-", 0, "seen\n"), ("2>&-", 0, "")])
+def test_output_that_cannot_be_written_is_no_traceback(end, code, said):
+    call = 'import sys, config; config.run(lambda: (print(1), print("seen", file=sys.stderr, flush=True)))'
+    done = subprocess.run(f"{sys.executable} -c '{call}' {end}", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.removeprefix("seen\n" if code else "")) == (code, said)
+
+
+def test_what_the_machine_refuses_is_one_line(tmp_path):
+    call = f"import config; config.run(open, {str(tmp_path)!r}, 'w')"
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: [Errno ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])

@@ -236,6 +236,19 @@ def test_a_reader_that_leaves_costs_no_step(stories, tmp_path):
     assert runs.read_state(runs.latest(out))["step"] >= 3
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of Unix")
+def test_a_terminal_that_goes_costs_no_step(stories, tmp_path):
+    """`train.py & disown`: once the terminal is closed, print raises OSError."""
+    out, (ours, theirs) = tmp_path / "run", os.openpty()
+    args = flags(**FLAGS | dict(dataset=stories, out_dir=out, max_iters=40, eval_interval=20))
+    run = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.read(ours, 1)
+    os.close(ours)
+    assert run.wait(timeout=PATIENCE) == 0
+    assert runs.read_state(runs.latest(out))["step"] == 40
+
+
 def test_a_context_of_one_token_has_no_sample(stories, tmp_path, monkeypatch):
     keys = FLAGS | dict(dataset=stories, out_dir=tmp_path / "run", block_size=1, sample_tokens=5, whole_docs=False)
     train.main(*read_settings(monkeypatch, *flags(**keys)))
