@@ -3,10 +3,10 @@
 A record of a jsonl, json or parquet file is one conversation, in any of these forms:
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}     OpenAI's
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}         ShareGPT's
-    {"instruction": "Translate.", "input": "Hi", "output": "Salut"}                                   Alpaca's
+    {"instruction": "Translate.", "input": "Hi", "output": "Salut"}             Alpaca's, also with "history": [[q, a]]
     {"prompt": "Hi", "completion": "Hello!"}           texts, or lists of messages; only the completion is learned
-Beside them may stand "tools" (JSON schemas) and "system" (a text). A message with "weight": 0 or "train": false is read
-but not learned.
+Beside them may stand "tools" (JSON schemas; OpenAI's older "functions" too) and "system" (a text). A message with
+"weight": 0 or "train": false is read but not learned.
 
 The model's own chat template writes them (see prepare/chat_template.py). What is learned is each turn of the assistant
 with the token that ends it, and nothing else. Conversations that are too long lose whole turns from their end.
@@ -63,7 +63,8 @@ def messages_in(record):
         messages = prompt + turn("assistant", record["completion"])
     elif {"instruction", "output"} <= record.keys():
         asked = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
-        messages = turn("user", asked) + turn("assistant", record["output"])
+        before = [one for q, a in record.get("history") or () for one in turn("user", q) + turn("assistant", a)]
+        messages = before + turn("user", asked) + turn("assistant", record["output"])
     else:
         raise ValueError("a record needs messages, conversations, prompt and completion, or instruction and output; it "
                          f"has {', '.join(record)[:200] or 'nothing'}")
@@ -85,7 +86,7 @@ def called(call):
     """A tool call whose arguments are an object, as templates want them; OpenAI writes its JSON as a text."""
     function = call.get("function", call)
     if isinstance(function.get("arguments"), str):
-        function = function | {"arguments": json.loads(function["arguments"])}
+        function = function | {"arguments": json.loads(function["arguments"].strip() or "{}")}
     return call | {"function": function} if "function" in call else function
 
 
@@ -103,6 +104,8 @@ def message_of(message):
         raise ValueError(f"its weight is 0 or 1, not {weight!r}")
     if "content" in message:
         message["content"] = text_of(message["content"])
+    if "function_call" in message:  # as OpenAI wrote them before
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if message.get("tool_calls"):
         message["tool_calls"] = [called(call) for call in message["tool_calls"]]
     elif not message.get("content", "").strip() and role in ("user", "assistant"):
@@ -125,8 +128,9 @@ def conversation_of(record):
             found.append(message_of(message))
         except (ValueError, TypeError, AttributeError) as e:
             raise ValueError(f"message {n}: {e}") from None
-    tools = record.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools, functions = (json.loads(given.strip() or "null") if isinstance(given, str) else given
+                        for given in map(record.get, ("tools", "functions")))
+    tools = tools or [{"type": "function", "function": one} for one in functions or ()]
     return [message for message, _ in found], [learned for _, learned in found], tools or None
 
 
@@ -231,7 +235,11 @@ def unlearned(files, tok, date):
     """Names of the special tokens that a chat consists of and the model seems never to have learned: their row of the
     embedding, in one of these safetensors files, is shorter than a hundredth of the usual, or that of another one."""
     from safetensors import safe_open
-    chat = tok.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False, date=date)
+    talk = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    try:
+        chat = tok.chat(talk[1:], False, date=date)
+    except config.Mistake:  # some templates demand a system turn, others refuse it
+        chat = tok.chat(talk, False, date=date)
     names = {i: name for name, i in tok.special.items()}
     for path in files:
         with safe_open(path, "pt") as file:

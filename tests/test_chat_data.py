@@ -181,6 +181,15 @@ def test_more_in_records():
     tools = [{"type": "function", "function": {"name": "f"}}]
     messages, learn, found = chat.conversation_of({"messages": [HI, spoken], "tools": json.dumps(tools)})
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1} and found == tools and learn[1]
+    older = [HI, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}]
+    for functions in [{"name": "f"}], '[{"name": "f"}]':
+        assert chat.conversation_of({"messages": older, "functions": functions}) == ([HI, CALL], [False, True], tools)
+    spoken = CALL | {"tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
+    messages, _, found = chat.conversation_of({"messages": [HI, spoken], "tools": ""})
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {} and found is None
+    record = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"], ["e", "f"]]}
+    messages, learn, _ = chat.conversation_of(record)
+    assert "".join(m["content"] for m in messages) == "sabefcd" and learn == [False] + [False, True] * 3
     roles = [{"role": role, "content": "x"} for role in ("developer", "human", "gpt", "function", "assistant")]
     assert [m["role"] for m in chat.conversation_of({"messages": roles})[0]] == [
         "system", "user", "assistant", "tool", "assistant"]
@@ -198,6 +207,7 @@ def test_more_in_records():
     ({"messages": [HI, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "message 2: "),
     ({"messages": [HI, CALL | {"tool_calls": ["f"]}]}, "message 2: "),
     ({"tools": "{", "messages": [HI, YES]}, "Expecting"),
+    ({"instruction": "a", "output": "b", "history": [["a"]]}, "not enough values"),
     ({"image": "a.jpg", "messages": [HI, YES]}, "which are for vlm.py")])
 def test_what_is_wrong_with_a_record(record, said):
     with pytest.raises(ValueError, match=said):
@@ -355,6 +365,9 @@ def test_a_base_model_that_never_learned_its_template(tmp_path, capsys):
     llama.save_pretrained(model)
     said = prepare(tmp_path, capsys, model, "--input", path)[0]
     assert said.index("never to have learned <|im_start|>, <|im_end|>") < said.index("--- conversation 1")
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('rules!') if messages[0].role != 'system' }}" + UNMARKED)
+    path = lines(tmp_path / "a.jsonl", [talk(i) | {"system": "Be brief."} for i in range(30)])
+    assert not prepare(tmp_path, capsys, model, "--input", path, f"--template={tmp_path / 't.jinja'}")[2]
 
 
 def test_a_model_without_a_template_takes_one(tmp_path, capsys):
