@@ -205,15 +205,17 @@ def present(value):
 def parquet_rows(file, field):
     """(place, {column: value}) of the rows of a parquet file, of the column `field` alone if there is one."""
     from pyarrow import parquet
-    with parquet.ParquetFile(file.name) as table:
-        columns, n = [field] if field in table.schema_arrow.names else None, 0
-        for batch in table.iter_batches(256, columns=columns):
+    with open(file.name, "rb") as same, parquet.ParquetFile(same) as table:  # pyarrow opens no name beyond UTF-8
+        count, n = table.schema_arrow.names.count(field), 0
+        if count > 1:
+            raise ValueError(f"{count} of its columns are called {field!r}")
+        for batch in table.iter_batches(256, columns=[field] if count else None):
             for i in range(len(batch)):
                 n += 1
                 with config.mistakes(UnicodeDecodeError, prefix=f"{file.name}: row {n}: "):
                     row = [present(column[i].as_py()) for column in batch.columns]
                 yield f"row {n}", dict(zip(batch.schema.names, row))
-            file.seek(os.path.getsize(file.name) * n // table.metadata.num_rows)  # pyarrow has opened it for itself
+            file.seek(os.path.getsize(file.name) * n // table.metadata.num_rows)  # pyarrow reads `same`
 
 
 # -- records and their texts -------------------------------------------------------------------------------------

@@ -308,6 +308,12 @@ def test_parquet_columns_and_rows(tmp_path):
     assert re.search(r"A.Parquet: row 1: .*no field 'body'; it has id, text: .*--field", found)
     found = outcome([tmp_path / "A.Parquet"], field="id")
     assert re.search(r"A.Parquet: row 1: a text is a string, not 0 \(int\)", found)
+    name = os.fsdecode(b"caf\xe9.parquet" if sys.platform == "linux" else b"cafe.parquet")  # others allow UTF-8 alone
+    (tmp_path / name).write_bytes((tmp_path / "A.Parquet").read_bytes())
+    assert read([tmp_path / name]) == wanted
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    assert "twice.parquet: 2 of its columns are called 'text'" in outcome([tmp_path / "twice.parquet"])
     raw = pyarrow.array([b"a"] * 300 + [b"caf\xe9"], pyarrow.binary())
     parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "b.parquet")
     assert "b.parquet: row 1: a text is a string, not b'a' (bytes)" in outcome([tmp_path / "b.parquet"])
@@ -361,7 +367,7 @@ def test_links_are_followed_and_circles_broken(tmp_path):
     assert read([tmp_path / "in" / "*"])[0] == ["a", "b"]
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "in/locked").mkdir(parents=True)
     (tmp_path / "in/a.txt").write_text("a")
     scandir = os.scandir
@@ -375,8 +381,10 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         sources.find_files([str(tmp_path / "in")])
     monkeypatch.setattr(sys, "argv", ["", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
     for script in hellaswag, shakespeare:
-        with pytest.raises(config.Mistake, match="locked"):
-            script.main()
+        with pytest.raises(SystemExit, match="2"):
+            config.run(script.main)
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and "locked" in said and said.count("\n") == 1
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------
