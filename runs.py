@@ -296,7 +296,7 @@ def command_to_resume(out):
     """What to type to go on with a run."""
     local = os.environ.get("LOCAL_WORLD_SIZE", WORLD)
     launcher = ["torchrun", f"--nproc_per_node={local}"] if WORLD > 1 else ["python"]
-    return shlex.join([*launcher, sys.argv[0], "--init_from=resume", f"--out_dir={os.path.relpath(out)}"])
+    return shlex.join([*launcher, sys.argv[0], "--init_from=resume", f"--out_dir={config.as_seen(out)}"])
 
 
 def torchrun_agents():

@@ -298,17 +298,16 @@ def main():
     if not cfg.input or not cfg.init_from:
         raise config.Mistake("which conversations, for which model? --input FILES --init_from MODEL")
     out = shards.own_folder(cfg.out or config.ROOT / "data/chat", shards.DATA_FILES, [*cfg.input, *cfg.val])
-    with config.mistakes(OSError):
-        val_paths = sources.find_files(cfg.val, out, "--val")
-        validating = {path.resolve() for path in val_paths}
-        paths = [path for path in sources.find_files(cfg.input, out) if path.resolve() not in validating]
-        if not paths:
-            raise config.Mistake("--val takes all files of --input: there is nothing to train on")
-        tok, context = open_model(cfg)
-        if cfg.longest and cfg.longest > context:
-            print(f"--longest={cfg.longest} exceeds the model's context: it is {context} tokens here", flush=True)
-        lessons = Lessons(tok, cfg, min(cfg.longest or context, context))
-        meta, longest, learning = write(out, tok, lessons, paths, val_paths)
+    val_paths = sources.find_files(cfg.val, out, "--val")
+    validating = {path.resolve() for path in val_paths}
+    paths = [path for path in sources.find_files(cfg.input, out) if path.resolve() not in validating]
+    if not paths:
+        raise config.Mistake("--val takes all files of --input: there is nothing to train on")
+    tok, context = open_model(cfg)
+    if cfg.longest and cfg.longest > context:
+        print(f"--longest={cfg.longest} exceeds the model's context: it is {context} tokens here", flush=True)
+    lessons = Lessons(tok, cfg, min(cfg.longest or context, context))
+    meta, longest, learning = write(out, tok, lessons, paths, val_paths)
     print("---", *lessons.report(), sep="\n")
     for split in shards.SPLITS:
         counts = meta["splits"][split]

@@ -136,13 +136,12 @@ def correct(items, scores):
 def main():
     cfg = config.load(Settings)
     out = shards.own_folder(cfg.out or FOLDER, r"val\.jsonl(\.\d+\.tmp)?", cfg.input)
-    with config.mistakes(OSError):
-        found = items(sources.find_files(cfg.input))
-        lines = [json.dumps(item) for item in itertools.islice(found, cfg.limit)]
-        if not lines:
-            raise config.Mistake("there are no items in the input")
-        out.mkdir(parents=True, exist_ok=True)
-        shards.write_text(out / "val.jsonl", "\n".join(lines) + "\n")
+    found = items(sources.find_files(cfg.input, out))
+    lines = [json.dumps(item) for item in itertools.islice(found, cfg.limit)]
+    if not lines:
+        raise config.Mistake("there are no items in the input")
+    out.mkdir(parents=True, exist_ok=True)
+    shards.write_text(out / "val.jsonl", "\n".join(lines) + "\n")
     print(f"{out}/val.jsonl: {len(lines):,} items")
 
 

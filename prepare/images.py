@@ -163,10 +163,9 @@ def save(records, folder, progress=True, sieve=None):
     folder, reasons = Path(folder), list(sieve.reasons())
     if not records.get("train"):
         raise config.Mistake("no usable record is left for training: " + ("; ".join(reasons) or "there are none"))
-    with config.mistakes(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        for split in {*SPLITS} - records.keys():  # of an earlier preparation: its pictures may be in training now
-            (folder / f"{split}.jsonl").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in {*SPLITS} - records.keys():  # of an earlier preparation: its pictures may be in training now
+        (folder / f"{split}.jsonl").unlink(missing_ok=True)
     pictures = {split: {p for r in some for p in images_of(r)} for split, some in records.items()}
     for split, some in records.items():
         shards.write_text(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in some))
@@ -203,9 +202,9 @@ def load(folder, split):
     folder = Path(folder)
     path = folder / f"{split}.jsonl"
     if not path.is_file():
-        script, there = f"prepare/{folder.name}.py", [s for s in SPLITS if (folder / f"{s}.jsonl").is_file()]
-        hint = f"run `python {script}` first" if (config.ROOT / script).is_file() else "there is no such data set"
-        raise config.Mistake(f"no {path}: " + (f"this data set has only {' and '.join(there)}" if there else hint))
+        there = " and ".join(s for s in SPLITS if (folder / f"{s}.jsonl").is_file())
+        raise config.Mistake(f"no {path}: " + (f"this data set has only {there}" if there else
+                                               shards.how_to_make(folder, "there is no such data set")))
     records = Records(read_json(path))
     records.path = path
     return records

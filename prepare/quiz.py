@@ -252,11 +252,10 @@ def main():
         raise config.Mistake("no data in data/tales: run `python prepare/tales.py` first, or give --tokenizer FOLDER")
     tok = with_template(tokenizer.load(cfg.tokenizer or tales))
     asked = [kind for kind in kinds() if cfg.names or not kind.question.startswith("who")]
-    with config.mistakes(OSError):
-        out.mkdir(parents=True, exist_ok=True)
-        write(out, cfg, asked)
-        lessons = chat.Lessons(tok, chat.Settings(), LONGEST)
-        chat.write(out, tok, lessons, [out / "train.jsonl"], [out / "val.jsonl"])
+    out.mkdir(parents=True, exist_ok=True)
+    write(out, cfg, asked)
+    lessons = chat.Lessons(tok, chat.Settings(), LONGEST)
+    chat.write(out, tok, lessons, [out / "train.jsonl"], [out / "val.jsonl"])
     print(*lessons.report(), sep="\n")
     print(f"{out}: {cfg.conversations:,} conversations to learn from, {cfg.val_conversations:,} with what is held out")
     print("right unread, at best: " + ", ".join(f"{kind.question} {best_guess(kind):.1%}" for kind in asked))

@@ -4,7 +4,6 @@
     python prepare/shakespeare.py --input FILES         # any text, one after another
 """
 import sys
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import config
 from prepare import formats, shards, sources, tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+OFFLINE = "give a text file with --input FILE, or make data that needs no network with `python prepare/tales.py`"
 
 
 @dataclass
@@ -36,22 +36,12 @@ def read_file(path, cfg):
         return "".join(formats.text_of_file(file, compression))
 
 
-def download():
-    """The text of URL. Raises `Mistake` without a network."""
-    try:
-        with urllib.request.urlopen(URL, timeout=20) as answer:
-            return answer.read().decode("utf-8")
-    except OSError as e:
-        raise config.Mistake(f"cannot download tiny Shakespeare ({e}): give a text file with --input FILE, "
-                             "or make data that needs no network with `python prepare/tales.py`") from None
-
-
 def main():
     cfg = config.load(Settings)
     out = shards.own_folder(cfg.out or config.ROOT / "data/shakespeare", shards.DATA_FILES, cfg.input)
-    with config.mistakes(OSError):
-        whole = "".join(read_file(path, cfg) for path in sources.find_files(cfg.input)) if cfg.input else download()
-    whole = whole[:cfg.limit]
+    paths = sources.find_files(cfg.input, out)
+    whole = ("".join(read_file(path, cfg) for path in paths) if cfg.input else
+             sources.download(URL, OFFLINE).decode("utf-8"))[:cfg.limit]
     cut = int(len(whole) * (1 - cfg.val_fraction))
     if not 0 < cut < len(whole):
         raise config.Mistake(f"{len(whole)} characters cannot be split into training and validation "

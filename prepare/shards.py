@@ -75,9 +75,8 @@ def own_folder(out, pattern, inputs=()):
     out = Path(out)
     if out.is_file():
         raise config.Mistake(f"--out {out} is a file: choose a folder")
-    with config.mistakes(OSError):
-        real, names = out.resolve(), sorted(p.name for p in out.iterdir()) if out.exists() else []
-        inside = [str(i) for i in inputs if real in (Path(i).resolve(), *Path(i).resolve().parents)]
+    real, names = out.resolve(), sorted(p.name for p in out.iterdir()) if out.exists() else []
+    inside = [str(i) for i in inputs if real in (Path(i).resolve(), *Path(i).resolve().parents)]
     others = [name for name in names if not name.startswith(".") and not re.fullmatch(pattern, name)]
     run = sorted(RUN_FILES & set(names))
     for what, found in ("a model or a run", run), ("the input", inside), ("other files than this data set's", others):
@@ -128,12 +127,11 @@ class Writer:
             self.counts, self.position = progress["splits"], progress["position"]
             self._cut_back()
         except (OSError, ValueError, TypeError, KeyError):  # there is nothing to go on from, or it is damaged
-            with config.mistakes(OSError):
-                shutil.rmtree(self.work, ignore_errors=True)
-                self.work.mkdir(parents=True)
-                if not (self.directory / "meta.json").exists():  # what is left there is no data set
-                    self._clear()
-                tok.save(self.work)
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(parents=True)
+            if not (self.directory / "meta.json").exists():  # what is left there is no data set
+                self._clear()
+            tok.save(self.work)
             splits = [*SPLITS, *(f"{split}_marks" for split in SPLITS if marked)]
             self.counts, self.position = {s: {"tokens": 0, "documents": 0, "bytes": 0} for s in splits}, None
 
@@ -239,17 +237,27 @@ def _require(value, form, where):
         raise config.Mistake(f"{where} is missing or not as it should be; prepare the data again")
 
 
+def how_to_make(directory, otherwise):
+    """What to do about a data set that is missing: run the script, or see the config file, of its name; otherwise this.
+    """
+    script, commands = (f"{folder}/{Path(directory).name}.py" for folder in ("prepare", "config"))
+    if (config.ROOT / script).is_file():
+        return f"run `python {script}` first"
+    path = config.ROOT / commands
+    found = path.is_file() and f'dataset = "{Path(directory).name}"' in path.read_text(encoding="utf-8")
+    return f"{commands} begins with the commands that make it" if found else otherwise
+
+
 def read_meta(directory):
-    """meta.json of a prepared data set; a `Mistake` that names the script to run when there is none."""
+    """meta.json of a prepared data set; a `Mistake` that says how to make it when there is none."""
     directory = Path(directory)
-    path, script = directory / "meta.json", f"prepare/{directory.name}.py"
+    path = directory / "meta.json"
     if not path.is_file():
         if (directory / UNFINISHED).is_dir():
             again = ", it continues" if (directory / UNFINISHED / "progress.json").is_file() else ""
             raise config.Mistake(f"{directory} is only half prepared: run the same prepare command again{again}")
-        if not (config.ROOT / script).is_file():
-            script = f"prepare/text.py --input YOUR_FILES --out {shlex.quote(str(directory))}"
-        raise config.Mistake(f"no data in {directory}: run `python {script}` first")
+        own = f"run `python prepare/text.py --input YOUR_FILES --out {shlex.quote(str(directory))}` first"
+        raise config.Mistake(f"no data in {directory}: {how_to_make(directory, own)}")
     with config.mistakes(OSError, ValueError, RecursionError, prefix=f"{path} is damaged, prepare the data again: "):
         return json.loads(path.read_text(encoding="utf-8"))
 

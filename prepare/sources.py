@@ -7,6 +7,7 @@ import random
 import urllib.error
 import urllib.request
 from collections import Counter
+from http.client import HTTPException
 from pathlib import Path
 
 import config
@@ -132,6 +133,15 @@ class Files(Source):
                 for n, (place, record) in itertools.islice(numbered, done, None):
                     yield [i, n], f"{path}: {place}", record
             done = 0
+
+
+def download(url, otherwise):
+    """The bytes at an address. otherwise: what to do without a network, or where the connection breaks."""
+    try:
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            return answer.read()
+    except (OSError, HTTPException) as e:
+        raise config.Mistake(f"cannot download {url} ({e}): {otherwise}") from None
 
 
 def reach_hub(repository, otherwise):

@@ -8,13 +8,12 @@ github.com/karpathy/llama2.c, export.py, legacy_export: seven int32 numbers, the
 """
 import sys
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config
-from prepare import tokenizer, weights
+from prepare import sources, tokenizer, weights
 
 WEIGHTS = "https://huggingface.co/karpathy/tinyllamas/resolve/main/stories15M.bin"
 TOKENIZER = "https://raw.githubusercontent.com/karpathy/llama2.c/master/tokenizer.model"
@@ -32,11 +31,7 @@ def download(url, flag, folder):
     """The path in folder of a downloaded file."""
     path = Path(folder, url.rpartition("/")[2])
     print(f"downloading {url}")
-    try:
-        with urllib.request.urlopen(url, timeout=20) as answer:
-            path.write_bytes(answer.read())
-    except OSError as e:
-        raise config.Mistake(f"cannot download {path.name} ({e}): give a file with --{flag} FILE") from None
+    path.write_bytes(sources.download(url, f"give a file with --{flag} FILE"))
     return path
 
 

@@ -116,7 +116,7 @@ class Settings:
     """How many tales, and where they go."""
     stories: int = 30000  # [1, inf) training stories: 3 million tokens, as much as a laptop reads in a few minutes
     val_stories: int = 1000  # [1, inf) validation stories, none of them in training
-    vocab_size: int = 1536  # [1, inf) tokens of the BPE: enough for almost every word of the tales to be one
+    vocab_size: int = 1536  # [1, 1048576] tokens of the BPE: enough for almost every word of the tales to be one
     seed: int = 1337  # [0, inf) the same seed gives the same files
     out: str | None = None  # folder to write; None: data/tales
 

@@ -249,10 +249,9 @@ def prepare(cfg, name, hub=None):
         raise config.Mistake(f"which text? --input takes files, folders and globs of {sources.READABLE}")
     out = shards.own_folder(cfg.out or config.ROOT / "data" / name, shards.DATA_FILES, cfg.input)
     try:
-        with config.mistakes(OSError):
-            paths = sources.find_files(cfg.input, out)
-            meta = write(cfg, out, lambda: sources.Files(paths, cfg.separator, cfg.field) if paths else
-                         sources.Hub(*hub, cfg.field))
+        paths = sources.find_files(cfg.input, out)
+        meta = write(cfg, out, lambda: sources.Files(paths, cfg.separator, cfg.field) if paths else
+                     sources.Hub(*hub, cfg.field))
     except KeyboardInterrupt:
         raise config.Mistake("interrupted; the same command goes on from here") from None
     splits = meta["splits"]

@@ -1,5 +1,4 @@
 """Weights that others keep in other layouts, as a run directory: config.json, model.safetensors and the tokenizer."""
-import os
 from pathlib import Path
 
 import config
@@ -12,8 +11,10 @@ def halves(weight, n_head):
 
 
 def own_folder(out):
-    """The folder `out` to write to. Raises `config.Mistake` where it holds a run that was trained, or a data set: they
-    would lose their weights or their tokenizer."""
+    """The folder `out` to write to. Raises `config.Mistake` where it is a file, or holds a run that was trained, or a
+    data set: they would lose their weights or their tokenizer."""
+    if Path(out).is_file():
+        raise config.Mistake(f"--out {out} is a file: choose a folder")
     whose = {"checkpoints": "run that was trained", "run.json": "run that was trained", "meta.json": "data set"}
     for name in whose:
         if Path(out, name).exists():
@@ -38,6 +39,6 @@ def save(out, cfg, state, tok):
                              + ", ".join(wrong[:5]) + (", …" if wrong[5:] else ""))
     tok.save(out)
     model.save_pretrained(out, state)
-    out = os.path.relpath(out)
+    out = config.as_seen(out)
     print(f"{out}: {model.counts()[0]:,} parameters; now python sample.py --init_from {out}"
           + (" --chat" if tok.chat_template else ' --start "Once upon a time"'))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import config
-from prepare import hellaswag, shards, sources, text, tokenizer
+from prepare import hellaswag, images, shards, sources, text, tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -222,9 +222,13 @@ def test_ids_beyond_the_vocabulary_are_refused(small):
 
 
 def test_missing_data_names_the_script_to_run(tmp_path):
-    for name, script in ("tinystories", "prepare/tinystories.py"), ("mine", "prepare/text.py --input"):
-        with pytest.raises(config.Mistake, match=script):
+    for name, said in (("tinystories", "run `python prepare/tinystories.py`"), ("mine", "prepare/text.py --input"),
+                       ("quiz_begin", "config/quiz_begin.py begins with the commands that make it"),
+                       ("scout", "prepare/text.py --input")):  # config/scout.py takes another data set
+        with pytest.raises(config.Mistake, match=said):
             shards.Split(tmp_path / name, "train")
+    with pytest.raises(config.Mistake, match="config/shapes_align.py begins with the commands that make it"):
+        images.load(tmp_path / "shapes_align", "train")
     writer = shards.Writer(tmp_path / "half", tokenizer.byte(), recipe="r")
     writer.commit(None)
     with pytest.raises(config.Mistake, match="half prepared"):
@@ -527,6 +531,17 @@ def test_results_among_the_input_are_not_read(tmp_path):
         assert all_documents(tmp_path / "out") == sorted(texts)
 
 
+@pytest.mark.parametrize("script, record", [("shakespeare", {"text": "some text " * 9}),
+                                            ("hellaswag", {"query": "How?", "endings": ["a", "b"], "label": 0})])
+def test_a_second_run_does_not_read_the_first_ones_results(tmp_path, script, record):
+    (tmp_path / "in.jsonl").write_text(json.dumps(record))
+    found = []
+    for _ in range(2):
+        run(f"{script}.py", "--input", tmp_path, "--out", tmp_path / "out")
+        found.append(bytes_of(tmp_path / "out"))
+    assert found[0] == found[1]
+
+
 def test_reading_goes_on_at_any_document(tmp_path):
     texts = make_documents(60)
     for i in range(3):
@@ -822,6 +837,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
              *((["--input", tmp_path / "body.jsonl", f"--{key}={value}"], key)
                for key in ("val_fraction", "limit", "workers", "vocab_size") for value in (-1, "nan", "inf", 2**64)),
              (["--input", tmp_path / "body.jsonl", "--limit=0"], "limit"),
+             (["--input", tmp_path / "body.jsonl", f"--limit={2**63}"], "limit"),
              (["--input", tmp_path / "body.jsonl", "--separator="], "separator"),
              (["--input", tmp_path / "body.jsonl", "--tokenizer=nowhere"], "nowhere")]
     for arguments, words in cases:
@@ -846,11 +862,11 @@ def test_a_folder_that_holds_something_else_is_refused_untouched(tmp_path, scrip
         assert words in refusal(f"{script}.py", *given, "--out", folder)
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
+    assert "is a file" in refusal(f"{script}.py", *given, "--out", mine)
     if script in ("smollm2", "stories15m"):
         refused("holds a run that was trained", run_json="{}", config_json="{}")
         refused("holds a data set", meta_json="{}", tokenizer_json="mine")
         return
-    assert "is a file" in refusal(f"{script}.py", *given, "--out", mine)
     refused("holds a model or a run", config_json="{}")
     refused("holds other files", essay="mine", meta_json="{}")
     if given:
@@ -880,6 +896,28 @@ def test_offline_is_one_clear_line_at_once(tmp_path, script):
     assert "--input" in line and not (tmp_path / "out").exists()
     assert ("hellaswag_val.jsonl" if script == "hellaswag" else "python prepare/tales.py") in line
     assert ("tales.py" in line) == (script != "hellaswag")
+
+
+def test_a_connection_that_breaks_is_one_line():
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "9")
+            self.end_headers()
+            self.wfile.write(b"half")
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(config.Mistake, match=r"file.bin \(IncompleteRead.*\): give a file$"):
+            sources.download(f"http://127.0.0.1:{server.server_port}/file.bin", "give a file")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of Unix stands for a full disk")
+def test_a_disk_that_fills_up_is_one_line(tmp_path):
+    command = [sys.executable, ROOT / "prepare/tales.py", "--stories=3000", "--vocab_size=400", "--out", tmp_path / "a"]
+    done = subprocess.run(["sh", "-c", f"ulimit -f 400; exec {shlex.join(map(str, command))}"], capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: [Errno 27] File too large"
 
 
 # -- the corpora ------------------------------------------------------------------------------------------------------
