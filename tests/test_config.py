@@ -1,5 +1,7 @@
 """Settings: what is accepted, what is refused and how, and that every default says its reason."""
 import math
+import ntpath
+import os
 import re
 import subprocess
 import sys
@@ -248,6 +250,12 @@ def test_what_the_machine_refuses_is_one_line(tmp_path):
     call = f"import config; config.run(open, {str(tmp_path)!r}, 'w')"
     done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: [Errno ") and done.stderr.count("\n") == 1
+
+
+def test_a_path_on_another_drive_is_shown_as_it_is(monkeypatch):
+    assert config.as_seen(ROOT / "config") == os.path.relpath(ROOT / "config")
+    monkeypatch.setattr(os.path, "relpath", ntpath.relpath)
+    assert config.as_seen("Z:\\out") == "Z:\\out"
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
