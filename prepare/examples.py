@@ -76,7 +76,12 @@ class Row:
     trunk: int = 0  # how many ids go up to the last picture
 
     def prompt(self):
+        """ids up to the first answer."""
         return self.ids[:self.learn.argmax()]
+
+    def shown(self, mark):
+        """Numbers of the pictures in the prompt; `mark` stands for each of them. Others may come in later turns."""
+        return self.pictures[:(self.prompt() == mark).sum()]
 
 
 @lru_cache

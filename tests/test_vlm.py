@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import adapter
 import common
 import config
 import decode
@@ -204,7 +205,7 @@ def test_growing_keeps_the_llama(tied):
     llama = Llama(train.shape_from(PRESETS["stories15m"], TINY | dict(vocab_size=100, tie_embeddings=tied))).eval()
     idx = torch.randint(100, (2, 9))
     before = llama(idx)[0]
-    vlm.grow(llama, 101)
+    adapter.grow(llama, 101)
     after = llama(idx)[0]
     assert after.shape[-1] == 128 == llama.config.vocab_size and torch.allclose(after[..., :100], before, atol=1e-6)
     assert (llama.lm_head.weight is llama.model.embed_tokens.weight) == tied
@@ -310,6 +311,26 @@ def test_padding_and_company_change_nothing():
         if token == see.image_id:
             break
         ids = torch.cat((ids, torch.tensor([[token]])), 1)
+
+
+def test_pictures_of_later_turns_are_of_no_other_row(squares, tmp_path):
+    """Rows whose pictures come after the first answer, before a plain one: texts are those made one by one."""
+    see, tok = tiny()
+    with torch.no_grad():
+        see.projector[-1].weight.mul_(30)  # so that a picture changes what is said
+    (tmp_path / "images.npy").symlink_to(squares / "images.npy")
+    ask, more = {"from": "human", "value": "<image>?"}, {"from": "human", "value": "And?"}
+    say = {"from": "gpt", "value": "a"}
+    records = [{"image": [0, 1], "conversations": [ask, say, ask, say]},
+               {"image": 2, "conversations": [more, say, ask, say]},
+               {"image": 3, "captions": ["a"]}, {"image": 2, "captions": ["b"]}]
+    images.save({"train": records}, tmp_path, progress=False)
+    found = []
+    for size in 1, 4:
+        run = vlm.Runner(settings(tmp_path, "unused", batch_size=size), see, tok, torch.device("cpu"), torch.float32)
+        data, = run.read(images.load(tmp_path, "train"))
+        found.append(run.answers(data.questions()))
+    assert found[0] == found[1] and len(set(found[0])) == 4
 
 
 @pytest.mark.parametrize("seed, beams", [(seed, beams) for seed in range(4) for beams in (2, 3, 6)])
