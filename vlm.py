@@ -220,12 +220,11 @@ class Vlm(nn.Module):
 
 def open_run(directory, vit_weights=None, **overrides):
     """(Vlm, tokenizer) of a directory."""
-    tok, patch, frame = tokenizer.load(directory), None, ()
-    if vision.is_llama4(Path(directory)):
-        tok, patch, frame = with_frame(tok)
+    tok = tokenizer.load(directory)
+    tok, patch, frame = with_frame(tok) if vision.is_llama4(Path(directory)) else (*with_image(tok), ())
     vlm = Vlm.from_pretrained(directory, vit_weights, frame, **overrides)
-    if patch not in (None, vlm.image_id):
-        raise ValueError(f"{directory}: {PATCH} has the id {patch}, config.json says {vlm.image_id}")
+    if patch != vlm.image_id:
+        raise ValueError(f"{directory}: {PATCH if frame else IMAGE} has the id {patch}, the model's is {vlm.image_id}")
     return vlm, tok
 
 

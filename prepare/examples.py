@@ -47,7 +47,7 @@ def with_image(tok):
         raise config.Mistake("this tokenizer has no EOS, so captions could not end")
     if not tok.chat_template:
         tok = tokenizer.Tokenizer(tok.spec, tok.settings | {"chat_template": TURNS}, tok.model)
-    tok = adding(tok, IMAGE, special=False)  # so that chat() takes it for an image within a message
+    tok = adding(renamed(tok, IMAGE, IMAGE, special=False), IMAGE, special=False)  # so that messages may contain it
     return tok, tok.added[IMAGE]
 
 

@@ -198,6 +198,24 @@ def test_image_token_survives_saving(tmp_path):
     assert theirs.encode("a<image>b", add_special_tokens=False) == [97, image_id, 98]
 
 
+@pytest.mark.parametrize("key, value", [
+    ("extra_special_tokens", {"image_token": "<image>"}),
+    ("added_tokens_decoder", {"258": {"content": "<image>", "special": True, "normalized": False, "lstrip": False,
+                                      "rstrip": False, "single_word": False}})])
+def test_an_image_token_that_is_special_already(key, value, tmp_path):
+    """As in tokenizers of other models that see: it keeps its id, and is found in any text, also in the run's files."""
+    tok = examples.adding(tokenizer.byte(), "<image>")
+    tok = tokenizer.Tokenizer(tok.spec, tok.settings | {key: value})
+    see, made = tiny(tok)
+    see.freeze({"encoder"}).save_pretrained(tmp_path, made)
+    for found in made, vlm.open_run(tmp_path)[1]:
+        assert examples.caption_prompt(found) == [256, 258, 10] and see.image_id == 258
+        assert found.chat([{"role": "user", "content": "<image>a"}]) == [256, 258, 97, 10]
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("a<image>", add_special_tokens=False).input_ids == [
+        97, 258]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_growing_keeps_the_llama(tied):
     """New embeddings change no logit of an old token."""
