@@ -203,6 +203,8 @@ def load(folder, split):
     folder = Path(folder)
     path = folder / f"{split}.jsonl"
     if not path.is_file():
+        if (folder / "tokenizer.json").is_file():
+            raise config.Mistake(f"{folder}: it holds text, which is for train.py")
         script, there = f"prepare/{folder.name}.py", [s for s in SPLITS if (folder / f"{s}.jsonl").is_file()]
         hint = f"run `python {script}` first" if (config.ROOT / script).is_file() else "there is no such data set"
         raise config.Mistake(f"no {path}: " + (f"this data set has only {' and '.join(there)}" if there else hint))
