@@ -1,6 +1,7 @@
 """vlm.py used as people use it: odd data sets, other eyes, conversations that go on, folders, JSON."""
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -487,6 +488,16 @@ def test_lora(plain, start, tmp_path, photos, capsys):
     assert torch.allclose(merged(idx)[0], llama(idx)[0], atol=1e-5)
     with pytest.raises(config.Mistake, match="stage align leaves"):
         vlm.main(dict(stage="align", init_from=str(base), lora_rank=2), {})
+
+
+@pytest.mark.parametrize("keys, said", [
+    (dict(stage="align"), "another stage (leave --stage out)"), (dict(optimizer="adamw"), "another optimizer (leave"),
+    (dict(stage="instruct", lora_rank=2), "another stage and lora_rank (leave --stage and --lora_rank out)")])
+def test_going_on_otherwise_names_what_differs(keys, said, start, tmp_path):
+    shutil.copytree(start / "run", tmp_path / "run")
+    with pytest.raises(config.Mistake, match=re.escape(f"was made by {said}")):
+        vlm.fit(replace(settings(start / "data", tmp_path / "run", encoder=None, max_iters=3), init_from="resume",
+                        **keys), {})
 
 
 def test_pairs_are_refused_before_a_model_is_read(start, tmp_path, monkeypatch):
