@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import config
@@ -34,6 +35,7 @@ if __name__ == "__main__":  # before torch is imported: a typo answers at once
     settings = config.run(config.load, MergeConfig)
 
 import torch
+import torch.nn as nn
 
 import checkpoint
 import lora
@@ -168,8 +170,24 @@ def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
     llama = checkpoint.load(base_of(directory) if settings else directory, dtype, device, prepare, **overrides)
     if settings:
         read_tensors(llama, directory / "adapter_model.safetensors", settings)
+        if not split and (directory / "vlm.json").is_file():  # its base model may have no token for pictures
+            grow(llama, checkpoint.read_json(directory / "vlm.json").get("image_id", 0) + 1)
     elif new:
         lora.draw(llama, new[-1])
+    return llama
+
+
+def grow(llama, vocab_size):
+    """Give a Llama embeddings for vocab_size tokens (up to a multiple of 64); the new ones are the mean of the old."""
+    old = llama.config.vocab_size
+    if old >= vocab_size:
+        return llama
+    llama.config = llama.model.cfg = replace(llama.config, vocab_size=-(-vocab_size // 64) * 64)
+    for layer in llama.model.embed_tokens, llama.lm_head:
+        w = layer.weight.detach()
+        layer.weight = nn.Parameter(torch.cat((w, w.mean(0).expand(llama.config.vocab_size - old, -1))))
+    if llama.config.tie_embeddings:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
     return llama
 
 
@@ -297,6 +315,8 @@ def main(cfg):
         lost = lora.merge(llama, getattr(torch, cfg.dtype))
         checkpoint.save(llama, cfg.out)
         tok.save(cfg.out)
+    if (directory / "vlm.json").is_file():
+        print(f"{directory}'s projector and encoder are left out: {cfg.out} does not see", file=sys.stderr)
     print(f"{cfg.out}: {llama.counts()[0]:,} parameters in {cfg.dtype}; rounding takes {lost:.1%} of what was learned")
     if lost > 0.01:
         print("to keep all of it, keep the adapter, or merge with --dtype=float32")

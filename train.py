@@ -304,13 +304,21 @@ def resume(task, cfg, out, optimizers, scaler):
     if state["val_fingerprint"] != task.val_fingerprint:
         print0("resume     with another validation set: best/ begins anew")
         state["best"] = math.inf
-    with torch.no_grad(), config.mistakes(ValueError, KeyError, prefix=f"{folder} was made by another optimizer (leave "
-                                          "--optimizer out), or cannot be read: "):
+    with torch.no_grad(), config.mistakes(ValueError, KeyError, prefix=f"{folder} {made_otherwise(cfg, folder)}"
+                                          "cannot be read: "):
         names = checkpoint.tensor_names(folder / "optimizer")
         checkpoint.load_tensors(optim.make_states(task.model, optimizers, names), folder / "optimizer")
     if state["scaler"]:  # empty unless the run was in float16
         scaler.load_state_dict(state["scaler"])
     return {key: state[key] for key in ("step", "sequences", "tokens", "seconds", "best")}
+
+
+def made_otherwise(cfg, folder):
+    """Which settings that decide what optimizers hold were others when a checkpoint was made, as people read it."""
+    before, _ = config.of_run(folder, type(cfg), SHAPE_KEYS)
+    keys = [key for key in ("stage", "lora_rank", "optimizer") if key in before and before[key] != getattr(cfg, key)]
+    names = " and ".join(keys), " and ".join(f"--{key}" for key in keys)
+    return "was made by another {} (leave {} out), or ".format(*names) if keys else ""
 
 
 def peak_flops(device):
@@ -472,7 +480,7 @@ def build_model(cfg, shape, data, tok, out, place):
 
 def open_data(folder, cfg):
     """(training split, validation split, tokenizer) of a data set of text; to evaluate, both are that of validation."""
-    if (folder / "train.jsonl").is_file() and not (folder / "meta.json").is_file():
+    if (folder / "train.jsonl").is_file() and not (folder / "tokenizer.json").is_file():
         raise config.Mistake(f"{folder} holds pictures, which are for vlm.py")
     val, tok = shards.Split(folder, "val"), tokenizer.load(folder)
     data = val if cfg.eval_only else shards.Split(folder, "train")

@@ -396,7 +396,7 @@ def config_to_hf(c):
         "multi_modal_projector_bias": False, "vision_feature_select_strategy": "default"}
 
 
-def config_from_hf(hf, tiles=16):
+def config_from_hf(hf):
     """The dict of vision_config -> VitConfig. Raises ValueError, naming the key, for what cannot be built."""
     fields = {field: hf.get(key, default) for field, (key, default) in HF_KEYS.items()}
     for field, value in fields.items():
@@ -416,18 +416,26 @@ def config_from_hf(hf, tiles=16):
         raise ValueError("vision_config: RoPE must be of the type default, and the channels 3")
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     try:
-        return VitConfig(**fields, llama4=True, join=join, rope_theta=float(theta), tiles=tiles)
+        return VitConfig(**fields, llama4=True, join=join, rope_theta=float(theta), tiles=16)
     except (ValueError, TypeError) as e:
         raise ValueError(f"vision_config: {e}") from None
 
 
-def read_tiles(directory):
-    """The most squares that the processor of a checkpoint cuts a picture into; 16, as transformers, if it does not say.
-    """
-    tiles = 16
-    for path in directory / "processor_config.json", directory / "preprocessor_config.json":
-        hf = read_json(path) if path.is_file() else {}
-        tiles = (hf.get("image_processor") or hf).get("max_patches", tiles)
+LIKE_LLAMA4 = {  # what an image processor may say: `cut_llama4` does nothing else
+    "resample": 2, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    "resize_to_max_canvas": False, "do_resize": True, "do_rescale": True, "do_normalize": True}
+
+
+def read_tiles(directory, side):
+    """The most squares, `side` pixels wide, that the image processor of a checkpoint cuts a picture into; 16, as
+    transformers, if it does not say. Raises ValueError for what it would do to pictures that is not done here."""
+    files = [directory / name for name in ("processor_config.json", "preprocessor_config.json")]
+    nested, hf = (read_json(path) if path.is_file() else {} for path in files)
+    hf = nested.get("image_processor") or hf
+    for key, value in (LIKE_LLAMA4 | {"size": {"height": side, "width": side}}).items():
+        if hf.get(key) not in (None, value):
+            raise ValueError(f"{directory}: the image processor's {key} {hf[key]!r} is not supported; {value!r} is")
+    tiles = hf.get("max_patches", 16)
     if type(tiles) is not int or tiles < 1:
         raise ValueError(f"{directory}: max_patches must be a positive int, not {tiles!r}")
     return tiles
@@ -435,12 +443,10 @@ def read_tiles(directory):
 
 def processor_files(vit):
     """{name: contents} of the files from which transformers' Llama4Processor is made."""
-    half = [0.5] * 3
     return {"preprocessor_config.json": {
                 "image_processor_type": "Llama4ImageProcessorFast", "processor_class": "Llama4Processor",
-                "size": {"height": vit.size, "width": vit.size}, "resample": 2, "rescale_factor": 1 / 255,
-                "image_mean": half, "image_std": half, "max_patches": vit.config.tiles, "resize_to_max_canvas": False,
-                "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True},
+                "size": {"height": vit.size, "width": vit.size}, "max_patches": vit.config.tiles,
+                "do_convert_rgb": True, **LIKE_LLAMA4},
             "processor_config.json": {
                 "processor_class": "Llama4Processor", "patch_size": vit.config.patch,
                 "pixel_shuffle_ratio": 1 / vit.config.join}}
@@ -494,7 +500,8 @@ def read(directory, vit_weights=None):
     if own and vit_weights:
         raise ValueError(f"{directory} has an encoder of its own, which learned: leave vit_weights out")
     if llama4:
-        encoder = Vit("llama4", config_from_hf(facts["vision_config"], read_tiles(directory)))
+        c = config_from_hf(facts["vision_config"])
+        encoder = Vit("llama4", dataclasses.replace(c, tiles=read_tiles(directory, c.size)))
         tensors = checkpoint.read_tensors(directory, checkpoint.VISION)
         return facts, encoder, {part: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
                                 for part, prefix in HF_PARTS.items() if part != "llama"}

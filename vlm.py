@@ -25,13 +25,15 @@ import hashlib
 import json
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import config
 
+KEYS = "vlm.py:VlmConfig", "model.py:LlamaConfig"
+
 if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
-    settings = config.run(config.load, "vlm.py:VlmConfig", None, "model.py:LlamaConfig")
+    settings = config.run(config.load, KEYS[0], None, KEYS[1])
 
 import numpy as np
 import torch
@@ -65,7 +67,6 @@ STAGES = {  # what learns in each; the loss is that of the assistant's words, in
     "instruct": ("projector", "llama"),  # to answer what is asked about it
     "prefer": ("projector", "llama"),  # to give the better of two answers
     "together": ("encoder", "projector", "llama")}  # everything, from scratch
-
 
 # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -206,7 +207,6 @@ class Vlm(nn.Module):
         overrides: fields of the Llama's config. Raises ValueError or FileNotFoundError, naming what is wrong."""
         llama = adapter.load(directory, torch.float32, **overrides)
         facts, encoder, states = vision.read(Path(directory), vit_weights)
-        llama = grow(llama, facts["image_id"] + 1)  # that of an adapter is as its base model has it
         vlm = cls(llama, encoder, facts["image_id"], frame, facts["pixel_shuffle"])
         for part, state in states.items():
             try:
@@ -220,12 +220,11 @@ class Vlm(nn.Module):
 
 def open_run(directory, vit_weights=None, **overrides):
     """(Vlm, tokenizer) of a directory."""
-    tok, patch, frame = tokenizer.load(directory), None, ()
-    if vision.is_llama4(Path(directory)):
-        tok, patch, frame = with_frame(tok)
+    tok = tokenizer.load(directory)
+    tok, patch, frame = with_frame(tok) if vision.is_llama4(Path(directory)) else (*with_image(tok), ())
     vlm = Vlm.from_pretrained(directory, vit_weights, frame, **overrides)
-    if patch not in (None, vlm.image_id):
-        raise ValueError(f"{directory}: {PATCH} has the id {patch}, config.json says {vlm.image_id}")
+    if patch != vlm.image_id:
+        raise ValueError(f"{directory}: {PATCH if frame else IMAGE} has the id {patch}, the model's is {vlm.image_id}")
     return vlm, tok
 
 
@@ -305,8 +304,8 @@ class Stage:
         if RANK == 0:
             texts = self.run.answers(self.shown)
             scores["exact"] = agree(texts, self.shown)
-            seen = [(r.pictures[0], self.tok.decode(r.prompt()).replace(IMAGE, "").strip(), text)
-                    for r, text in zip(self.shown, texts) if r.pictures]
+            seen = [(r.shown(self.model.mark)[0], self.tok.decode(r.prompt()).replace(IMAGE, "").strip(), text)
+                    for r, text in zip(self.shown, texts) if r.shown(self.model.mark)]
             if seen:
                 picture_files.draw(self.out / "samples.png", [self.run.pictures.look(p) for p, *_ in seen],
                                    ["\n".join(words).strip() for _, *words in seen])
@@ -353,7 +352,7 @@ def build(cfg, shape, records, source):
                 llama = adapter.load(source, torch.float32, **kept)
                 if not cfg.lora_rank:
                     lora.merge(llama)
-                llama = grow(llama.requires_grad_(True), tok.vocab_size)
+                llama = adapter.grow(llama.requires_grad_(True), tok.vocab_size)
             else:
                 tok, *ids = add(new_tokenizer(records, shape.get("vocab_size", 512) - count))
                 llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
@@ -366,20 +365,6 @@ def build(cfg, shape, records, source):
     train.need_shape(vlm.llama.config, shape if source else {})
     train.need_fit(vlm.llama.config, cfg, tok.vocab_size)
     return vlm, tok
-
-
-def grow(llama, vocab_size):
-    """Give a Llama embeddings for vocab_size tokens (up to a multiple of 64); the new ones are the mean of the old."""
-    old = llama.config.vocab_size
-    if old >= vocab_size:
-        return llama
-    llama.config = llama.model.cfg = replace(llama.config, vocab_size=-(-vocab_size // 64) * 64)
-    for layer in llama.model.embed_tokens, llama.lm_head:
-        w = layer.weight.detach()
-        layer.weight = nn.Parameter(torch.cat((w, w.mean(0).expand(llama.config.vocab_size - old, -1))))
-    if llama.config.tie_embeddings:
-        llama.lm_head.weight = llama.model.embed_tokens.weight
-    return llama
 
 
 # -- a model at work ---------------------------------------------------------------------------------------------
@@ -444,7 +429,7 @@ class Runner:
         """The model's text for each row's prompt."""
         texts = []
         for batch in track(parts(rows, self.cfg.batch_size), "answering", delay=2):
-            seen = self.pictures([p for r in batch for p in r.pictures])
+            seen = self.pictures([p for r in batch for p in r.shown(self.vlm.mark)])
             texts += self.texts([r.prompt() for r in batch], seen, number=len(texts))
         return texts
 
@@ -474,14 +459,20 @@ def run_to_use(out_dir=None, init_from="scratch"):
     return max(files, key=lambda path: path.stat().st_mtime).parent
 
 
+def frozen_weights(directory):
+    """The file of weights with which the run in a directory froze its encoder, or None."""
+    settings, _ = config.of_run(directory, *KEYS)
+    return None if "encoder" in STAGES.get(settings.get("stage"), ()) else settings.get("vit_weights")
+
+
 def load(cfg, kind="", what="", pack=True):
     """Runner of the model that cfg names. Says so where the model learned other things than this kind of examples, and
     that is known. pack: its weights, which then write text faster but have no loss."""
-    directory = run_to_use(cfg.out_dir, cfg.init_from)
     device = common.pick_device(cfg.device)
     dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
-        run = Runner(cfg, *open_run(checkpoint.find_checkpoint(directory), cfg.vit_weights), device, dtype)
+        directory = checkpoint.find_checkpoint(run_to_use(cfg.out_dir, cfg.init_from))
+        run = Runner(cfg, *open_run(directory, cfg.vit_weights or frozen_weights(directory)), device, dtype)
     learned = run.vlm.learned
     if kind and learned and kind not in learned:
         print(f"note: this run learned no {what} ({', '.join(sorted(learned))} only): expect no sense", file=sys.stderr)
@@ -559,11 +550,16 @@ class PictureTokenizer:
         return ids.tolist()
 
 
+def aside(json):
+    """A block that prints to stderr where stdout is for JSON alone."""
+    return contextlib.redirect_stdout(sys.stderr if json else sys.stdout)
+
+
 def ask(cfg):
     """Answer one question about pictures."""
     question, *paths = cfg.ask
     run = load(cfg, "answer", "questions")
-    with run.autocast, contextlib.redirect_stdout(sys.stderr if cfg.json else sys.stdout):  # the words as they come
+    with run.autocast, aside(cfg.json):  # the words as they come
         tok = PictureTokenizer(run, paths)
         turns = [{"role": "system", "content": cfg.system}] if cfg.system else []
         ids = sample.fitting(tok.chat([*turns, {"role": "user", "content": question.strip()}]), run.vlm.llama)
@@ -596,17 +592,18 @@ def score(cfg):
     records = images.load(folder, cfg.split)
     if any("chosen" in record for record in records):  # before anything is encoded
         raise config.Mistake("--eval scores captions and answers; the log has the margin and accuracy of preferences")
-    run = load(cfg, pack=False)
-    common.init_distributed(run.device)
-    data, = run.read(records)
-    rows = data.questions()
-    found, n = {"loss": run.loss(run.vlm, data)}, len(run.pictures.names)
-    if n > 1:  # what the pictures are worth: each example gets another one's
-        found["loss with wrong pictures"] = run.loss(run.vlm, data, shift=n // 2)
-    else:
-        print0(f"no loss with wrong pictures: the split has {n} in all")
-    decode.to_decode(run.vlm.llama)
-    found |= measured(run.answers(rows), rows)
+    with aside(cfg.json):
+        run = load(cfg, pack=False)
+        common.init_distributed(run.device)
+        data, = run.read(records)
+        rows = data.questions()
+        found, n = {"loss": run.loss(run.vlm, data)}, len(run.pictures.names)
+        if n > 1:  # what the pictures are worth: each example gets another one's
+            found["loss with wrong pictures"] = run.loss(run.vlm, data, shift=n // 2)
+        else:
+            print0(f"no loss with wrong pictures: the split has {n} in all")
+        decode.to_decode(run.vlm.llama)
+        found |= measured(run.answers(rows), rows)
     if cfg.json:
         print0(json.dumps({"dataset": folder.name, "split": cfg.split, "prompts": len(rows)} | found))
         return found
@@ -673,18 +670,24 @@ class VlmConfig(train.TrainConfig):
         return self.sample_tokens
 
 
-def main(given, shape):
-    """Use the model if the settings ask for that, else train it. Settings of a run that goes on or is scored hold."""
+def settled(given, shape):
+    """(settings, shape), among them those of a run that goes on or is scored."""
+    scored, named = given.get("eval") or given.get("eval_only"), given.get("vit_weights")
     if given.get("init_from") == "resume":
-        given, shape = train.with_run(given, shape, "vlm.py:VlmConfig", "vlm_")
-    elif given.get("eval") or given.get("eval_only"):
+        given, shape = train.with_run(given, shape, KEYS[0], "vlm_")
+    elif scored:
         config.make(VlmConfig, given | {"lora_rank": 0})  # its own mistakes before a run is looked for
         directory = run_to_use(given.get("out_dir"), given.get("init_from", "scratch"))
-        named = given.get("vit_weights")
-        given, shape = train.with_run(given, shape, "vlm.py:VlmConfig", directory=directory)
-        given["lora_rank"] = 0  # its adapter is there
-        if "encoder" in STAGES.get(given.get("stage"), ()):
-            given["vit_weights"] = named  # not where its encoder began: it has one of its own now
+        given, shape = train.with_run(given, shape, KEYS[0], directory=directory)
+    if scored:
+        given = given | {"lora_rank": 0, "vit_weights": named}  # its adapter is there, and `load` knows its encoder
+    return given, shape
+
+
+def main(given, shape):
+    """Use the model if the settings ask for that, else train it."""
+    with aside(given.get("json")):
+        given, shape = settled(given, shape)
     cfg = config.make(VlmConfig, given)
     uses = {trace: cfg.trace, caption: cfg.caption, ask: cfg.ask, chat: cfg.chat, score: cfg.eval or cfg.eval_only}
     for use, wanted in uses.items():

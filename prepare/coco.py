@@ -23,10 +23,12 @@ def from_folder(folder, out, limit):
         files = sorted([*folder.glob(f"captions_{split}*.json"), *folder.glob(f"annotations/captions_{split}*.json")])
         if not files:
             raise config.Mistake(f"--input must hold COCO's captions_{split}2017.json, in itself or in annotations/")
-        place = folder / files[-1].stem.removeprefix("captions_")
+        places = {file: folder / file.stem.removeprefix("captions_") for file in files}
+        file = next((file for file in reversed(files) if places[file].is_dir()), files[-1])  # the newest with photos
+        place = places[file]
         with config.mistakes(OSError, ValueError, KeyError, TypeError, AttributeError,
-                             prefix=f"{files[-1]} is not COCO's: "):
-            table = json.loads(files[-1].read_text(encoding="utf-8-sig"))
+                             prefix=f"{file} is not COCO's: "):
+            table = json.loads(file.read_text(encoding="utf-8-sig"))
             texts, useless = {}, 0
             for a in table["annotations"]:
                 if isinstance(a.get("caption"), str) and a["caption"].strip():
@@ -37,10 +39,10 @@ def from_folder(folder, out, limit):
                      if i["id"] in texts]
         found = [{"image": str(path.resolve()), "captions": words} for path, words in found if path.is_file()]
         records[split] = found[:limit]
-        print(f"{files[-1].name}: {len(found):,} of {len(table['images']):,} photos are there, with captions"
+        print(f"{file.name}: {len(found):,} of {len(table['images']):,} photos are there, with captions"
               + f"; {useless:,} captions are empty or no text" * (useless > 0))
         if split == "train" and not found:
-            raise config.Mistake(f"none of the {len(table['images']):,} photos of {files[-1]} is in {place}")
+            raise config.Mistake(f"none of the {len(table['images']):,} photos of {file} is in {place}")
     return records
 
 

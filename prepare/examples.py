@@ -47,7 +47,7 @@ def with_image(tok):
         raise config.Mistake("this tokenizer has no EOS, so captions could not end")
     if not tok.chat_template:
         tok = tokenizer.Tokenizer(tok.spec, tok.settings | {"chat_template": TURNS}, tok.model)
-    tok = adding(tok, IMAGE, special=False)  # so that chat() takes it for an image within a message
+    tok = adding(renamed(tok, IMAGE, IMAGE, special=False), IMAGE, special=False)  # so that messages may contain it
     return tok, tok.added[IMAGE]
 
 
@@ -76,7 +76,12 @@ class Row:
     trunk: int = 0  # how many ids go up to the last picture
 
     def prompt(self):
+        """ids up to the first answer."""
         return self.ids[:self.learn.argmax()]
+
+    def shown(self, mark):
+        """Numbers of the pictures in the prompt; `mark` stands for each of them. Others may come in later turns."""
+        return self.pictures[:(self.prompt() == mark).sum()]
 
 
 @lru_cache

@@ -202,6 +202,8 @@ def load(folder, split):
     folder = Path(folder)
     path = folder / f"{split}.jsonl"
     if not path.is_file():
+        if (folder / "tokenizer.json").is_file():
+            raise config.Mistake(f"{folder}: it holds text, which is for train.py")
         there = " and ".join(s for s in SPLITS if (folder / f"{s}.jsonl").is_file())
         raise config.Mistake(f"no {path}: " + (f"this data set has only {there}" if there else
                                                shards.how_to_make(folder, "there is no such data set")))

@@ -5,10 +5,11 @@
     python prepare/llava.py --input rlaif.jsonl --images images --out data/rlaif
     python prepare/llava.py --input llava.json ultrachat.jsonl --images images     # several files are mixed
 
-A record has "conversations", or "instruction" and "output", or "question", "chosen" and "rejected"; "image" names a
-file under the pictures' folder (without it, the record is text only). Those whose `<image>` marks do not match their
-pictures, or that say nothing, are counted and left out. Pictures are held out for validation, with all that is said
-about them, by a hash of their files; records without one by a hash of their text.
+A record has "conversations", or OpenAI's "messages", or "instruction" and "output", or "question", "chosen" and
+"rejected"; "image" or "images" name files under the pictures' folder (without them, the record is text only). Those
+whose `<image>` marks do not match their pictures, that say nothing, or that are about a video, are counted and left
+out. Pictures are held out for validation, with all that is said about them, by a hash of their files; records without
+one by a hash of their text.
 """
 import json
 import sys
@@ -30,11 +31,24 @@ class Settings:
     val_fraction: float = 0.02  # [0, 1) share of the records held out
 
 
+FROM = {role: name for name, role in images.ROLES.items()}
+
+
+def turns_of(messages):
+    """LLaVA's conversations of OpenAI's messages."""
+    images.need(isinstance(messages, list) and {*map(type, messages)} == {dict}, "its messages are not a list of turns")
+    return [{"from": FROM.get(str(m.get("role"))), "value": m.get("content")} for m in messages]
+
+
 def record_of(raw, place):
     """A record for vlm.py from one of LLaVA's or RLAIF-V's. Raises ValueError where its image is no file's name."""
-    pictures = [p for p in images.images_of(raw) if p not in (None, "")]
+    images.need(not raw.get("video") and not raw.get("videos"), "it is about a video")
+    pictures = images.images_of({"image": raw.get("images") if raw.get("image") in (None, "", []) else raw["image"]})
+    pictures = [p for p in pictures if p not in (None, "")]
     images.need(all(isinstance(p, str) and "\0" not in p for p in pictures), "its image is not the name of a file")
     made = {k: raw[k] for k in ("conversations", "question", "chosen", "rejected") if raw.get(k)}
+    if raw.get("messages") and "conversations" not in made:
+        made["conversations"] = turns_of(raw["messages"])
     if "chosen" in made:
         made.pop("conversations", None)
     elif "conversations" not in made:

@@ -29,6 +29,8 @@ def read(path):
     stream = hasattr(path, "read")
     try:
         data = path.read() if stream else Path(path).read_bytes()
+        if data[4:10] == b"ftyphe" or data[4:12] == b"ftypmif1" and b"avif" not in data[:64]:
+            raise ValueError("it is HEIC, which cannot be read: convert it to JPEG")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes, which are checked here, and about odd metadata
             Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: it refuses large photos of good faith
@@ -42,6 +44,8 @@ def read(path):
     except Exception as e:  # Pillow's decoders raise whatever a damaged file leads them to
         reason = {"FileNotFoundError": "there is no such file", "UnidentifiedImageError": "it is not a picture",
                   "IsADirectoryError": "it is a folder"}.get(type(e).__name__) or " ".join(str(e).split()) or repr(e)
+        if isinstance(e, IsADirectoryError) and not below(path)[0]:
+            reason += f" without pictures that can be read, which end in {', '.join(ENDINGS)}"
         name = str(getattr(path, "name", "a picture") if stream else path)
         raise config.Mistake(f"{name if len(name) < 500 else name[:500] + '...'}: {reason[:500]}") from e
 
@@ -109,17 +113,22 @@ def find(path):
     return path if os.path.isfile(path) else _pictures_in(path.parent).get(path.name, path)
 
 
+def below(folder):
+    """(the pictures in a folder and below, by name; how many more files lie there)."""
+    files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file()]
+    inside = [p for p in files if p.suffix.lower() in ENDINGS
+              and not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return inside, len(files) - len(inside)
+
+
 def expand(paths):
     """The paths, each folder replaced by the pictures in it and below, by name; what else lies there is counted. A
     folder without any stays, to be named as what it is."""
     found = []
     for path in map(Path, paths):
-        files = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else []
-        inside = [p for p in files if p.suffix.lower() in ENDINGS
-                  and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        if inside and len(files) > len(inside):
-            print(f"{path}: {len(files) - len(inside):,} files are hidden or no pictures by their names",
-                  file=sys.stderr)
+        inside, others = below(path) if path.is_dir() else ([], 0)
+        if inside and others:
+            print(f"{path}: {others:,} files are hidden or no pictures by their names", file=sys.stderr)
         found += inside or [path]
     return found
 

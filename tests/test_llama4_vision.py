@@ -237,6 +237,25 @@ def test_conversations_have_the_form_of_the_tokenizer(processors):
         "<image>", "<|image|>")
 
 
+def test_pictures_are_cut_as_the_image_processor_says(processors, tmp_path):
+    """What transformers saves is read, its nested form before an older file; what is not done here is refused."""
+    _, tok, theirs = processors(5)
+    for save, most, wanted in (theirs.image_processor, 5, 5), (theirs, 7, 7), (theirs.image_processor, 3, 7):
+        save.max_patches = theirs.image_processor.max_patches = most
+        save.save_pretrained(tmp_path)
+        read = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+        assert vision.read_tiles(tmp_path, 24) == read.max_patches == wanted
+    with pytest.raises(ValueError, match="size .*24.* is not supported"):
+        vision.read_tiles(tmp_path, 48)
+    (tmp_path / "processor_config.json").unlink()
+    good = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    for key, value in {"image_mean": [0.48, 0.45, 0.4], "image_std": 0.5, "rescale_factor": 1, "resample": 3,
+                       "resize_to_max_canvas": True, "do_normalize": False, "size": {"shortest_edge": 24}}.items():
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(good | {key: value}))
+        with pytest.raises(ValueError, match=f"image processor's {key} .* is not supported"):
+            vision.read_tiles(tmp_path, 24)
+
+
 def test_canvases_of_every_size():
     """(rows, columns) as transformers' get_best_fit has them."""
     from transformers.models.llama4 import image_processing_llama4 as theirs
@@ -326,7 +345,7 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
         more = replace(cfg, stage="instruct", init_from=str(tmp_path / "run"), encoder=None, max_iters=2,
                        out_dir=str(tmp_path / "next"), learning_rate=1e-4)
         vlm.fit(more, {})
-        assert vision.read_tiles(tmp_path / "next") == 4  # though each picture of the data was one square
+        assert vision.read_tiles(tmp_path / "next", 24) == 4  # though each picture of the data was one square
         vlm.fit(replace(more, init_from="resume", max_iters=4), {})
     finally:
         del vision.VITS["llama4_test"]

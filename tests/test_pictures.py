@@ -88,6 +88,17 @@ def test_nothing_usable_in_captions(prepare, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_captions_whose_photos_are_there_count(prepare, tmp_path):
+    """COCO's annotations of 2014 and 2017 in one folder, with the photos of one of them."""
+    for split in "train", "val":
+        for year in 2014, 2017:
+            write(tmp_path / f"coco/annotations/captions_{split}{year}.json", {
+                "images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": f"{year}."}]})
+        photo(tmp_path / f"coco/{split}2014/1.png")
+    code, out, err = prepare("coco", "--input", tmp_path / "coco", "--out", tmp_path / "o")
+    assert code == 0 and images.load(tmp_path / "o", "val")[0]["captions"] == ["2014."], err
+
+
 MARKED = {  # conversations that are kept, by what is odd about them: (record, where marks stand then)
     "first turn": ({"image": "a.png", "conversations": TALK + MORE}, [1, 0, 0, 0]),
     "end of the turn": ({"image": "a.png", "conversations": [{"from": "human", "value": "What?\n<image>"}, *TALK[1:]]},
@@ -136,13 +147,17 @@ BAD = {  # by reason: records that are of no use
         {"conversations": MORE + MORE[:1]}, {"conversations": SYSTEM + SYSTEM + MORE}],
     "not all from human, gpt, system": [
         {"conversations": [{"from": "bot", "value": "x"}]}, {"conversations": [{"value": "x"}]},
-        {"conversations": [{"from": ["human"], "value": "x"}, MORE[1]]}],
+        {"conversations": [{"from": ["human"], "value": "x"}, MORE[1]]},
+        {"messages": [{"role": "tool", "content": "5"}]}],
+    "it is about a video": [{"video": "a.mp4", "conversations": MORE}, {"videos": ["a.mp4"], "messages": [{}]}],
+    "its messages are not a list": [{"messages": "hi"}, {"messages": [5]}],
     "not a list of turns": [{"conversations": "Hello"}, {"conversations": ["Hello"]}, {"conversations": 5},
                             {"conversations": {"from": "human"}}],
     "is not the name of a file": [{"image": n, "conversations": TALK} for n in (3, 0, 1.5, True, {}, [["a.png"]])],
     "empty or no text": [
         {}, {"instruction": "a"}, {"instruction": "a", "output": ["b"]}, {"instruction": 1, "output": "b"},
         {"conversations": [MORE[0], {"from": "gpt", "value": " "}]}, {"conversations": [MORE[0], {"from": "gpt"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"text": "b"}]}]},
         {"question": "a", "chosen": "b"}, {"question": "a", "chosen": "b", "rejected": 3}],
     "chosen answer is the rejected one": [
         {"question": "a", "chosen": "b c", "rejected": "b c"},
@@ -313,6 +328,19 @@ def test_errors_name_the_whole_path(tmp_path, capsys):
     assert (tmp_path / "o/bad_images.txt").read_text().splitlines() == [f"{p}: it is not a picture" for p in paths]
     out = capsys.readouterr().out
     assert f"2 pictures cannot be read and were left out: {paths[0]}" in out and "(with 2 records)" in out
+
+
+def test_what_a_telephone_takes_is_named(tmp_path):
+    """HEIC, which Pillow does not open."""
+    for brand in b"heic", b"mif1":
+        (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(99))
+        with pytest.raises(config.Mistake, match="a.heic: it is HEIC, which cannot be read: convert it to JPEG"):
+            picture_files.read(tmp_path / "a.heic")
+    with pytest.raises(config.Mistake, match="it is a folder without pictures that can be read, which end in .jpg, "):
+        picture_files.read(tmp_path)
+    photo(tmp_path / "sub/b.png")
+    with pytest.raises(config.Mistake, match="it is a folder$"):
+        picture_files.read(tmp_path)
 
 
 ARRAYS = {  # G16: what images.npy holds, and what is said of it
@@ -505,6 +533,21 @@ def test_answers_of_one_question_in_several_records_count_together(tmp_path):
     assert row.kind == "chosen" and row.answers == ("yes",)
 
 
+SEEN = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A dog."}]
+SAID = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "A cat."}]
+
+
+@pytest.mark.parametrize("raw, turns, count", [
+    ({"images": ["a.png"], "conversations": SEEN}, SEEN, 1), ({"images": "a.png", "conversations": SEEN}, SEEN, 1),
+    ({"image": "", "images": ["a.png"] * 2, "conversations": MORE}, MORE, 2),
+    ({"messages": SAID}, SYSTEM + MORE, 0), ({"messages": SAID, "images": ["a.png"]}, SYSTEM + MORE, 1)])
+def test_other_words_for_the_same(raw, turns, count, prepare, tmp_path):
+    """`images` and `messages`."""
+    code, out, err, made = llava(prepare, tmp_path, [{"conversations": MORE}, raw], "--val_fraction=0")
+    assert made["train"][1]["conversations"] == turns and len(images.images_of(made["train"][1])) == count
+
+
 def test_an_instruction_has_its_input(prepare, tmp_path):
     raw = [{"instruction": "Translate.", "input": "Hi", "output": "Salut"}]
     made = llava(prepare, tmp_path, raw, "--val_fraction=0")[3]["train"]
@@ -532,6 +575,9 @@ def test_splits_that_are_not_there(tmp_path):
     images.save({"train": [good], "val": []}, tmp_path / "shapes", progress=False)
     with pytest.raises(config.Mistake, match="only train and val"):
         images.load(tmp_path / "shapes", "test")
+    tokenizer.byte().save(tmp_path / "tales")
+    with pytest.raises(config.Mistake, match="tales: it holds text, which is for train.py"):
+        images.load(tmp_path / "tales", "train")
     with pytest.raises(config.Mistake, match="run `python prepare/coco.py` first"):
         images.load(tmp_path / "coco", "train")
     tok, image_id = examples.with_image(tokenizer.byte())

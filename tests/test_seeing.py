@@ -1,14 +1,17 @@
 """vlm.py used as people use it: odd data sets, other eyes, conversations that go on, folders, JSON."""
 import json
 import os
+import re
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import adapter
 import config
 import model
 import runs
@@ -137,13 +140,13 @@ def test_references_belong_to_their_pairs(start, tmp_path):
     data = data_set(tmp_path / "data", pairs)
     cfg = settings(data, tmp_path / "run", stage="prefer", init_from=str(start / "run"), encoder=None)
     vlm.fit(cfg, {})
-    more = vlm.replace(cfg, init_from="resume", max_iters=3)
+    more = replace(cfg, init_from="resume", max_iters=3)
     for changed, block_size in ((pairs[::-1], 64), (pairs[:5], 64), (pairs, 20),
                                 ([pairs[0] | {"chosen": "c"}, *pairs[1:]], 64),
                                 ([pairs[0] | {"image": 1}, *pairs[1:]], 64)):
         data_set(data, changed, pairs)
         with pytest.raises(config.Mistake, match="other pairs of answers"):
-            vlm.fit(vlm.replace(more, block_size=block_size), {})
+            vlm.fit(replace(more, block_size=block_size), {})
     data_set(data, pairs)
     vlm.fit(more, {})
     assert runs.read_log(tmp_path / "run/log.jsonl")[-1]["step"] == 3
@@ -179,17 +182,21 @@ def test_a_frozen_encoder_is_known_again(start, tmp_path):
     save_file({n: t + 1 for n, t in state.items()}, tmp_path / "b.safetensors")
     cfg = settings(start / "data", tmp_path / "run", stage="align", vit_weights=str(tmp_path / "a.safetensors"))
     vlm.fit(cfg, SHAPE)
-    vlm.fit(vlm.replace(cfg, init_from="resume", max_iters=3), {})
+    vlm.fit(replace(cfg, init_from="resume", max_iters=3), {})
     see = vlm.Vlm.from_pretrained(tmp_path / "run", tmp_path / "a.safetensors")
     assert not see.encoder_learned
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for use in dict(caption=(str(tmp_path / "a.png"),)), dict(eval=True), dict(init_from="resume", eval=True):
+        vlm.main(USE | dict(out_dir=str(tmp_path / "run")) | use, {})
     with pytest.raises(ValueError, match="learned with other weights of vit_tiny"):
         vlm.Vlm.from_pretrained(tmp_path / "run", tmp_path / "b.safetensors")
     with pytest.raises(config.Mistake, match="no pretrained weights of vit_tiny"):
         vlm.Vlm.from_pretrained(tmp_path / "run")
     cfg = settings(start / "data", tmp_path / "both", stage="together", vit_weights=str(tmp_path / "a.safetensors"))
     vlm.fit(cfg, SHAPE)
-    vlm.fit(vlm.replace(cfg, init_from="resume", max_iters=3), {})  # begins with its own, not with the file's
-    vlm.main(dict(eval=True, out_dir=str(tmp_path / "both")), {})
+    vlm.fit(replace(cfg, init_from="resume", max_iters=3), {})  # begins with its own, not with the file's
+    for use in dict(eval=True), dict(init_from="resume", eval=True), dict(caption=(str(tmp_path / "a.png"),)):
+        vlm.main(USE | dict(out_dir=str(tmp_path / "both")) | use, {})
 
 
 @pytest.mark.parametrize("size", [(900, 200), (200, 900), (3000, 1), (1, 1), (48, 48), (47, 49)])
@@ -300,8 +307,10 @@ def test_json_is_one_object_a_line(start, photos, capsys):
     vlm.main(use | dict(ask=("what?", str(photos / "a.png"))), {})
     made, = map(json.loads, capsys.readouterr().out.splitlines())
     assert made["images"] == [str(photos / "a.png")] and made["question"] == "what?" and "answer" in made
-    vlm.main(USE | dict(eval=True, json=True, out_dir=str(start / "run")), {})
-    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    vlm.main(USE | dict(eval=True, json=True, out_dir=str(start / "run"), batch_size=3), {})
+    out, err = capsys.readouterr()
+    made = json.loads(out)
+    assert "settings   batch_size=3" in err and "features   6 of 6" in err
     assert made["dataset"] == "data" and made["prompts"] == 6 and made["loss"] > 0
 
 
@@ -447,7 +456,7 @@ def test_lora(plain, start, tmp_path, photos, capsys):
         tokenizer.byte().save(base)
     before = {path.name: path.read_bytes() for path in base.glob("*.safetensors")}
     cfg = settings(start / "data", tmp_path / "run", stage="instruct", init_from=str(base), lora_rank=2, **eyes)
-    vlm.fit(vlm.replace(cfg, learning_rate=0.1, warmup_iters=0), {})
+    vlm.fit(replace(cfg, learning_rate=0.1, warmup_iters=0), {})
     assert {path.name: path.read_bytes() for path in base.glob("*.safetensors")} == before
     files = {path.name for path in (tmp_path / "run").glob("*.safetensors")}
     assert files == {"adapter_model.safetensors", "projector.safetensors"} | (
@@ -462,16 +471,33 @@ def test_lora(plain, start, tmp_path, photos, capsys):
             assert (wanted - theirs(input_ids=idx).logits).abs().max() > 1e-3
     changed = load_file(tmp_path / "run/adapter_model.safetensors")
     assert all(t.any() for name, t in changed.items() if "lora_B" in name)
-    vlm.fit(vlm.replace(cfg, init_from="resume", max_iters=3), {})
+    vlm.fit(replace(cfg, init_from="resume", max_iters=3), {})
     assert runs.read_log(tmp_path / "run/log.jsonl")[-1]["step"] == 3
     capsys.readouterr()
-    vlm.main(USE | dict(init_from=str(tmp_path / "run"), caption=(str(photos / "a.png"),),
-                        vit_weights=eyes.get("vit_weights")), {})
+    vlm.main(USE | dict(init_from=str(tmp_path / "run"), caption=(str(photos / "a.png"),)), {})
     assert capsys.readouterr().out.startswith(str(photos / "a.png"))
     vlm.main(dict(out_dir=str(tmp_path / "run"), eval=True, device="cpu"), {})
     assert "6 prompts" in capsys.readouterr().out
+    llama, *_ = sample.load(sample.SampleConfig(init_from=str(tmp_path / "run"), device="cpu", dtype="float32"))
+    with torch.no_grad():
+        see, _ = vlm.open_run(tmp_path / "run", eyes.get("vit_weights"))
+        assert torch.allclose(llama(idx)[0], see.llama(idx)[0], atol=1e-5)
+    adapter.main(adapter.MergeConfig(merge=str(tmp_path / "run"), out=str(tmp_path / "merged")))
+    assert "run's projector and encoder are left out" in capsys.readouterr().err
+    merged, *_ = sample.load(sample.SampleConfig(init_from=str(tmp_path / "merged"), device="cpu", dtype="float32"))
+    assert torch.allclose(merged(idx)[0], llama(idx)[0], atol=1e-5)
     with pytest.raises(config.Mistake, match="stage align leaves"):
         vlm.main(dict(stage="align", init_from=str(base), lora_rank=2), {})
+
+
+@pytest.mark.parametrize("keys, said", [
+    (dict(stage="align"), "another stage (leave --stage out)"), (dict(optimizer="adamw"), "another optimizer (leave"),
+    (dict(stage="instruct", lora_rank=2), "another stage and lora_rank (leave --stage and --lora_rank out)")])
+def test_going_on_otherwise_names_what_differs(keys, said, start, tmp_path):
+    shutil.copytree(start / "run", tmp_path / "run")
+    with pytest.raises(config.Mistake, match=re.escape(f"was made by {said}")):
+        vlm.fit(replace(settings(start / "data", tmp_path / "run", encoder=None, max_iters=3), init_from="resume",
+                        **keys), {})
 
 
 def test_pairs_are_refused_before_a_model_is_read(start, tmp_path, monkeypatch):

@@ -87,6 +87,15 @@ def decode(pixels, made, flat):
     return found
 
 
+def test_pictures_are_not_for_train_py(tmp_path):
+    """Though they have a meta.json, which says how often guessing is right."""
+    shapes.images.save({split: [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
+                        for split in ("train", "val")}, tmp_path, progress=False)
+    (tmp_path / "meta.json").write_text(json.dumps({"chance": {"all": 0.4}}))
+    with pytest.raises(config.Mistake, match="holds pictures, which are for vlm.py"):
+        train.open_data(tmp_path, train.TrainConfig())
+
+
 def test_pictures_show_what_captions_say():
     """A decoder with nothing learned reads the objects off the picture."""
     made, rng = templates(), random.Random(3)

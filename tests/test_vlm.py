@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import adapter
 import common
 import config
 import decode
@@ -197,6 +198,24 @@ def test_image_token_survives_saving(tmp_path):
     assert theirs.encode("a<image>b", add_special_tokens=False) == [97, image_id, 98]
 
 
+@pytest.mark.parametrize("key, value", [
+    ("extra_special_tokens", {"image_token": "<image>"}),
+    ("added_tokens_decoder", {"258": {"content": "<image>", "special": True, "normalized": False, "lstrip": False,
+                                      "rstrip": False, "single_word": False}})])
+def test_an_image_token_that_is_special_already(key, value, tmp_path):
+    """As in tokenizers of other models that see: it keeps its id, and is found in any text, also in the run's files."""
+    tok = examples.adding(tokenizer.byte(), "<image>")
+    tok = tokenizer.Tokenizer(tok.spec, tok.settings | {key: value})
+    see, made = tiny(tok)
+    see.freeze({"encoder"}).save_pretrained(tmp_path, made)
+    for found in made, vlm.open_run(tmp_path)[1]:
+        assert examples.caption_prompt(found) == [256, 258, 10] and see.image_id == 258
+        assert found.chat([{"role": "user", "content": "<image>a"}]) == [256, 258, 97, 10]
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("a<image>", add_special_tokens=False).input_ids == [
+        97, 258]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_growing_keeps_the_llama(tied):
     """New embeddings change no logit of an old token."""
@@ -204,7 +223,7 @@ def test_growing_keeps_the_llama(tied):
     llama = Llama(train.shape_from(PRESETS["stories15m"], TINY | dict(vocab_size=100, tie_embeddings=tied))).eval()
     idx = torch.randint(100, (2, 9))
     before = llama(idx)[0]
-    vlm.grow(llama, 101)
+    adapter.grow(llama, 101)
     after = llama(idx)[0]
     assert after.shape[-1] == 128 == llama.config.vocab_size and torch.allclose(after[..., :100], before, atol=1e-6)
     assert (llama.lm_head.weight is llama.model.embed_tokens.weight) == tied
@@ -310,6 +329,26 @@ def test_padding_and_company_change_nothing():
         if token == see.image_id:
             break
         ids = torch.cat((ids, torch.tensor([[token]])), 1)
+
+
+def test_pictures_of_later_turns_are_of_no_other_row(squares, tmp_path):
+    """Rows whose pictures come after the first answer, before a plain one: texts are those made one by one."""
+    see, tok = tiny()
+    with torch.no_grad():
+        see.projector[-1].weight.mul_(30)  # so that a picture changes what is said
+    (tmp_path / "images.npy").symlink_to(squares / "images.npy")
+    ask, more = {"from": "human", "value": "<image>?"}, {"from": "human", "value": "And?"}
+    say = {"from": "gpt", "value": "a"}
+    records = [{"image": [0, 1], "conversations": [ask, say, ask, say]},
+               {"image": 2, "conversations": [more, say, ask, say]},
+               {"image": 3, "captions": ["a"]}, {"image": 2, "captions": ["b"]}]
+    images.save({"train": records}, tmp_path, progress=False)
+    found = []
+    for size in 1, 4:
+        run = vlm.Runner(settings(tmp_path, "unused", batch_size=size), see, tok, torch.device("cpu"), torch.float32)
+        data, = run.read(images.load(tmp_path, "train"))
+        found.append(run.answers(data.questions()))
+    assert found[0] == found[1] and len(set(found[0])) == 4
 
 
 @pytest.mark.parametrize("seed, beams", [(seed, beams) for seed in range(4) for beams in (2, 3, 6)])
