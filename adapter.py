@@ -51,6 +51,7 @@ HARMLESS = {"task_type", "auto_mapping", "inference_mode", "layers_pattern", "lo
             "qalora_group_size", "eva_config", "runtime_config"}  # they change no logits
 DEFAULTS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), "revision": ("main",)}
 LAYOUT = "0.21.2"  # the release of peft as which A and B are written
+RUN = "train.py:TrainConfig", "model.py:LlamaConfig"  # what its run.json holds
 BASE = "base.sha256"  # what `digest` said of the base model when the adapter was saved
 
 
@@ -151,9 +152,12 @@ def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
     """The Llama of a checkpoint, or of an adapter and its base model: a directory or a hub name.
 
     dtype is that of the base model; A and B are float32. split: as `prepare` of `checkpoint.load`. new: what `begin`
-    takes after llama, for a new adapter. The rest, and the errors, are as for `checkpoint.load`."""
+    takes after llama, for a new adapter. The rest, and the errors, are as for `checkpoint.load`. PEFT's files hold no
+    context: an adapter has its run's, which may be longer than its base model's."""
     directory = checkpoint.find_checkpoint(name)
     settings = read_settings(directory) if is_adapter(directory) else None
+    if settings and (context := config.of_run(directory, *RUN)[1].get("context")):
+        overrides = {"context": context} | overrides
 
     def prepare(llama):
         if settings:

@@ -453,6 +453,8 @@ def start_from(cfg, shape, out, place):
     if cfg.init_from == "resume":
         return load_llama(cfg, shape, runs.common_latest(out), place)
     llama, tok = load_llama(cfg, shape, cfg.init_from, place)
+    if cfg.head_copy and hasattr(llama, "adapter"):
+        raise config.Mistake("head_copy changes the head, which an adapter leaves as it is: merge it first (adapter.py)")
     if cfg.head_copy:  # a word that attention copies then raises its own logit, before the head has learned to
         if llama.config.tie_embeddings:
             raise config.Mistake(f"head_copy: the head of {cfg.init_from} is its embedding already")

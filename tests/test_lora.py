@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -401,6 +402,30 @@ def test_scripts_open_an_adapter_as_any_other_directory(words, run, tmp_path, ca
     assert first.keys() == second.keys() and not same(first, second)
     with pytest.raises(config.Mistake, match="rank 4 and alpha 8, not 2 and 8"):
         train.main(settings(words, tmp_path / "other", init_from=str(out), **LORA | dict(lora_rank=2)), {})
+
+
+def test_an_adapter_keeps_the_context_that_it_learned_with(words, run, tmp_path, monkeypatch, capsys):
+    """Longer than its base model's: where it goes on, is evaluated, sampled, merged or learned from."""
+    out, step = tmp_path / "lora", "checkpoints/step_00000001"
+    train.main(settings(words, out, init_from=str(run), block_size=64, max_iters=1, **LORA), {"context": 64})
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        train.main(*train.read_settings())
+    call("--init_from=resume", f"--out_dir={out}", "--max_iters=2")
+    assert json.loads((out / "run.json").read_text())["model"]["context"] == 64
+    for part in out, out / "best", out / step:
+        call("--eval_only", f"--init_from={part}")
+        assert "val loss" in capsys.readouterr().out
+        assert sample.load(sample.SampleConfig(init_from=str(part), device="cpu"))[0].config.context == 64
+    assert adapter.load(out, context=16).config.context == 16
+    adapter.main(adapter.MergeConfig(merge=str(out), out=str(tmp_path / "merged")))
+    assert Llama.from_pretrained(tmp_path / "merged").config.context == 64
+    train.main(settings(words, tmp_path / "new", init_from=str(out), block_size=64, max_iters=1), {})
+    (out / "run.json").unlink()
+    assert adapter.load(out).config.context == Llama.from_pretrained(run).config.context == 32
+    with pytest.raises(config.Mistake, match="head_copy changes the head, which an adapter leaves as it is: merge it"):
+        train.main(settings(words, tmp_path / "copy", init_from=str(tmp_path / "new"), head_copy=1.0), {})
 
 
 def test_merging_says_what_rounding_takes(words, tmp_path, capsys):
