@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import adapter
 import checkpoint
 import config
 from common import RANK, WORLD, all_reduce_sum, atomic_write, first_line, print0, together
@@ -244,12 +245,19 @@ def facts_of_run(cfg, model_config, agents):
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
+def starts_from(cfg):
+    """The directories whose weights a new run needs: those of its start and of its reference model, and their bases."""
+    found = [Path(name) for name in (cfg.init_from, getattr(cfg, "reference", None)) if name and os.path.isdir(name)]
+    with config.mistakes(ValueError, OSError):
+        return found + [Path(adapter.base_of(directory)) for directory in found if adapter.is_adapter(directory)]
+
+
 def check_writable(cfg, out):
     """Raise `Mistake` if a run directory cannot be made, without making it, or is needed for something else."""
     there = next(p for p in (out, *out.absolute().parents) if os.path.exists(p))
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise config.Mistake(f"cannot write the run directory {out}: {there} is not a directory that can be written to")
-    if os.path.isdir(cfg.init_from) and out.resolve() in (Path(cfg.init_from) / "_").resolve().parents:
+    if cfg.init_from != "resume" and any(out.resolve() in (path / "_").resolve().parents for path in starts_from(cfg)):
         raise config.Mistake(f"{out} is where this run starts from: give another --out_dir")
     if os.path.isdir(out) and os.listdir(out) and not os.path.exists(out / "run.json") and cfg.init_from != "resume":
         raise config.Mistake(f"{out} holds something else than a run: give another --out_dir")

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_train import DENSE, SPARSE, log_of, same, settings, states, torchrun, 
 
 import checkpoint
 import config
+import feedback
 import optim
 import runs
 import train
@@ -208,6 +210,25 @@ def test_a_run_does_not_move_what_it_starts_from(run, stories, monkeypatch):
         with pytest.raises(config.Mistake, match="is where this run starts from: give another --out_dir"):
             args = flags(init_from=source, out_dir=run, dataset=stories, block_size=40)
             train.main(*read_settings(monkeypatch, *args))
+
+
+@pytest.mark.parametrize("keys, moves", [(dict(init_from="lora"), "base"), (dict(init_from="lora/best"), "base"),
+                                         (dict(init_from="other", reference="base/best"), "base"),
+                                         (dict(init_from="other", reference="lora"), "base"),
+                                         (dict(init_from="other", reference="lora"), "other"),
+                                         (dict(init_from="org/name", reference="lora"), "lora")])
+def test_a_run_does_not_move_what_it_needs(tmp_path, monkeypatch, keys, moves):
+    """The base of an adapter and DPO's reference are needed as much as what it starts from."""
+    monkeypatch.chdir(tmp_path)
+    for name in "base/best", "lora/best", "other", "free":
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name.split("/")[0] / "run.json").touch()
+    for folder in "lora", "lora/best":
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps(dict(
+            peft_type="LORA", r=1, lora_alpha=1, target_modules=["q_proj"], base_model_name_or_path="base")))
+    with pytest.raises(config.Mistake, match=f"^{moves} is where this run starts from: give another --out_dir"):
+        runs.check_writable(feedback.FeedbackConfig(**keys), Path(moves))
+    runs.check_writable(feedback.FeedbackConfig(**keys), Path("free"))
 
 
 def test_a_run_takes_no_folder_that_holds_something_else(stories, tmp_path, monkeypatch):
