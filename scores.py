@@ -96,7 +96,7 @@ def log_likelihoods(model, rows, device, tokens):
         source = [i * T + place for i, row in enumerate(part) for place in row.source]  # (M,)
         target = [token for row in part for token in row.target]  # (M,)
         tensors = (torch.tensor(values, device=device) for values in (ids, positions, source, target))
-        nats = model.losses(*tensors).double().cpu().split([size for row in part for size in row.sizes])
+        nats = model.losses(*tensors).cpu().double().split([size for row in part for size in row.sizes])
         sums = iter([-ending.sum().item() for ending in nats])
         if number < len(batches):  # else a batch that was repeated, to have as many as the others
             for i, row in zip(batch, part):
