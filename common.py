@@ -135,6 +135,16 @@ def pick_dtype(name, device):
     return better, f"bfloat16 products run at {ratio:.2g}x the speed of float32 on this processor"
 
 
+def agreed_dtype(name, device):
+    """As `pick_dtype`, but one for all processes: gradients in float16 are scaled, and others are not."""
+    dtype, why = pick_dtype(name, device)
+    half, wide_half = all_reduce_sum(int(dtype == torch.float16), int(dtype == torch.bfloat16))
+    if half in (0, WORLD) and wide_half in (0, WORLD):
+        return dtype, why
+    dtype = torch.float16 if half + wide_half == WORLD else torch.float32
+    return dtype, "what all processes have, whose hardware differs"
+
+
 def bfloat16_speed():
     """How many times faster than float32 this processor multiplies in bfloat16: it may have units for it, or crawl."""
     matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -117,7 +117,7 @@ class Feedback:
     def __init__(self, cfg, shape, out, device):
         self.cfg, self.device, self.floor = cfg, device, None
         self.folder = runs.folder_of(cfg)
-        self.dtype, self.why_dtype = common.pick_dtype(cfg.dtype, device)
+        self.dtype, self.why_dtype = common.agreed_dtype(cfg.dtype, device)
         self.autocast = common.autocast_to(self.dtype, device)
         self.questions, self.val = (read_questions(self.folder, split) for split in ("train", "val"))
         self.llama, self.tok = train.start_from(cfg, shape, out, train.Place(cfg, device, self.dtype))

@@ -146,8 +146,8 @@ import lora
 import optim
 import runs
 from checkpoint import find_checkpoint
-from common import (RANK, WORLD, IdleThreads, all_reduce_sum, autocast_to, cleanup, in_company, init_distributed,
-                    keep_freed_memory, peak_memory, pick_device, pick_dtype, print0, to_device)
+from common import (RANK, WORLD, IdleThreads, agreed_dtype, all_reduce_sum, autocast_to, cleanup, in_company,
+                    init_distributed, keep_freed_memory, peak_memory, pick_device, print0, to_device)
 from model import PRESETS
 from prepare import shards, tokenizer
 from prepare.windows import rng_for, windows_of
@@ -501,7 +501,7 @@ class Text:
 
     def __init__(self, cfg, shape, out, device):
         self.cfg, self.device = cfg, device
-        self.dtype, self.why_dtype = pick_dtype(cfg.dtype, device)
+        self.dtype, self.why_dtype = agreed_dtype(cfg.dtype, device)
         self.autocast = autocast_to(self.dtype, device)
         self.folder = runs.folder_of(cfg)
         self.data, self.val, self.tok = open_data(self.folder, cfg)
@@ -650,7 +650,7 @@ def evaluate_run(cfg, shape):
     """Print the loss of a model on the whole validation split, or its scores on HellaSwag."""
     device, out = begin(cfg)
     if cfg.hellaswag:
-        dtype, _ = pick_dtype(cfg.dtype, device)
+        dtype, _ = agreed_dtype(cfg.dtype, device)
         llama, tok = start_from(cfg, {}, out, Place(cfg, device, dtype))
         HellaSwag(cfg, tok, llama.config.context)(llama, device, autocast_to(dtype, device))
         return

@@ -247,7 +247,7 @@ class Stage:
         self.model.freeze(STAGES[cfg.stage])
         self.llama = self.model.llama
         self.llama.model.checkpointing = cfg.checkpointing
-        self.dtype, self.why_dtype = common.pick_dtype(cfg.dtype, device)
+        self.dtype, self.why_dtype = common.agreed_dtype(cfg.dtype, device)
         self.run = Runner(cfg, self.model, self.tok, device, self.dtype)
         self.data, self.val = self.run.read(*records)
         if self.model.learned is not None:

@@ -85,6 +85,24 @@ def all_well(*groups):
     return out
 
 
+@pytest.mark.parametrize("suggested, agreed", [
+    (["bfloat16"] * 3, "bfloat16"), (["float16"] * 3, "float16"), (["float32"] * 3, "float32"),
+    (["float16", "bfloat16", "bfloat16"], "float16"), (["float32", "bfloat16", "bfloat16"], "float32"),
+    (["float16", "float32", "float16"], "float32"), (["float16", "float32", "bfloat16"], "float32")], ids=str)
+def test_all_processes_take_one_dtype(monkeypatch, suggested, agreed):
+    """Gradients in float16 are scaled, others not: their mean would be neither."""
+    sums = [suggested.count(name) for name in ("float16", "bfloat16")]
+    monkeypatch.setattr(common, "WORLD", 3)
+    for name in suggested:
+        def all_reduce_sum(*own, name=name):
+            assert own == (name == "float16", name == "bfloat16")
+            return sums
+        monkeypatch.setattr(common, "all_reduce_sum", all_reduce_sum)
+        monkeypatch.setattr(common, "pick_dtype", lambda *_, name=name: (getattr(torch, name), "fast"))
+        dtype, why = common.agreed_dtype("auto", CPU)
+        assert dtype == getattr(torch, agreed) and (why == "fast") == (len(set(suggested)) == 1)
+
+
 # -- the same numbers --------------------------------------------------------------------------------------------------
 
 @torch.enable_grad()
