@@ -11,15 +11,16 @@ is no reference model. Letters in shapes: B rows, T positions, M tokens that are
 Sources: GRPO, DeepSeekMath (arXiv:2402.03300); the mean over tokens, DAPO (2503.14476); DPO (2305.18290).
 """
 import copy
-import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import config
 
+KEYS = "feedback.py:FeedbackConfig"
+
 if __name__ == "__main__":  # before torch is imported: a typo answers at once
-    settings = config.run(config.load, "feedback.py:FeedbackConfig", None, "model.py:LlamaConfig")
+    settings = config.run(config.load, KEYS, None, "model.py:LlamaConfig")
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ import runs
 import train
 from common import RANK, WORLD, print0
 from decode import decode_all
+from prepare import chat, sources
 from prepare.quiz import grade
 from prepare.windows import order, rng_for
 
@@ -63,14 +65,29 @@ class Question(NamedTuple):
     wrong: str | None = None  # a wrong answer, if the data has one
 
 
+def question_of(record):
+    """The first question of a record: a conversation as prepare/chat.py reads it, and "wrong": an answer to each, or to
+    this one. Raises ValueError."""
+    turns, *_ = chat.conversation_of(record)
+    n = next((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), None)
+    if n is None or "content" not in turns[n]:
+        raise ValueError("it has no answer in words")
+    if not "".join(turn.get("content", "") for turn in turns[:n][-1:]).strip():
+        raise ValueError("nothing is asked before its first answer")
+    wrong = record.get("wrong")
+    wrong = next(iter(wrong), None) if isinstance(wrong, list) else wrong
+    if not isinstance(wrong, str | None):
+        raise ValueError(f"its wrong answer is a text, or a list of one to each answer, not {str(wrong)[:40]!r}")
+    return Question(turns[:n], turns[n]["content"], wrong)
+
+
 def read_questions(folder, split):
-    """The first question of each line of <split>.jsonl: {"messages": [...], "wrong": [an answer to each]}."""
+    """The first question of each line of <split>.jsonl."""
     path, questions = folder / f"{split}.jsonl", []
-    with config.mistakes(OSError, ValueError, KeyError, prefix=f"cannot read {path}: "):
-        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            turns = record["messages"]
-            n = [message["role"] for message in turns].index("assistant")
-            questions.append(Question(turns[:n], turns[n]["content"], *record.get("wrong", ())[:1]))
+    with config.mistakes(OSError, prefix=f"cannot read {path}: "):
+        for _, place, record in sources.Files([path], (), None).read():
+            with config.mistakes(ValueError, TypeError, AttributeError, prefix=f"{place}: "):
+                questions.append(question_of(record))
     if not questions:
         raise config.Mistake(f"{path} asks nothing")
     return questions
@@ -203,7 +220,7 @@ class Feedback:
         """The share of validation questions answered rightly, greedily; prints some, and shares by first word."""
         mine = self.val[:self.cfg.eval_questions][RANK::WORLD]
         right, words = self.knows(mine), defaultdict(list)
-        asked = [q.turns[-1]["content"].splitlines()[-1] for q in mine]
+        asked = [q.turns[-1]["content"].strip().splitlines()[-1] for q in mine]
         for question, ok in zip(asked, right):
             words[question.split()[0]].append(ok)
         shown = self.answer([self.prompt(q) for q in mine[:3]], temperature=0) if RANK == 0 else []
@@ -293,7 +310,10 @@ class Preferences(Feedback):
 def main(given, shape):
     """Train as the settings say; those of a run that goes on hold."""
     if given.get("init_from") == "resume":
-        given, shape = train.with_run(given, shape, "feedback.py:FeedbackConfig", "feedback_")
+        given, shape = train.with_run(given, shape, KEYS, "feedback_")
+    elif given.get("eval_only"):  # a run of train.py may have settings that are refused here
+        source, only = given.get("init_from", "scratch"), ("dataset", "answer_tokens", "device", "dtype")
+        given, shape = train.with_run(given, shape, KEYS, directory=source, only=only)
     cfg = config.make(FeedbackConfig, given)
     if cfg.init_from == "scratch":
         raise config.Mistake("feedback needs a model that answers already: give --init_from")
@@ -303,7 +323,7 @@ def main(given, shape):
     if cfg.eval_only:
         device, out = train.begin(cfg, "feedback_")
         task = Rewards(replace(cfg, eval_questions=10**9), shape, out, device)
-        print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions")
+        print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions of {task.folder}")
     else:
         train.start({"grpo": Rewards, "dpo": Preferences}[cfg.objective], cfg, shape, "feedback_")
 

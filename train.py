@@ -98,18 +98,19 @@ def run_directory(out_dir, dataset, prefix=""):
     return Path(out_dir) if out_dir else config.ROOT / "out" / (prefix + Path(dataset).resolve().name)
 
 
-def with_run(given, shape, keys=KEYS, prefix="", directory=None):
+def with_run(given, shape, keys=KEYS, prefix="", directory=None, only=None):
     """(settings, shape): what is given now, over what run.json holds; prints what differs. directory: the run that is
-    evaluated; None: the one that goes on, in out_dir. Without a run.json, only what is given."""
+    evaluated; None: the one that goes on, in out_dir. only: the settings to take of it; None: all. Without a run.json,
+    only what is given."""
     if directory is None:
         dataset = given.get("dataset", config.keys_of(keys)["dataset"].default)
         directory = run_directory(given.get("out_dir"), dataset, prefix)
         given = given | {"out_dir": str(directory)}
     settings, model = config.of_run(directory, keys, SHAPE_KEYS)
     own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat", "json"}  # of each call
-    own |= {"head_copy"}  # done once, in the weights
+    own |= {"head_copy", "epochs"}  # done once, in the weights; what max_iters was made of
     own |= {"hellaswag"} if given.get("eval_only") else set()
-    settings = {k: v for k, v in settings.items() if k not in own}
+    settings = {k: v for k, v in settings.items() if k not in own and k in (only or settings)}
     model = {k: v for k, v in model.items() if k in TRAINING_ONLY}
     for key, value in (given | shape).items():
         before = (settings | model).get(key, value)

@@ -70,7 +70,7 @@ def make(name, keys):
 def row(name, keys):
     """The line of the table for one row."""
     make(name, keys)
-    said = python("feedback.py", "--eval_only", f"--init_from={OUT / name}")
+    said = python("feedback.py", "--eval_only", "--dataset=quiz", f"--init_from={OUT / name}")
     share, count = re.search(r"val accuracy (\S+) of (\S+)", said).groups()
     error = math.sqrt(float(share) * (1 - float(share)) / int(count.replace(",", "")))
     end, (what, command, _) = last(name), ROWS[name]

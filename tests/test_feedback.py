@@ -1,5 +1,7 @@
 """feedback.py: the gradients of GRPO and DPO against their formulas, random rewards, runs that go on."""
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -145,6 +147,57 @@ def test_mistakes(place, tmp_path):
             feedback.main(vars(settings(place, tmp_path / "run")) | {key: 1.0}, {})
     with pytest.raises(config.Mistake, match="objective must be one of grpo, dpo"):
         config.load(feedback.FeedbackConfig, ["--objective=ppo"])
+
+
+ASKED = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("record, found", [
+    ({"wrong": None}, ("a?", "b", None)), ({"wrong": []}, ("a?", "b", None)), ({"wrong": "Rome"}, ("a?", "b", "Rome")),
+    ({"wrong": ["Rome", "x"]}, ("a?", "b", "Rome")), ({"wrong": [None]}, ("a?", "b", None)),
+    ({"messages": [{"role": "user", "content": "\u2028a\x85b"}, ASKED[1]]}, ("\u2028a\x85b", "b", None)),
+    ({"messages": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}, ("a?", "b", None)),
+    ([1], "a record is an object, not"), ({"wrong": [1]}, "its wrong answer is a text"),
+    ({"wrong": {"a": 1}}, "its wrong answer is a text, or a list of one to each answer"),
+    ({"messages": [ASKED[0], {"role": "assistant", "content": None}]}, "message 2: the assistant says nothing"),
+    ({"messages": ASKED[:1]}, "it has no answer"), ({"messages": ASKED[1:]}, "nothing is asked before"),
+    ({"messages": None}, "a record needs messages")])
+def test_records_of_others_are_read_or_refused_in_a_line(tmp_path, record, found):
+    record = {"messages": ASKED} | record if isinstance(record, dict) else record
+    lines = [json.dumps(one, ensure_ascii=False) for one in ({"messages": ASKED}, record)]
+    (tmp_path / "val.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    if isinstance(found, str):
+        with pytest.raises(config.Mistake, match=re.escape(f"val.jsonl: line 2 (record 2): {found}")):
+            feedback.read_questions(tmp_path, "val")
+    else:
+        last = feedback.read_questions(tmp_path, "val")[1]
+        assert (last.turns[-1]["content"], last.answer, last.wrong) == found
+
+
+def test_a_question_may_end_with_empty_lines(place, tmp_path, capsys):
+    task = feedback.Rewards(settings(place, tmp_path / "run"), {}, tmp_path / "run", CPU)
+    task.val = [feedback.Question([{"role": "user", "content": "left where?\n\n \n"}], "left")]
+    assert task.accuracy() == 0 and "left 0.0% of 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script, keys", [(train, {}), (feedback, {"answer_tokens": 7})], ids=["train", "feedback"])
+def test_an_evaluation_is_on_the_data_of_the_run(place, tmp_path, capsys, script, keys):
+    """Its data set and the length of its answers; keys that are given win; what else the run had does not count."""
+    run, other, kept = tmp_path / "run", tmp_path / "other", {"dataset": str(place / "data")} | keys
+    llama, tok = Llama.from_pretrained(place / "start"), tokenizer.load(place / "start")
+    llama.save_pretrained(run)
+    tok.save(run)
+    cfg = script.TrainConfig(**kept, whole_docs=True) if script == train else script.FeedbackConfig(**kept)
+    (run / "run.json").write_text(json.dumps({"settings": vars(cfg), "model": vars(llama.config)}))
+    shutil.copytree(place / "data", other)
+    (other / "val.jsonl").write_text((place / "data/train.jsonl").read_text())
+    for given, count, folder in ({}, 8, place / "data"), ({"dataset": str(other), "answer_tokens": 5}, 24, other):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(feedback.Rewards, "accuracy", lambda self: seen.append(self.cfg.answer_tokens) or 0.5)
+            feedback.main({"eval_only": True, "init_from": str(run), "device": "cpu"} | given, {})
+        assert capsys.readouterr().out.splitlines()[-1] == f"val accuracy 0.5000 of {count} questions of {folder}"
+        assert seen == [(keys | given).get("answer_tokens", 16)]
 
 
 def test_what_is_known_is_what_greedy_decoding_says(place, tmp_path):
