@@ -301,9 +301,12 @@ def start_directory(out, facts, log):
 
 
 def command_to_resume(out):
-    """What to type to go on with a run."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", WORLD)
+    """What to type to go on with a run, on each of its machines."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
     launcher = ["torchrun", f"--nproc_per_node={local}"] if WORLD > 1 else ["python"]
+    if WORLD > local:  # they meet at the first machine, however they found each other before
+        launcher[1:1] = [f"--nnodes={WORLD // local}", "--rdzv_backend=c10d",
+                         f"--rdzv_endpoint={os.environ['MASTER_ADDR']}"]
     return shlex.join([*launcher, sys.argv[0], "--init_from=resume", f"--out_dir={config.as_seen(out)}"])
 
 

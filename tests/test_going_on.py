@@ -73,6 +73,8 @@ def test_going_on_keeps_the_settings(run, monkeypatch, capsys):
     assert (now.batch_size, now.block_size, shape["dropout"], shape["dim"]) == (8, 40, 0.2, 32)
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["settings   batch_size=8, where the run had 4", "settings   dropout=0.2, where the run had 0.1"]
+    assert read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", epochs=2))[0].epochs == 2
+    assert capsys.readouterr().out == ""  # its epochs have become max_iters
 
 
 @pytest.mark.parametrize("part", ["", "best", "checkpoints/step_00000006"])
@@ -432,6 +434,18 @@ def test_in_float16_a_gradient_that_overflows_changes_nothing(words, tmp_path, m
 
 
 # -- other machines ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("world, launcher", [
+    (1, "python"), (4, "torchrun --nproc_per_node=4"),
+    (8, "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=node0 --nproc_per_node=4")])
+def test_the_command_to_go_on_is_for_all_machines(monkeypatch, world, launcher):
+    """Pasted on each, one for a single machine began as many runs in one directory."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(world, 4)))
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setattr(runs, "WORLD", world)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert runs.command_to_resume("out/a") == f"{launcher} train.py --init_from=resume --out_dir=out/a"
+
 
 def test_processes_that_see_other_checkpoints_do_not_start(words, tmp_path):  # noqa: F811
     """Nodes without a shared disk once went on from different steps, each for itself."""
