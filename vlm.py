@@ -448,9 +448,12 @@ class Runner:
 # -- use ---------------------------------------------------------------------------------------------------------
 
 def run_to_use(out_dir=None, init_from="scratch"):
-    """The directory or hub name of the run in out_dir, of init_from, or of the newest run."""
-    if out_dir or init_from not in ("scratch", "resume"):
-        return out_dir or init_from
+    """The directory or hub name of the run: of out_dir, else of init_from, else of the newest one. An --init_from that
+    is said counts before out_dir, since most config files name both."""
+    said = any(word.startswith(("--init_from", "--init-from")) for word in sys.argv)
+    named = [out_dir] * bool(out_dir) + [init_from] * (init_from not in ("scratch", "resume"))
+    if named:
+        return named[-1 if said else 0]
     files = [path for name in ("config.json", "vlm.json") for path in (config.ROOT / "out").glob(f"*/{name}")]
     files = [path for path in files if sees(path.parent)]
     if not files:
@@ -604,10 +607,12 @@ def score(cfg):
             print0(f"no loss with wrong pictures: the split has {n} in all")
         decode.to_decode(run.vlm.llama)
         found |= measured(run.answers(rows), rows)
+    source = str(run_to_use(cfg.out_dir, cfg.init_from))
     if cfg.json:
-        print0(json.dumps({"dataset": folder.name, "split": cfg.split, "prompts": len(rows)} | found))
+        print0(json.dumps({"run": source, "dataset": folder.name, "split": cfg.split, "prompts": len(rows)} | found))
         return found
-    print0(f"{folder.name} {cfg.split}: {len(rows):,} prompts  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    print0(f"{source} on {folder.name} {cfg.split}: {len(rows):,} prompts  "
+           + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     return found
 
 
@@ -640,6 +645,7 @@ class VlmConfig(train.TrainConfig):
     temperature: float = 0.0  # [0, 1e4] 0 takes what is likeliest, which is what scores best; 1 is as the model thinks
     top_p: float = 1.0  # [0, 1] keep the fewest tokens that hold this probability
     min_p: float = 0.0  # [0, 1] keep tokens at least this likely relative to the best; 0: no limit
+    unused = "shard",
     top_k = 0  # as in sample.py; in training --top_k is a key of the model, so `main` moves it here
 
     def __post_init__(self):

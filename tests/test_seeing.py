@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 
@@ -311,7 +312,16 @@ def test_json_is_one_object_a_line(start, photos, capsys):
     out, err = capsys.readouterr()
     made = json.loads(out)
     assert "settings   batch_size=3" in err and "features   6 of 6" in err
-    assert made["dataset"] == "data" and made["prompts"] == 6 and made["loss"] > 0
+    assert made["dataset"] == "data" and made["prompts"] == 6 and made["loss"] > 0 and made["run"] == str(start / "run")
+
+
+@pytest.mark.parametrize("said, run", [([], "a"), (["--init_from", "b"], "b"), (["--init-from=b", "--eval"], "b")])
+def test_what_is_said_counts_before_a_config_file(tmp_path, monkeypatch, said, run):
+    """Most config files name both where their run is and where it began."""
+    (tmp_path / "my.py").write_text("out_dir = 'a'\ninit_from = 'b0'\n")
+    monkeypatch.setattr(sys, "argv", ["vlm.py", str(tmp_path / "my.py"), *said])
+    cfg = config.load(vlm.VlmConfig)
+    assert vlm.run_to_use(cfg.out_dir, cfg.init_from) == run
 
 
 def test_what_a_run_did_not_learn_is_said(start, photos, tmp_path, capsys):
