@@ -51,6 +51,7 @@ class FeedbackConfig(train.TrainConfig):
     eval_questions: int = 1000  # [1, inf) validation questions answered greedily at each evaluation
     beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
     reference: str | None = None  # DPO's reference model; None: what the run starts from
+    unused = "block_size", "shard"
 
     def __post_init__(self):
         super().__post_init__()

@@ -79,6 +79,7 @@ class TrainConfig:
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
     dtype: str = "auto"  # {auto, float32, bfloat16, float16} of matrix products; auto takes what is fast here
     compile: bool | None = None  # torch.compile; None: on CUDA only, elsewhere compiling costs more than it saves
+    unused = ()  # which of these keys another script, whose settings begin with these, does not heed
 
     def __post_init__(self):
         if self.lora_rank and self.init_from == "scratch":
@@ -379,8 +380,9 @@ def memory_advice(cfg, device, dtype):
             reached += f" of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f}"
         half = (f"--batch_size={cfg.batch_size // 2} "
                 f"--gradient_accumulation_steps={2 * cfg.gradient_accumulation_steps}")
-        less = {half: cfg.batch_size > 1, "--checkpointing": not cfg.checkpointing, "a shorter --block_size": True,
-                "--dtype=bfloat16": dtype == torch.float32, "--shard on more GPUs": not cfg.shard}
+        less = {half: cfg.batch_size > 1, "--checkpointing": not cfg.checkpointing,
+                "a shorter --block_size": "block_size" not in cfg.unused, "--dtype=bfloat16": dtype == torch.float32,
+                "--shard on more GPUs": not cfg.shard and "shard" not in cfg.unused}
         raise config.Mistake(f"out of memory on {device} at {reached}; try "
                              f"{', '.join(way for way, helps in less.items() if helps)}, or a smaller model") from e
 
@@ -455,7 +457,7 @@ def start_from(cfg, shape, out, place):
         return load_llama(cfg, shape, runs.common_latest(out), place)
     llama, tok = load_llama(cfg, shape, cfg.init_from, place)
     if cfg.head_copy and hasattr(llama, "adapter"):
-        raise config.Mistake("head_copy changes the head, which an adapter leaves as it is: merge it first (adapter.py)")
+        raise config.Mistake("head_copy changes the head, which an adapter leaves as it is: merge it first")
     if cfg.head_copy:  # a word that attention copies then raises its own logit, before the head has learned to
         if llama.config.tie_embeddings:
             raise config.Mistake(f"head_copy: the head of {cfg.init_from} is its embedding already")
@@ -475,7 +477,7 @@ def build_model(cfg, shape, data, tok, out, place):
         source = out if cfg.init_from == "resume" else cfg.init_from
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
                              f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
-                             f"{'--init_from' if data.marks else '--tokenizer'}={source}")
+                             f"--tokenizer={source}{' (prepare/chat.py: --init_from)' * bool(data.marks)}")
     need_shape(llama.config, shape)
     need_fit(llama.config, cfg, data.vocab_size)
     return llama

@@ -114,7 +114,8 @@ class Conversations(Windows):
         sizes = np.diff(self.edges) - 1
         if sizes.max() > cfg.block_size:
             raise config.Mistake(f"the longest conversation has {sizes.max() + 1} tokens: give --block_size="
-                                 f"{-(-sizes.max() // 64) * 64}, or prepare them with --longest={cfg.block_size}")
+                                 f"{-(-sizes.max() // 64) * 64}, or cut it with prepare/chat.py --longest="
+                                 f"{cfg.block_size}")
         rows = best_fit(sizes.tolist(), cfg.block_size)
         self.order = np.concatenate(rows)
         ends = np.cumsum([len(row) for row in rows])

@@ -23,10 +23,12 @@ from safetensors.torch import load_file, save_file
 import adapter
 import common
 import config
+import feedback
 import model
 import checkpoint
 import runs
 import train
+import vlm
 from conftest import PATIENCE, ROOT
 from prepare import shards, tokenizer
 
@@ -330,6 +332,16 @@ def test_out_of_memory_names_what_helps(place, monkeypatch, capsys, where):
           "--dtype=bfloat16, --shard on more GPUs, or a smaller model", *found)
     assert re.search(r"out of memory on cpu at \d+\.\d GiB", found[2])
     assert files_in(place) == before
+
+
+@pytest.mark.parametrize("cfg, ways", [
+    (train.TrainConfig(batch_size=1), "--checkpointing, a shorter --block_size, --shard on more GPUs"),
+    (vlm.VlmConfig(batch_size=1), "--checkpointing, a shorter --block_size"),
+    (feedback.FeedbackConfig(batch_size=1), "--checkpointing")], ids=["train", "vlm", "feedback"])
+def test_out_of_memory_names_no_flag_that_a_script_refuses(cfg, ways):
+    with pytest.raises(config.Mistake, match=f"; try {ways}, or a smaller model$"):
+        with train.memory_advice(cfg, torch.device("cpu"), torch.bfloat16):
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 STRANGE = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**400, 1e308, -1e-300, math.nan, math.inf,
