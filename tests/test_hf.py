@@ -164,6 +164,7 @@ VARIANTS = {
     "mistral's architecture": (LLAMA, dict(architectures=["MistralForCausalLM"]), ("MistralForCausalLM",)),
     # Llama 4
     "4": (LLAMA4, {}, SAME),
+    "4 widths of no 16 bytes": (LLAMA4, dict(hidden_size=34, num_attention_heads=2, intermediate_size=23), SAME),
     "4 kv heads null": (LLAMA4, dict(num_key_value_heads=None), ("num_key_value_heads",)),
     "4 head_dim null": (LLAMA4, dict(head_dim=None), ("head_dim",)),
     "4 no head_dim: 128": (LLAMA4, dict(head_dim=GONE), SAME),
