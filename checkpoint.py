@@ -135,7 +135,7 @@ def find_checkpoint(name):
         raise FileNotFoundError(f"no directory {name}" + (f"; there are {', '.join(near)}" if near else ""))
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
-                                      ignore_patterns="*/*"))  # folders hold other formats
+                                      ignore_patterns=["*/*.json", "*/*.safetensors", "*/*.model"]))  # other formats
     except errors.HFValidationError:
         raise FileNotFoundError(f"no directory {name}") from None
     except errors.GatedRepoError:
@@ -166,10 +166,10 @@ LLAMA4_KEYS = {
     "nope_every": ("no_rope_layer_interval", 4), "chunk": ("attention_chunk_size", 8192),
     "qk_norm": ("use_qk_norm", True), "attn_scale": ("attn_scale", 0.1), "floor_scale": ("floor_scale", 8192)}
 SCALING_KEYS = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-SUPPORTED = {  # config keys that change what a model computes, and their values that are supported here
+SUPPORTED = {  # config keys that change what a model computes, or where it lies, and their values supported here
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
     "partial_rotary_factor": (1, None), "sliding_window": (None,), "per_layer_config": (None,),
-    "quantization_config": (None,), "compression_config": (None,)}
+    "quantization_config": (None,), "compression_config": (None,), "transformers_weights": (None,)}
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 VISION = "vision_model.", "multi_modal_projector."  # in Llama4ForConditionalGeneration, beside "language_model."
 ARCHITECTURES = {"LlamaForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
@@ -280,6 +280,9 @@ def _read_rope(hf, theta, context):
 
 def _llama4_config(hf):
     """LlamaConfig of a Llama 4's text model. What config.json lists for each layer overrules the intervals."""
+    if hf.get("moe_layers") is not None:  # then these are not read, and may be 0
+        unread = ("interleave_moe_layer_step", "num_local_experts", "num_experts_per_tok")
+        hf = hf | dict.fromkeys(unread[:1] if hf["moe_layers"] else unread, 1)
     cfg = LlamaConfig(arch="llama4", **_common_fields(hf, LLAMA4_KEYS, 500000.0))
     layers = range(cfg.n_layer)
 

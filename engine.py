@@ -5,6 +5,7 @@ import io
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,6 +80,12 @@ class Asked(BaseModel):
     response_format: dict[Literal["type"], Literal["text"]] = {}
     functions: list = Field([], max_length=0)
     tools: list = Field([], max_length=0)
+    repetition_penalty: float = Field(1, ge=1, le=1)  # this and the next: as other servers name them
+    repeat_penalty: float = Field(1, ge=1, le=1)
+    typical_p: float = Field(1, ge=1, le=1)
+    min_tokens: Literal[0] = 0
+    ignore_eos: Literal[False] = False
+    stop_token_ids: list = Field([], max_length=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +121,7 @@ class Engine:
         self.reading, self.task, self.left = 0, None, []  # prompts in the making; what runs `decode`; who has gone
 
     @classmethod
+    @config.mistakes(torch.OutOfMemoryError, prefix="try a smaller model, or --device=cpu: ")
     def load(cls, cfg):
         """That of a serve.ServeConfig."""
         machine = {key: getattr(cfg, key) for key in ("init_from", "device", "dtype", "quantize")}
@@ -155,16 +163,17 @@ class Engine:
 
     def prompt(self, said, room):
         if isinstance(said, str):
-            return self.fitting(sample.encode_prompt(self.tok, said), room)
+            return self.fitting(sample.encode_prompt(self.tok, said, self.model), room)
         turns, files = [], []
         for role, parts in said:
             pictures = [io.BytesIO(part) for part in parts if isinstance(part, bytes)]
-            text = "".join(part for part in parts if isinstance(part, str))
-            turns.append({"role": role, "content": with_pictures(text, len(pictures)) if pictures else text})
+            placed = [kind for kind, _ in groupby(parts, type)].count(str) > 1  # by the texts around them
+            text = "".join(part if isinstance(part, str) else IMAGE * placed for part in parts)
+            turns.append({"role": role, "content": with_pictures(text, len(pictures))})
             files += pictures
         if files and not self.eyes:
             raise config.Mistake("this run reads text alone: leave the pictures out")
-        ids = self.tok.chat(turns)
+        ids = sample.known(self.tok.chat(turns), self.tok, self.model)
         if not self.eyes:
             return self.fitting(ids, room)
         run, sees = self.eyes, self.eyes.vlm
@@ -179,6 +188,8 @@ class Engine:
             return sees.embed(ids[None].to(run.device), torch.cat(features))[0]
 
     def fitting(self, prompt, room):
+        if not len(prompt):
+            raise config.Mistake("the prompt is empty")
         if len(prompt) > self.size - room:
             raise TooLong(f"a prompt of {len(prompt)} tokens: it may have {self.size - room} here")
         return prompt

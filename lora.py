@@ -57,8 +57,6 @@ class LoraStack(nn.Module):
     def forward(self, x, weight, ends):
         """x (N, in) sorted by expert, ends (E,) the end of each expert's rows -> (N, out)."""
         x, weight, A, B = (t.to(product_dtype(x)) for t in (x, weight, self.lora_A, self.lora_B))
-        if spare := -A.shape[1] % 8:  # grouped_mm wants rows of 16 bytes: a rank that is no multiple of 8 gets zeros
-            A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
         return grouped_mm(x, weight, ends) + self.scale * grouped_mm(grouped_mm(x, B, ends), A, ends)
 
 

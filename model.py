@@ -357,7 +357,12 @@ def product_dtype(x):
 
 
 def grouped_mm(x, weight, ends):
-    """F.grouped_mm. torch.compile supports it in bfloat16 only; in another dtype it runs outside the compiled graph."""
+    """F.grouped_mm, which wants rows of 16 bytes: others get zeros. torch.compile supports it in bfloat16 only; in
+    another dtype it runs outside the compiled graph."""
+    (_, inputs, out), unit = weight.shape, 16 // x.itemsize
+    if inputs % unit or out % unit:
+        x, weight = F.pad(x, (0, -inputs % unit)), F.pad(weight, (0, -out % unit, 0, -inputs % unit))
+        return grouped_mm(x, weight, ends)[:, :out]
     known = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
     return (F.grouped_mm if known else torch.compiler.disable(F.grouped_mm))(x, weight, offs=ends)
 

@@ -68,6 +68,8 @@ import lora
 from checkpoint import find_checkpoint
 from common import pick_device
 from model import Attention, Experts, Llama
+from prepare import weights
+from shard import can_compile
 
 
 # -- what to sample from -----------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def read_prompt(text):
     if not text.startswith("FILE:"):
         return text
     with config.mistakes(OSError, UnicodeDecodeError, prefix=f"cannot read the prompt {text}: "):
-        return Path(text[len("FILE:"):]).read_text(encoding="utf-8")
+        return Path(text[len("FILE:"):]).read_text(encoding="utf-8-sig")
 
 
 def load(cfg, rows=1):
@@ -108,23 +110,32 @@ def load(cfg, rows=1):
                                      "and --dtype out")
             model = decode.load_quantized(directory)
         else:
+            can_compile(cfg, device)
             dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
             model = adapter.load(directory, dtype, device)
             if dtype == torch.float32:  # a narrower one would round away much of what an adapter changes
                 lora.merge(model)
         model = decode.to_decode(model, cfg.compile, bits, rows if cfg.dtype == "auto" else 0)
     tok = adapter.load_tokenizer(directory)
-    if tok.vocab_size > model.config.vocab_size:
-        raise config.Mistake(f"{directory}: the tokenizer has {tok.vocab_size} tokens, the model "
-                             f"{model.config.vocab_size}; they do not belong together")
+    with config.mistakes(config.Mistake, prefix=f"{directory}: "):
+        weights.need_fit(tok, model.config.vocab_size)
     return model, tok, directory
 
 
 # -- text --------------------------------------------------------------------------------------------------------
 
-def encode_prompt(tok, text):
-    """ids of a text to continue; without one, of the beginning of a document: BOS, or a line's end."""
-    return tok.encode(text, bos=tok.adds_bos or not text) or tok.encode("\n")
+def encode_prompt(tok, text, model):
+    """ids, `known`, of a text to continue; without one, of the beginning of a document: BOS, or a line's end."""
+    return known(tok.encode(text, bos=tok.adds_bos or not text) or tok.encode("\n"), tok, model)
+
+
+def known(ids, tok, model):
+    """ids, if the model has all of them: a tokenizer can have added tokens that it has not."""
+    for i in ids:
+        if model.config.vocab_size <= i < tok.vocab_size:  # those of vlm.PictureTokenizer's pictures are beyond both
+            raise config.Mistake(f"the prompt has {tok.decode([i], special=True)!r}, which is not in the model's "
+                                 "vocabulary")
+    return ids
 
 
 def fitting(ids, model):
@@ -155,7 +166,7 @@ def complete(model, tok, cfg, title):
     prompts = [read_prompt(t) for t in cfg.start] or [""]
     if cfg.start and "" in prompts:
         raise config.Mistake("the prompt is empty: give some text, or leave --start out to begin a document")
-    encoded = [fitting(encode_prompt(tok, prompt), model) for prompt in prompts]
+    encoded = [fitting(encode_prompt(tok, prompt, model), model) for prompt in prompts]
     print(title, file=sys.stderr)
     count, seconds = 0, 0.0
     for prompt, ids in zip(prompts, encoded):
@@ -210,7 +221,7 @@ def chat(model, tok, cfg, title):
             while len(ids) > context - 16 and len(kept) > 2:
                 kept = kept[2:]
                 ids = tok.chat(system + kept)
-            fitting(ids, model)
+            fitting(known(ids, tok, model), model)
         except config.Mistake as e:
             print(e, file=sys.stderr)
             continue
@@ -289,7 +300,7 @@ def print_steps(steps):
 def trace(model, tok, cfg, title):
     """Print the steps of a forward pass over the first prompt."""
     prompt = read_prompt(cfg.start[0]) if cfg.start else ""
-    ids = fitting(encode_prompt(tok, prompt), model)
+    ids = fitting(encode_prompt(tok, prompt, model), model)
     print(title, "tokens: " + " ".join(f"{i}={tok.decode([i], special=True)!r}" for i in ids), sep="\n")
     print_steps(steps_of(model, ids))
 

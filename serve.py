@@ -105,38 +105,36 @@ async def answer(request: Request):
     if engine.held() >= cfg.rows + cfg.waiting:
         raise HTTPException(429, "too many requests are waiting: come again")
     prompt = await engine.read(asked.turns() if chat else asked.prompt)
-    pieces = engine.write(prompt, asked)
     kind = "chat.completion" + ".chunk" * asked.stream if chat else "text_completion"
     head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": asked.model}
 
-    def body(text, finish):
-        said = {"delta" if asked.stream else "message": {"role": "assistant", "content": text}}
-        said = (said if chat else {"text": text}) | {"index": 0, "logprobs": None, "finish_reason": finish}
-        return head | {"choices": [said]}
+    def body(text, new, finish):
+        role = {} if asked.stream and new > 1 else {"role": "assistant"}  # once in a stream: clients join what comes
+        said = {"delta" if asked.stream else "message": role | {"content": text}} if chat else {"text": text}
+        return head | {"choices": [said | {"index": 0, "logprobs": None, "finish_reason": finish}]}
 
     def usage(new):
         return {"usage": {"prompt_tokens": len(prompt), "completion_tokens": new, "total_tokens": len(prompt) + new}}
 
     async def events():
-        line = "data: {}\n\n".format
         try:
-            async with aclosing(pieces):
+            async with aclosing(engine.write(prompt, asked)) as pieces:
                 async for text, new, finish in pieces:
-                    yield line(json.dumps(body(text, finish)))
+                    yield f"data: {json.dumps(body(text, new, finish))}\n\n"
             if asked.stream_options.get("include_usage"):
-                yield line(json.dumps(head | {"choices": []} | usage(new)))
+                yield f"data: {json.dumps(head | {'choices': []} | usage(new))}\n\n"
         except Exception as e:
-            yield line(json.dumps(error_object(e)[0]))
-        yield line("[DONE]")
+            yield f"data: {json.dumps(error_object(e)[0])}\n\n"
+        yield "data: [DONE]\n\n"
     if asked.stream:
         return StreamingResponse(events(), media_type="text/event-stream")
     whole = ""
-    async with aclosing(pieces):
+    async with aclosing(engine.write(prompt, asked)) as pieces:
         async for text, new, finish in pieces:
             whole += text
             if await request.is_disconnected():
                 break
-    return body(whole, finish) | usage(new)
+    return body(whole, new, finish) | usage(new)
 
 
 def turns_of(messages):

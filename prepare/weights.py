@@ -22,15 +22,21 @@ def own_folder(out):
     return out
 
 
+def need_fit(tok, vocab_size):
+    """Raise `config.Mistake` where a text can become tokens that a model of so many has not. Added ones are not looked
+    at: a model may be without some, as Code Llama 34B is, or with [PAD] added later."""
+    if max(tok.vocab.values(), default=0) >= vocab_size:
+        raise config.Mistake(f"the tokenizer has {tok.vocab_size} tokens, the model {vocab_size}; they do not belong "
+                             "together")
+
+
 def save(out, cfg, state, tok):
     """Write a run directory. state: {Hugging Face name: tensor}, complete; raises `config.Mistake` if it is not, or if
     model and tokenizer do not belong together."""
     import torch
 
     from model import Llama
-    if tok.vocab_size > cfg.vocab_size:
-        raise config.Mistake(f"the tokenizer has {tok.vocab_size} tokens, the model {cfg.vocab_size}; "
-                             "they do not belong together")
+    need_fit(tok, cfg.vocab_size)
     with torch.device("meta"):
         model = Llama(cfg)
     want, have = ({n: t.shape for n, t in tensors} for tensors in (model.named_parameters(), state.items()))

@@ -84,6 +84,7 @@ VARIANTS = {
     "dropout, which is for training": (LLAMA, dict(attention_dropout=0.5), SAME),
     "keys of other tools": (LLAMA, dict(unsloth_version="2025.1", use_cache=False, torch_dtype="bfloat16"), SAME),
     "quantized": (LLAMA, dict(quantization_config={"quant_method": "fp8"}), ("quantization_config",)),
+    "weights in another file": (LLAMA, dict(transformers_weights="a.safetensors"), ("transformers_weights",)),
     # tied embeddings
     "tied": (LLAMA, dict(tie_word_embeddings=True), SAME),
     "no flag: untied": (LLAMA, dict(tie_word_embeddings=GONE), SAME),
@@ -163,6 +164,7 @@ VARIANTS = {
     "mistral's architecture": (LLAMA, dict(architectures=["MistralForCausalLM"]), ("MistralForCausalLM",)),
     # Llama 4
     "4": (LLAMA4, {}, SAME),
+    "4 widths of no 16 bytes": (LLAMA4, dict(hidden_size=34, num_attention_heads=2, intermediate_size=23), SAME),
     "4 kv heads null": (LLAMA4, dict(num_key_value_heads=None), ("num_key_value_heads",)),
     "4 head_dim null": (LLAMA4, dict(head_dim=None), ("head_dim",)),
     "4 no head_dim: 128": (LLAMA4, dict(head_dim=GONE), SAME),
@@ -179,6 +181,10 @@ VARIANTS = {
     "4 mixtures listed": (LLAMA4, dict(moe_layers=[0, 1, 2, 3]), SAME),
     "4 mixtures listed in any order, and beyond the layers": (LLAMA4, dict(moe_layers=[7, 3, 5, 1]), SAME),
     "4 no mixtures listed": (LLAMA4, dict(moe_layers=[]), SAME),
+    "4 mixtures listed, step 0": (LLAMA4, dict(moe_layers=[1, 3], interleave_moe_layer_step=0), SAME),
+    "4 mixtures listed, 0 a token": (LLAMA4, dict(moe_layers=[1, 3], num_experts_per_tok=0), ("num_experts_per_tok",)),
+    "4 dense, with zeros": (LLAMA4, dict(moe_layers=[], interleave_moe_layer_step=0, num_local_experts=0,
+                                         num_experts_per_tok=0), SAME),
     "4 mixtures null: by the step": (LLAMA4, dict(moe_layers=None), SAME),
     "4 mixtures without a pattern": (LLAMA4, dict(moe_layers=[0, 3]), ("moe_layers",)),
     "4 mixtures no list": (LLAMA4, dict(moe_layers=3), ("moe_layers",)),
@@ -585,10 +591,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     """The only hub that huggingface_hub knows of, without a token."""
     constants = pytest.importorskip("huggingface_hub.constants")
-    Hub.folder, Hub.seen = write(tmp_path, LLAMA), []
-    (tmp_path / "original").mkdir()
-    shutil.copy(tmp_path / "model.safetensors", tmp_path / "original")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    (tmp_path / "hub").mkdir()
+    Hub.folder, Hub.seen = write(tmp_path / "hub", LLAMA), []
+    for name in ("original/model.safetensors", "original/params.json", "original/tokenizer.model", "onnx/config.json",
+                 "additional_chat_templates/rag.jinja"):
+        (Hub.folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(Hub.folder / "model.safetensors", Hub.folder / name)
+    (Hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -611,15 +620,16 @@ def serve_at(monkeypatch, url):
 def found(name):
     """The files that find_checkpoint finds, or its one line."""
     try:
-        return sorted(p.name for p in find_checkpoint(name).iterdir())
+        folder = find_checkpoint(name)
+        return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     except FileNotFoundError as e:
         assert "\n" not in str(e)
         return str(e)
 
 
 def test_names_of_the_hub(hub, tmp_path, monkeypatch):
-    files = ["config.json", "model.safetensors"]  # no pickle, no folder
-    assert found("ann/open") == files and not any("original" in path for path in Hub.seen)
+    files = ["additional_chat_templates/rag.jinja", "config.json", "model.safetensors"]  # no pickle, no other format
+    assert found("ann/open") == files and not any("original" in path or "onnx" in path for path in Hub.seen)
     assert all(words in found("ann/gated") for words in ("no directory ann/gated", "is gated", "HF_TOKEN"))
     for name in ("ann/private", "ann/none", "org/nothere"):
         assert f"no directory {name}, and the hub has no public model of that name" in found(name)

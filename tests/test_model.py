@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused
 import model as model_file
 from fused import CrossEntropy
-from model import (PRESETS, Decoder, Head, KVCache, Llama, LlamaConfig, MoE, RMSNorm, Sampling, attend,
+from model import (PRESETS, Decoder, Experts, Head, KVCache, Llama, LlamaConfig, MoE, RMSNorm, Sampling, attend,
                    attend_by_products, rope_angles, rope_frequencies)
 from decode import PackedLinear, to_decode
 
@@ -150,7 +150,6 @@ def test_a_compiled_step_is_one_graph_that_writes_only_where_a_cuda_graph_may(na
         return aot_module_simplified(graph, inputs, fw_compiler=look, inference_compiler=look)
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: compiler(f, backend=backend, dynamic=dynamic))
-    # grouped_mm wants rows of 16 bytes
     cfg = tiny(name, dim=32, n_head=4, head_dim=8, ffn_dim=48, expert_dim=16, context=128)
     model = to_decode(build(cfg).bfloat16())  # torch's compiler knows grouped_mm in bfloat16 only
     prompts = [(tokens(2, 5), 80), (tokens(2, 3), 20), (tokens(2, 17), 30)]
@@ -200,6 +199,26 @@ def test_compiling_changes_nothing(name):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch._dynamo.explain(model)(idx, idx).graph_break_count == 0
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim, width", [(16, 24), (12, 20), (14, 9), (13, 8), (16, 9)])
+def test_experts_of_any_width_are_swiglus_side_by_side(dim, width, dtype):
+    """Also where torch's own product of groups would refuse their rows; gradients too, with empty experts between."""
+    experts, sizes = Experts(4, dim, width).to(dtype), [3, 0, 5, 1]
+    for p in experts.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(9, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def side_by_side():
+        for rows, gate_up, down in zip(x.split(sizes), experts.gate_up_proj, experts.down_proj):
+            gate, up = (rows @ gate_up).chunk(2, -1)
+            yield F.silu(gate) * up @ down
+    want, got = torch.cat([*side_by_side()]), experts(x, torch.tensor(sizes).cumsum(0).int())
+    error = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got, want, rtol=error, atol=error)
+    gradients = [torch.autograd.grad(y.float().square().sum(), list(experts.parameters())) for y in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=4 * error, atol=4 * error)
 
 
 def mixtures(model):

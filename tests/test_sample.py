@@ -14,7 +14,7 @@ import config
 import decode
 import sample
 from model import PRESETS, KVCache, Linear, Llama, LlamaConfig, MoE
-from prepare import tokenizer
+from prepare import examples, tokenizer
 from decode import Batch, Int4Linear, Int8Linear, decode_all, to_decode
 from sample import Conversation, SampleConfig
 from test_model import VOCAB, build, distinct, tiny
@@ -225,6 +225,44 @@ def test_a_full_context_is_said(tmp_path, capsys):
                                   device="cpu")
         sample.main(cfg)
         assert ("context of 12 tokens is full" in capsys.readouterr().err) == full
+
+
+def test_added_tokens_may_be_more_than_the_model_has(tmp_path, monkeypatch, capsys):
+    """As in Code Llama 34B, and where [PAD] was added later: only a prompt that has one of them is refused."""
+    tok = examples.adding(tokenizer.byte(), "[PAD]", "<pre>")
+    template = "{% for m in messages %}{{ m.content }}{{ '[PAD]' if m.content == 'pad' }}{% endfor %}"
+    tok = tokenizer.Tokenizer(tok.spec, tok.settings | {"chat_template": template})
+    talker(vocab_size=258).save_pretrained(tmp_path)
+    tok.save(tmp_path)
+    cfg = dict(init_from=str(tmp_path), device="cpu", max_new_tokens=3, temperature=0.0)
+    sample.main(SampleConfig(start=("a [PAD]",), **cfg))  # a special token's name in a text is text
+    assert capsys.readouterr().out.startswith("a [PAD]")
+    lines = iter(["pad", "paid", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    sample.main(SampleConfig(chat=True, **cfg))
+    said = capsys.readouterr()
+    assert "the prompt has '[PAD]', which is not in the model's vocabulary" in said.err
+    assert said.out.count("llama> ") == 1
+    talker(vocab_size=256).save_pretrained(tmp_path)
+    for how in {}, {"trace": True}:
+        with pytest.raises(config.Mistake, match="the prompt has '<s>'"):
+            sample.main(SampleConfig(**cfg | how))
+
+
+def test_a_prompt_from_a_file_has_no_byte_order_mark(tmp_path):
+    for encoding in "utf-8", "utf-8-sig":
+        (tmp_path / "prompt.txt").write_text("Once é", encoding=encoding)
+        assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "Once é"
+
+
+def test_compiling_without_a_compiler_is_one_line_before_anything_is_loaded(tmp_path, monkeypatch):
+    def no_compiler(f, **_):
+        raise RuntimeError("no C++ compiler\nand a traceback")
+    talker().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr("adapter.load", None)
+    with pytest.raises(config.Mistake, match=r"^torch.compile does not work here \(no C\+\+ compiler\): .*=False$"):
+        sample.main(SampleConfig(init_from=str(tmp_path), device="cpu", compile=True))
 
 
 # -- many requests at once ---------------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ def test_a_chat_goes_by_its_template(served):
     assert done.choices[0].message.role == "assistant" and done.object == "chat.completion"
     parts = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0,
                                                 stream=True, stream_options={"include_usage": True}))
-    assert parts[0].choices[0].delta.role == "assistant" and parts[0].object == "chat.completion.chunk"
+    assert [part.choices[0].delta.role for part in parts[:-1]] == ["assistant"] + [None] * (len(parts) - 2)
+    assert parts[0].object == "chat.completion.chunk"
     assert "".join(part.choices[0].delta.content for part in parts[:-1]) == expect
     assert not parts[-1].choices and parts[-1].usage == done.usage
     raw = httpx.post(address + "/v1/chat/completions", json=dict(
@@ -153,7 +154,9 @@ def test_null_is_not_given(served):
 
 def test_what_changes_nothing_may_be_said(served):
     neutral = dict(n=1, best_of=1, logprobs=False, echo=False, suffix="", frequency_penalty=0.0, presence_penalty=0,
-                   logit_bias={}, response_format={"type": "text"}, functions=[], tools=[], user="me")
+                   logit_bias={}, response_format={"type": "text"}, functions=[], tools=[], user="me",
+                   repetition_penalty=1.0, repeat_penalty=1, typical_p=1.0, min_tokens=0, ignore_eos=False,
+                   stop_token_ids=[])
     answer = httpx.post(served[1] + "/v1/completions", json=GOOD | neutral)
     assert answer.json()["usage"]["completion_tokens"] == 2
 
@@ -184,6 +187,9 @@ GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2, "temperature": 0}  # 
     ({"logit_bias": {"5": 1}}, 400, "logit_bias"), ({"echo": True}, 400, "echo"), ({"suffix": "x"}, 400, "suffix"),
     ({"best_of": 2}, 400, "best_of"), ({"functions": [{}]}, 400, "functions"), ({"min_p": 2}, 400, "min_p"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"), ({"top_k": -1}, 400, "top_k"),
+    ({"repetition_penalty": 1.1}, 400, "repetition_penalty"), ({"repeat_penalty": 0.9}, 400, "repeat_penalty"),
+    ({"typical_p": 0.5}, 400, "typical_p"), ({"min_tokens": 5}, 400, "min_tokens"),
+    ({"ignore_eos": True}, 400, "ignore_eos"), ({"stop_token_ids": [2]}, 400, "stop_token_ids"),
     ({"stop": 3}, 400, "stop"), ({"stop": ["a"] * 5}, 400, "stop"), ({"stop": ""}, 400, "stop"),
     ({"stop": "a" * 1000}, 400, "stop"), ({"stream": "perhaps"}, 400, "stream"),
     ({"stream_options": 3}, 400, "stream_options"), ({"prompt": "x" * 21_000_000}, 413, "more than 20000000 bytes"),
@@ -201,6 +207,21 @@ def test_what_is_wrong_is_said_in_openais_way(served, changes, status, words, st
 def test_messages_that_are_none(served, messages):
     with pytest.raises(openai.BadRequestError, match="messages"):
         served[2].chat.completions.create(model="tiny", messages=messages)
+
+
+def test_an_empty_prompt_is_said(served, monkeypatch):
+    """Of a template that writes nothing."""
+    monkeypatch.setattr(served[0].tok, "chat_template", {"default": "{{ '' }}"})
+    for stream in False, True:
+        with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
+            served[2].chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}], stream=stream)
+
+
+def test_a_token_that_the_model_lacks_is_said(served, monkeypatch):
+    monkeypatch.setattr(served[0].model.config, "vocab_size", 96)  # of 97, the last is </s>
+    monkeypatch.setattr(served[0].tok, "chat_template", {"default": "{{ eos_token }}"})
+    with pytest.raises(openai.BadRequestError, match="the prompt has '</s>', which is not in the model's vocabulary"):
+        served[2].chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}])
 
 
 def test_bodies_that_are_no_json_do_no_harm(served):
@@ -394,6 +415,19 @@ def test_an_answer_about_pictures_is_the_models(eyes):
         assert list(pool.map(say, asked * 3)) == alone * 3
 
 
+@pytest.mark.parametrize("parts, text", [
+    (["what?", b""], "<image>\nwhat?"), ([b"", b"", "wh", "at?"], "<image>\n<image>\nwhat?"),
+    (["a: ", b"", " b: ", b"", "?"], "a: <image> b: <image>?"), ([b"", "a, ", b"", "b"], "<image>a, <image>b"),
+    (["what? <image>", b""], "what? <image>"), (["wh", "at?"], "what?")])
+def test_a_picture_between_texts_keeps_its_place(eyes, monkeypatch, parts, text):
+    """Where there is one text, it stands as it was learned: before that, or where the text has it."""
+    said = []
+    monkeypatch.setattr(eyes[0].tok, "chat", lambda turns: said.extend(turns) or [])
+    with pytest.raises(config.Mistake):
+        eyes[0].prompt([("user", parts)], 1)
+    assert said == [{"role": "user", "content": text}]
+
+
 @pytest.mark.parametrize("url, status, words", [
     ("http://127.0.0.1:1/a.png", 400, "no address is fetched"), ("file:///etc/passwd", 400, "no address is fetched"),
     ("data:text/plain;base64,aGk=", 400, "data:image/"), ("data:image/png;base64,###", 400, "image_url.url"),
@@ -425,6 +459,15 @@ def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded(tmp_path):
 def test_a_cache_that_is_too_large_is_one_line():
     with pytest.raises(config.Mistake, match="fewer --rows or a shorter --context"):
         small(rows=10**9)
+
+
+def test_a_model_that_is_too_large_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has a total capacity of 1 GiB")
+    build(tiny("stories15m", vocab_size=VOCABULARY)).save_pretrained(tmp_path)
+    monkeypatch.setattr("sample.load", full)
+    with pytest.raises(config.Mistake, match="--device=cpu: CUDA out of memory. GPU 0 has"):
+        serve.Engine.load(serve.ServeConfig(init_from=str(tmp_path), device="cpu"))
 
 
 def test_a_model_of_the_hub_has_its_name_there(tmp_path, monkeypatch):

@@ -142,6 +142,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
             weights.save(tmp_path / "run", cfg, state | wrong, tokenizer.byte())
     with pytest.raises(config.Mistake, match="belong together"):
         weights.save(tmp_path / "run", replace(cfg, vocab_size=99), state, tokenizer.byte())
+    with pytest.raises(config.Mistake, match="tensors"):  # the tokenizer fits: no text needs its BOS and EOS
+        weights.save(tmp_path / "run", replace(cfg, vocab_size=256), state, tokenizer.byte())
     assert not (tmp_path / "run").exists()
 
 
