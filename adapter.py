@@ -156,7 +156,7 @@ def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
     context: an adapter has its run's, which may be longer than its base model's."""
     directory = checkpoint.find_checkpoint(name)
     settings = read_settings(directory) if is_adapter(directory) else None
-    if settings and (context := config.of_run(directory, *RUN)[1].get("context")):
+    if settings and (context := context_of(directory)):
         overrides = {"context": context} | overrides
 
     def prepare(llama):
@@ -193,6 +193,11 @@ def grow(llama, vocab_size):
     if llama.config.tie_embeddings:
         llama.lm_head.weight = llama.model.embed_tokens.weight
     return llama
+
+
+def context_of(directory):
+    """The longest text, in tokens, for which the run of an adapter was made; None without a run."""
+    return config.of_run(directory, *RUN)[1].get("context")
 
 
 def is_adapter(directory):

@@ -260,7 +260,8 @@ def open_model(cfg):
         directory = checkpoint.find_checkpoint(cfg.init_from)
         tok = adapter.load_tokenizer(directory)
         base = adapter.base_of(directory) if adapter.is_adapter(directory) else directory
-        context = checkpoint.config_from_hf(checkpoint.read_json(base / "config.json")).context
+        context = base != directory and adapter.context_of(directory)
+        context = context or checkpoint.config_from_hf(checkpoint.read_json(base / "config.json")).context
         files = checkpoint._weight_files(base)
     tok = with_template(tok, cfg.template) if cfg.template else tok
     if not tok.chat_template:

@@ -21,7 +21,7 @@ import decode
 import sample
 import train
 from model import Llama, LlamaConfig
-from prepare import shards, tokenizer
+from prepare import chat, shards, tokenizer
 
 SHAPE = DENSE | dict(vocab_size=48, context=32, n_layer=2)
 SHAPE4 = SPARSE | dict(vocab_size=48, context=32, top_k=1, moe_every=2, n_experts=3, ffn_dim=40)
@@ -419,6 +419,9 @@ def test_an_adapter_keeps_the_context_that_it_learned_with(words, run, tmp_path,
         assert "val loss" in capsys.readouterr().out
         assert sample.load(sample.SampleConfig(init_from=str(part), device="cpu"))[0].config.context == 64
     assert adapter.load(out, context=16).config.context == 16
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    monkeypatch.setattr(chat, "unlearned", lambda *_: [])  # which asks in words that this tokenizer lacks
+    assert chat.open_model(chat.Settings(init_from=str(out), template=str(tmp_path / "t.jinja")))[1] == 64
     adapter.main(adapter.MergeConfig(merge=str(out), out=str(tmp_path / "merged")))
     assert Llama.from_pretrained(tmp_path / "merged").config.context == 64
     train.main(settings(words, tmp_path / "new", init_from=str(out), block_size=64, max_iters=1), {})
