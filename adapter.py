@@ -136,13 +136,13 @@ def to_peft(A, B):
 
 
 def from_peft(A, B, module, version):
-    """The reverse, for a module. Up to peft 0.18 an expert's A (E·r, in) was on the side of x, and B (out, r·E): the
+    """The reverse, for a module. Up to peft 0.19.0 an expert's A (E·r, in) was on the side of x, and B (out, r·E): the
     change is the same where they change places. Where in = out the shapes do not tell, and the version does."""
     if module.lora_A.dim() == 2:
         return A, B
     (E, rank, out), inputs = module.lora_A.shape, module.lora_B.shape[1]
     A, B = A.unflatten(0, (E, rank)), B.unflatten(1, (rank, E)).permute(2, 0, 1)
-    swapped = version < (0, 19) if inputs == out else A.shape[2] == inputs
+    swapped = version < (0, 19, 1) if inputs == out else A.shape[2] == inputs
     return (B.mT, A.mT) if swapped else (A, B)
 
 
@@ -270,8 +270,8 @@ def read_tensors(llama, path, settings):
     file, now = path.with_name(BASE), digest(llama)
     if now and file.is_file() and file.read_text().strip() != now:  # peft writes no such file
         raise ValueError(f"{path.parent}: the base model has changed since ({settings['base_model_name_or_path']})")
-    version = re.match(r"(\d+)\.(\d+)", str(settings.get("peft_version")))  # before 0.18 there was none
-    version = tuple(map(int, version.groups())) if version else (0, 0)
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(settings.get("peft_version")))  # before 0.18 there was none
+    version = tuple(map(int, version.groups())) if version else (0, 0, 0)
     names = {f"{place}.lora_{part}.weight" for place, *_ in places(llama) for part in "AB"}
     checkpoint.refuse(path, {"missing": names - tensors.keys(), "not supported": tensors.keys() - names})
     for place, _, module in places(llama):

@@ -137,7 +137,7 @@ def test_experts_as_peft_wrote_them_before_0_19(base, tmp_path, shape):
             weight[e] += 2 * (B.view(out, 4, E)[:, :, e] @ A[4 * e:4 * e + 4]).T
     save_file(tensors, path)
     said = json.loads((tmp_path / "old/adapter_config.json").read_text())
-    for version in ("0.18.1", None):
+    for version in ("0.18.1", "0.19.0", None):
         (tmp_path / "old/adapter_config.json").write_text(json.dumps(said | {"peft_version": version}))
         adapter.save(adapter.load(tmp_path / "old"), tmp_path / "again")  # as a run that goes on does
         with torch.no_grad():
