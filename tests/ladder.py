@@ -160,7 +160,7 @@ def draw(found, path):
         floor = next(iter(found.values()))["floor"]
         if key == "bits" and floor:
             axes.axvline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.4f}")
-            axes.legend(loc="lower right")
+            axes.legend(loc="center right")
     axes.invert_yaxis()
     runs.write_figure(figure, path)
 
