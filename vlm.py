@@ -68,6 +68,7 @@ STAGES = {  # what learns in each; the loss is that of the assistant's words, in
     "prefer": ("projector", "llama"),  # to give the better of two answers
     "together": ("encoder", "projector", "llama")}  # everything, from scratch
 
+
 # -- the model ---------------------------------------------------------------------------------------------------
 
 class Vlm(nn.Module):
