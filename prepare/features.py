@@ -82,19 +82,18 @@ class Pictures:
         name = self.fingerprint(self.names[:count])
         files = {place / f"{name}.npy": ((count, *shape), np.float16),
                  place / f"{name}.ready.npy": ((count,), np.uint8)}
-        with config.mistakes(OSError):
-            with together():
-                place.mkdir(exist_ok=True)
-                if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
-                    make_room(place, limit * 2**30 - 2 * count * math.prod(shape))
-                    for path, (size, dtype) in files.items():
-                        shards.new_array(path.with_suffix(".tmp"), size, dtype)
-                        path.with_suffix(".tmp").replace(path)
-            self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
-            os.utime(place / f"{name}.npy")  # it is in use
+        with together():
+            place.mkdir(exist_ok=True)
+            if RANK == 0 and not all(whole(path, *form) for path, form in files.items()):
+                make_room(place, limit * 2**30 - 2 * count * math.prod(shape))
+                for path, (size, dtype) in files.items():
+                    shards.new_array(path.with_suffix(".tmp"), size, dtype)
+                    path.with_suffix(".tmp").replace(path)
+        self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
+        os.utime(place / f"{name}.npy")  # it is in use
         missing = np.flatnonzero(ready == 0)[RANK::WORLD]
         bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
-        with config.mistakes(OSError), together(), bar:
+        with together(), bar:
             for i in range(0, len(missing), 32):
                 chunk = missing[i:i + 32]
                 self.kept[chunk] = self.encode(chunk).numpy()

@@ -43,7 +43,7 @@ def real_data(path=""):
 
 
 def need_transformers_5_24():
-    """Skip a test whose oracle read such files otherwise before; the code follows the newer reading."""
+    """Skip a test whose oracle read such files otherwise before, or could not; the code follows the newer reading."""
     import transformers
     if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
         pytest.skip("the oracle is transformers 5.24 or newer, which wants Python 3.11")

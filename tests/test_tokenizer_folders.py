@@ -403,6 +403,7 @@ def test_what_a_tokenizer_json_does_is_known_or_one_line(part, value, why, tmp_p
 
 def test_no_text_becomes_a_special_token_unless_asked(tmp_path):
     """A vocabulary with symbols of its own takes a whole text that is a piece for it, special or not."""
+    need_transformers_5_24()
     found = tokenizer.load(write(tmp_path / "a", vocabularies()["sentencepiece, no prefix"]))
     assert found.encode("<s>", special=True) == [1] and 1 not in found.encode("a<s>")
     with pytest.raises(config.Mistake, match="spells their names"):
