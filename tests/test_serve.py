@@ -531,7 +531,8 @@ def test_the_page_talks(tmp_path):
     with subprocess.Popen([sys.executable, "serve.py", tmp_path / "run", "--port=0"], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}) as process:
         try:
-            address = process.stdout.readline().split("at ")[1].split(",")[0]
+            line = next(line for line in process.stdout if line.startswith("run at "))  # gradio 6.0 says "new" first
+            address = line.split("at ")[1].split(",")[0]
             until(lambda: answers(address))
             assert "gradio" in httpx.get(address).text
             client = gradio_client.Client(address, verbose=False)
