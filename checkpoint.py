@@ -342,8 +342,8 @@ def _weight_files(directory):
     if whole.exists():
         return [whole]
     if not index.exists():
-        pickled = " (pickled weights are not read: they can run code)" if any(directory.glob("*.bin")) else ""
-        raise FileNotFoundError(f"no model.safetensors in {directory}{pickled}")
+        raise FileNotFoundError(f"no model.safetensors in {directory} "
+                                "(pickled weights are not read: they can run code)")
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{index} has no weight_map")

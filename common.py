@@ -245,7 +245,8 @@ def to_device(device, *arrays):
     """Arrays and tensors as tensors on device, None as it is; to a GPU without waiting."""
     def move(a):
         t = torch.as_tensor(a)
-        return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+        pins = device.type == "cuda" and t.device.type == "cpu"  # what is on the GPU already cannot be pinned
+        return t.pin_memory().to(device, non_blocking=True) if pins else t.to(device)
     return [a if a is None else move(a) for a in arrays]
 
 

@@ -237,6 +237,8 @@ def facts_of_run(cfg, model_config, agents):
     settings = asdict(cfg)
     if folder_of(cfg) == Path(cfg.dataset):
         settings["dataset"] = os.path.abspath(cfg.dataset)  # found again from any folder
+    if os.path.isdir(settings.get("reference") or ""):  # DPO's
+        settings["reference"] = os.path.abspath(settings["reference"])
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": sys.argv, "settings": settings, "model": asdict(model_config), "processes": WORLD,
             "agents": agents, "git_commit": commit,

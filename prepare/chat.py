@@ -92,7 +92,8 @@ def called(call):
 
 def message_of(message):
     """(a message for templates, whether it is to be learned). Raises ValueError that says what is wrong."""
-    message = {key: value for key, value in message.items() if value is not None}
+    calls = "tool_calls", "function_call"  # an empty one is none, but templates ask whether it is there
+    message = {key: value for key, value in message.items() if value or value is not None and key not in calls}
     weight, train = message.pop("weight", 1), message.pop("train", True)
     for theirs, ours in ("from", "role"), ("value", "content"):
         if theirs in message:

@@ -41,6 +41,8 @@ class Windows:
         self.per_epoch = len(split) // cfg.block_size - 1
         if cfg.whole_docs:
             begins = places(split, lambda ids: ids == bos_id)
+            if not len(begins):
+                raise config.Mistake(f"whole_docs: no document in {split.directory} begins with BOS; leave it out")
             self.packed_spans = self.pack([*begins.tolist(), len(split)])
             self.packing_efficiency = float((np.diff(self.packed_spans).mean() - 1) / cfg.block_size)
             self.per_epoch = len(self.packed_spans)

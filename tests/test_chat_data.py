@@ -165,6 +165,7 @@ PLAIN_TALK = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "co
     {"messages": PLAIN_TALK}, {"messages": PLAIN_TALK, "tools": None, "id": 7},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]},
                   {"role": "assistant", "content": "Yes", "tool_calls": None, "weight": 1}]},
+    {"messages": [message | {"tool_calls": [], "function_call": {}} for message in PLAIN_TALK], "tools": "[]"},
     {"conversations": [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Yes"}]},
     {"instruction": "Hi there", "output": "Yes"}, {"instruction": "Hi there", "input": "", "output": "Yes"},
     {"prompt": "Hi there", "completion": "Yes"}, {"prompt": PLAIN_TALK[:1], "completion": PLAIN_TALK[1:]}])

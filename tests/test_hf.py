@@ -414,6 +414,7 @@ FILES = {
     "an index of nothing": (lambda d: (move(d, "a.safetensors"), index_of(d)), ("weight_map",)),
     "an index that is no JSON": (lambda d: (move(d, "a"), (d / "model.safetensors.index.json").write_text("{")),
                                  ("index.json",)),
+    "parts of pickles": (lambda d: move(d, "pytorch_model.bin.index.json"), ("no model.safetensors", "pickled")),
     "a variant": (lambda d: move(d, "model.fp16.safetensors"), ("no model.safetensors",)),
     "pickles": (lambda d: move(d, "pytorch_model.bin"), ("no model.safetensors", "pickled")),
     "no weights": (lambda d: move(d, "a.txt"), ("no model.safetensors",)),

@@ -519,3 +519,22 @@ def test_memory_stays_flat(words, tmp_path):
 def test_peak_flops_are_those_of_this_very_gpu(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert train.peak_flops(torch.device("cuda")) == peak * train.WORLD
+
+
+def test_whole_docs_need_documents(tmp_path):
+    tok = tokenizer.byte()
+    writer = shards.Writer(tmp_path / "data", tok)
+    for split in "train", "val":
+        writer.add(split, [65] * 300, 300)
+    writer.finish()
+    with pytest.raises(config.Mistake, match="whole_docs: no document in .* begins with BOS"):
+        train.main(settings(tmp_path / "data", tmp_path / "run", block_size=32, whole_docs=True), {})
+
+
+def test_what_is_on_a_gpu_is_not_pinned(monkeypatch):
+    """Only dense CPU tensors can be pinned: torch refuses others."""
+    import common
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pytest.fail("pinned") if t.is_meta else t)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *args, **kwargs: t)
+    on, off = common.to_device(torch.device("cuda"), torch.zeros(1, device="meta"), torch.ones(1))
+    assert on.is_meta and off.item() == 1
