@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import common
 import config
 import optim
 import runs
@@ -533,7 +534,6 @@ def test_whole_docs_need_documents(tmp_path):
 
 def test_what_is_on_a_gpu_is_not_pinned(monkeypatch):
     """Only dense CPU tensors can be pinned: torch refuses others."""
-    import common
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pytest.fail("pinned") if t.is_meta else t)
     monkeypatch.setattr(torch.Tensor, "to", lambda t, *args, **kwargs: t)
     on, off = common.to_device(torch.device("cuda"), torch.zeros(1, device="meta"), torch.ones(1))
