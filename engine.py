@@ -46,18 +46,26 @@ class Picture(BaseModel):
     image_url: Url
 
 
+def parts_of(said, info):
+    """The content of a turn as parts: a text alone is one; null, or left out, of an assistant who called a tool none.
+    """
+    said = [] if said is None and info.data.get("role") == "assistant" else said
+    return [{"type": "text", "text": said}] if isinstance(said, str) else said
+
+
 class Message(BaseModel):
-    """A turn of a chat; what is only a text is one part."""
+    """A turn of a chat."""
     role: str
-    content: Annotated[list[Annotated[Text | Picture, Field(discriminator="type")]], BeforeValidator(
-        lambda said: [{"type": "text", "text": said}] if isinstance(said, str) else said)]
+    content: Annotated[list[Annotated[Text | Picture, Field(discriminator="type")]], BeforeValidator(parts_of),
+                       Field(validate_default=True)] = None
 
 
 class Asked(BaseModel):
     """What is read of a request. What would change the answer and is not known here is refused, not ignored."""
     model: str
     messages: list[Message] = []  # of a chat
-    prompt: str = ""  # of a completion
+    prompt: Annotated[str, BeforeValidator(  # of a completion; some clients make a list of it
+        lambda prompt: prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt)] = ""
     stream: bool = False
     stream_options: dict = {}
     stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4),

@@ -94,7 +94,7 @@ def read_prompt(text):
     if not text.startswith("FILE:"):
         return text
     with config.mistakes(OSError, UnicodeDecodeError, prefix=f"cannot read the prompt {text}: "):
-        return Path(text[len("FILE:"):]).read_text(encoding="utf-8-sig")
+        return Path(os.path.expanduser(text[len("FILE:"):])).read_text(encoding="utf-8-sig")
 
 
 def load(cfg, rows=1):

@@ -63,7 +63,7 @@ from starlette.requests import ClientDisconnect
 from common import print0
 from engine import Asked, Engine
 
-api = APIRouter(prefix="/v1")
+api = APIRouter()
 NO_ANSWER = "(no answer: "
 
 
@@ -86,10 +86,23 @@ def error_object(e):
                       "type": "server_error" if status == 500 else "invalid_request_error"}}, status
 
 
+def described(engine, name):
+    """OpenAI's model object of the model of this name."""
+    if name != engine.name:
+        raise HTTPException(404, f"there is no model {name!r}, only {engine.name!r}")
+    return {"id": name, "object": "model", "created": 0, "owned_by": "everyllama"}
+
+
 @api.get("/models")
+@api.get("/models/")
 async def models(request: Request):
-    model = {"id": request.app.state.engine.name, "object": "model", "created": 0, "owned_by": "everyllama"}
-    return {"object": "list", "data": [model]}
+    engine = request.app.state.engine
+    return {"object": "list", "data": [described(engine, engine.name)]}
+
+
+@api.get("/models/{name:path}")  # owner/model, of the hub
+async def model(request: Request, name: str):
+    return described(request.app.state.engine, name)
 
 
 @api.post("/chat/completions")
@@ -98,8 +111,7 @@ async def answer(request: Request):
     """The next message of a chat, or the continuation of a text."""
     engine, cfg, chat = request.app.state.engine, request.app.state.cfg, "chat" in request.url.path
     asked = await read(request, cfg.body)
-    if asked.model != engine.name:
-        raise HTTPException(404, f"there is no model {asked.model!r}, only {engine.name!r}")
+    described(engine, asked.model)
     if chat != bool(asked.messages):
         raise config.Mistake("a chat takes messages, a completion a prompt")
     if engine.held() >= cfg.rows + cfg.waiting:
@@ -175,13 +187,14 @@ def add_page(app, engine, limit):
 
 def make_app(engine, cfg):
     """The application: OpenAI's API, and the page if it is wanted."""
-    app = FastAPI(title="everyllama", openapi_url=None)
-    app.state.engine, app.state.cfg = engine, cfg
-    app.include_router(api)
+    kinds = HTTPException, ValidationError, config.Mistake, ClientDisconnect, Exception
+    handlers = dict.fromkeys(kinds, lambda _, e: JSONResponse(*error_object(e)))
+    v1, app = (FastAPI(title="everyllama", openapi_url=None, exception_handlers=handlers) for _ in range(2))
+    v1.state.engine, v1.state.cfg = engine, cfg
+    v1.include_router(api)
+    app.mount("/v1", v1)  # or the page would answer for what is not there
     if cfg.host in ("127.0.0.1", "localhost"):  # or pages of the web could read answers, by a name that leads here
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    for kind in HTTPException, ValidationError, config.Mistake, ClientDisconnect, Exception:
-        app.add_exception_handler(kind, lambda _, e: JSONResponse(*error_object(e)))
     if cfg.page:
         add_page(app, engine, cfg.body)
     return app

@@ -355,7 +355,7 @@ def build(cfg, shape, records, source):
                     lora.merge(llama)
                 llama = adapter.grow(llama.requires_grad_(True), tok.vocab_size)
             else:
-                tok, *ids = add(new_tokenizer(records, shape.get("vocab_size", 512) - count))
+                tok, *ids = add(new_tokenizer(records, shape.get("vocab_size", 512), count))
                 llama = model.Llama(train.new_shape(cfg, shape, tok, tok.vocab_size), cfg.seed)
             vlm = Vlm(llama, encoder, *ids, pixel_shuffle=bool(cfg.pixel_shuffle))
         if cfg.lora_rank:
@@ -515,7 +515,7 @@ def caption(cfg):
             good, features, canvases = zip(*seen)
             texts = run.texts([caption_prompt(run.tok)] * len(good), torch.cat(features), canvases, number * size)
             for path, text in zip(good, texts):
-                found = json.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
+                found = json.dumps({"image": str(path), "caption": text})
                 bar.write(found if cfg.json else f"{path}: {text}")
         sys.stdout.flush()
         bar.update(len(some))
@@ -570,7 +570,7 @@ def ask(cfg):
         new = sample.write(run.vlm.llama, tok, ids, cfg, cfg.seed)
     if cfg.json:
         answer = tok.decode([i for i in new if i not in tok.stop_ids]).strip()
-        print(json.dumps({"images": paths, "question": question, "answer": answer}, ensure_ascii=False))
+        print(json.dumps({"images": paths, "question": question, "answer": answer}))
 
 
 def chat(cfg):

@@ -65,9 +65,10 @@ def run(main, *args):
     def last_word(kind, *rest):  # while torch is being imported, outside of main
         print("interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     sys.excepthook = last_word
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
+    sys.stdin = sys.stdin or open(os.devnull)  # None: closed
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # None if closed, another class within a test
+        if hasattr(stream, "reconfigure"):  # another class within a test
             stream.reconfigure(errors="replace")
     try:
         with mistakes(OSError):
@@ -91,7 +92,8 @@ def run(main, *args):
 COMMENT = re.compile(r"# (?P<limits>[\[(]\S+, \S+[\])] |\{.*?\} )?(?P<why>.*)")
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 KINDS = {"int": int, "float": float, "bool": bool, "str": str}
-READERS = {"int": ast.literal_eval, "float": float, "bool": lambda text: BOOLS[text.lower()], "str": str}  # of text
+READERS = {"int": ast.literal_eval, "float": float, "bool": lambda text: BOOLS[text.lower()],  # of text
+           "str": lambda text: os.path.expanduser(text) if text.startswith("~/") else text}  # no shell does so after =
 
 
 @dataclass
@@ -208,7 +210,7 @@ def _from_file(path, known):
 
 
 def _from_args(args, known):
-    """{key: value} from --key=value, --key value, --flag, and --list a b c."""
+    """{key: value} from --key=value, --key value, --flag, and --list a b c; a list of texts may come in parts."""
     values, args, where = {}, list(args), "command line"
     while args:
         word = args.pop(0)
@@ -225,13 +227,15 @@ def _from_args(args, known):
             if key.type.startswith("bool") and (not words or words[0].lower() not in BOOLS):
                 value, words = True, []
             elif not words:
-                raise Mistake(f"{where}: --{name} needs a value ({key.type})")
+                hint = f"; if {args[0]!r} is one: --{name}={args[0]!r}" if args else ""
+                raise Mistake(f"{where}: --{name} needs a value ({key.type}){hint}")
             elif key.type.startswith("tuple["):
                 value = tuple(words)
             else:
                 value, words = words[0], words[:1]
             args = args[len(words):]
-        values[key.name] = key.read(value, where)
+        read = key.read(value, where)
+        values[key.name] = values.get(key.name, ()) + read if key.type.startswith("tuple[str") else read
     return values
 
 

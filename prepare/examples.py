@@ -59,10 +59,11 @@ def with_frame(tok):
     return tok, tok.added[PATCH], (*(tok.added[text] for text in FRAME[:-1]), mark)
 
 
-def new_tokenizer(records, vocab_size):
-    """A SentencePiece BPE of so many tokens, trained on the texts of a data set."""
+def new_tokenizer(records, vocab_size, added):
+    """A SentencePiece BPE of vocab_size tokens, less those that are `added` to it, trained on a data set's texts."""
     talks = [talk for talks in records.each(images.talks_of) for _, talk in talks]
-    return tokenizer.train_sentencepiece([text.replace(IMAGE, "") for talk in talks for _, text in talk], vocab_size)
+    texts = [text.replace(IMAGE, "") for talk in talks for _, text in talk]
+    return tokenizer.train_sentencepiece(texts, vocab_size, added)
 
 
 @dataclass(slots=True)

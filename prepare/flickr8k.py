@@ -48,8 +48,7 @@ def captions(folder):
 def photos(folder, out, names):
     """{photo: its path} of the photos `names`; those that are in tar files only are unpacked into out/images."""
     from tqdm import tqdm
-    found = picture_files.ByName({p.name: str(p.resolve()) for p in sorted(folder.rglob("*"))
-                           if p.suffix.lower() in picture_files.ENDINGS and p.is_file()})
+    found = picture_files.ByName({p.name: str(p.resolve()) for p in picture_files.below(folder)[0]})
     missing = picture_files.ByName({name: name for name in names if not found.get(name)})
     unpacked = {}
     for path in sorted(folder.glob("*.tar*")) if missing.values else []:
@@ -76,7 +75,7 @@ def from_folder(folder, out, limit):
             print(f"{name}: {without:,} of {len(listed):,} photos have no captions")
         names[split] = names[split][:limit]
     paths = photos(folder, out, [n for some in names.values() for n in some])
-    return {split: [{"image": paths[n] or str(folder / n), "captions": texts.get(n)} for n in some]
+    return {split: [{"image": paths[n] or str((folder / n).resolve()), "captions": texts.get(n)} for n in some]
             for split, some in names.items()}
 
 

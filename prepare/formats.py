@@ -77,7 +77,9 @@ def text_of_file(file, compression=""):
         line, at = line + text.count("\n"), size - len(e.object) + e.start + 1
         raise ValueError(f"line {line}, byte {at}: not {encoding.upper()} ({e.reason}); save it as UTF-8") from None
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as e:
-        raise ValueError(f"damaged after line {line}: {e}") from None
+        wide = "too much memory" in str(e)  # pyarrow's words for a window that takes more than it gives
+        raise ValueError("packed with zstd --long: unpack it first, with zstd -d --long=31" if wide else
+                         f"damaged after line {line}: {e}") from None
 
 
 # -- txt ---------------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@
     python prepare/llava.py --input llava.json ultrachat.jsonl --images images     # several files are mixed
 
 A record has "conversations", or OpenAI's "messages", or "instruction" and "output", or "question", "chosen" and
-"rejected"; "image" or "images" name files under the pictures' folder (without them, the record is text only). Those
-whose `<image>` marks do not match their pictures, that say nothing, or that are about a video, are counted and left
-out. Pictures are held out for validation, with all that is said about them, by a hash of their files; records without
-one by a hash of their text.
+"rejected"; "image", "images" or "image_path", the first that is not empty, name files under the pictures' folder
+(without them, the record is text only). Those whose `<image>` marks do not match their pictures, that say nothing, or
+that are about a video, are counted and left out. Pictures are held out for validation, with all that is said about
+them, by a hash of their files; records without one by a hash of their text.
 """
 import json
 import sys
@@ -43,7 +43,8 @@ def turns_of(messages):
 def record_of(raw, place):
     """A record for vlm.py from one of LLaVA's or RLAIF-V's. Raises ValueError where its image is no file's name."""
     images.need(not raw.get("video") and not raw.get("videos"), "it is about a video")
-    pictures = images.images_of({"image": raw.get("images") if raw.get("image") in (None, "", []) else raw["image"]})
+    named = (raw.get(key) for key in ("image", "images", "image_path"))
+    pictures = images.images_of({"image": next((some for some in named if some not in (None, "", [])), None)})
     pictures = [p for p in pictures if p not in (None, "")]
     images.need(all(isinstance(p, str) and "\0" not in p for p in pictures), "its image is not the name of a file")
     made = {k: raw[k] for k in ("conversations", "question", "chosen", "rejected") if raw.get(k)}
@@ -64,11 +65,18 @@ def hold_out(records, files, fraction):
     """{"train": ..., "val": ...}: about `fraction` of the records held out, at least one where that can be, and no
     picture on both sides. files: {path: hash of the picture's file}."""
     keys = [[files[p] for p in images.images_of(r)] or [json.dumps(r, sort_keys=True)] for r in records]
-    groups = {key: {key} for some in keys for key in some}  # pictures of one record stay together
-    for some in (some for some in keys if len(some) > 1):
-        joined = set().union(*(groups[key] for key in some))
-        groups |= dict.fromkeys(joined, joined)
-    hashes = [text.hash_of(min(groups[first])) for first, *_ in keys]
+    above = {key: key for some in keys for key in some}  # a forest: pictures of one record have one root, the least
+
+    def root(key):
+        while above[key] != key:
+            above[key] = above[above[key]]  # halves the way for the next time
+            key = above[key]
+        return key
+    for first, *others in keys:
+        for other in others:
+            least, most = sorted((root(first), root(other)))
+            above[most] = least
+    hashes = [text.hash_of(root(first)) for first, *_ in keys]
     threshold = text.threshold_of(hashes, fraction) if fraction and len(set(hashes)) > 1 else 0
     sides = {"train": [], "val": []}
     for record, hash in zip(records, hashes):

@@ -7,12 +7,14 @@ import textwrap
 import unicodedata
 import warnings
 import zlib
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 import config
+from prepare.sources import walk
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 MAX_PIXELS = 100_000_000  # a photo has up to 60 million; more than this is a mistake or an attack
@@ -66,8 +68,10 @@ def _rgb(image):
     from PIL import Image
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these instead of scaling them
         x = np.asarray(image, np.float32)
-        top = next((t for t in (1 if image.mode == "F" else 255, 255, 65535) if x.max() <= t), x.max())
-        image = Image.fromarray((x.clip(0) * (255 / top)).round().astype(np.uint8))
+        most = x.max(initial=0, where=np.isfinite(x))
+        top = next(t for t in (1 if image.mode == "F" else 255, 255, 65535, most) if most <= t)
+        x = np.where(x == image.info.get("transparency", np.nan), top, np.nan_to_num(x).clip(0, top))
+        image = Image.fromarray((x * (255 / top)).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -114,11 +118,11 @@ def find(path):
 
 
 def below(folder):
-    """(the pictures in a folder and below, by name; how many more files lie there)."""
-    files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file()]
-    inside = [p for p in files if p.suffix.lower() in ENDINGS
-              and not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    return inside, len(files) - len(inside)
+    """(the pictures in a folder and below, by name; how many more files, and hidden folders, lie there)."""
+    hidden = Counter()
+    files = [p for p in walk(folder, hidden) if p.is_file()]
+    inside = [p for p in files if p.suffix.lower() in ENDINGS]
+    return inside, len(files) - len(inside) + hidden.total()
 
 
 def expand(paths):

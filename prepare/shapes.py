@@ -214,7 +214,7 @@ def write_text(out, cfg):
         records[split] = [record for _, objects, found in scenes
                           for record in told("text", None, objects, found[:cfg.questions], rng)]
     images.save(records, out, progress=False)
-    tok, _ = examples.with_image(examples.new_tokenizer(images.load(out, "train"), VOCABULARY - 1))
+    tok, _ = examples.with_image(examples.new_tokenizer(images.load(out, "train"), VOCABULARY, 1))
     chat.write(out, tok, chat.Lessons(tok, chat.Settings(), LONGEST), *([out / f"{split}.jsonl"] for split in sizes))
 
 

@@ -85,6 +85,7 @@ class Source:
     position: JSON that says how much has been read, to be set before going on: the arguments of `read`, whose last one
     counts the records of the file or data set, and then the number of empty documents.
     """
+    separators = ()  # of .txt files
 
     def __iter__(self):
         for position, place, record in self.read(*self.position[:-1]):
@@ -103,7 +104,7 @@ class Files(Source):
 
     def __init__(self, paths, separators, field):
         self.paths, self.separators, self.field, self.position, self.file = paths, separators, field, [0, 0, 0], None
-        if len(paths) == 1:  # one book alone would have nothing to validate on
+        if [format_of(path)[0] for path in paths] == [".txt"]:  # one book alone would have nothing to validate on
             self.separators += ("\n\n",)
         self.sizes = [path.stat().st_size for path in paths]
 

@@ -70,6 +70,14 @@ def threshold_of(hashes, fraction):
     return min(max(int(fraction * 2**64), min(hashes) + 1), max(hashes))
 
 
+def finer(separators):
+    """Advice to one who has too few documents, cut at these separators."""
+    if "\n" in separators:
+        return "give more text"
+    return ("--separator='\\n' cuts texts at their lines" if "\n\n" in separators else
+            "--separator='\\n\\n' cuts texts at their blank lines")
+
+
 def hold_out(source, cfg):
     """The threshold for what a source reads, settled by its first documents; 0 where nothing is to be held out."""
     if not cfg.val_fraction:
@@ -77,7 +85,7 @@ def hold_out(source, cfg):
     hashes = {hash_of(text) for text in itertools.islice(source, min(HEAD, cfg.limit or HEAD))}
     if len(hashes) < 2:
         raise config.Mistake(f"the input has {len(hashes)} documents, too few to train on some and validate on others: "
-                             "--separator='\\n\\n' cuts texts at their blank lines, --val_fraction=0 holds nothing out")
+                             f"{finer(source.separators)}, --val_fraction=0 holds nothing out")
     return threshold_of(hashes, cfg.val_fraction)
 
 
@@ -220,10 +228,10 @@ def write(cfg, out, source):
     return writer.finish(skipped=reading.skipped)
 
 
-def advice(splits, val_fraction):
+def advice(splits, val_fraction, separators):
     """A line about two splits of which one is too small to train or to validate on, or "".
 
-    splits: {split: {"tokens", "documents"}} as in meta.json, neither of them empty."""
+    splits: {split: {"tokens", "documents"}} as in meta.json, neither of them empty. separators: see `finer`."""
     train, val = splits["train"], splits["val"]
     if FEW_TOKENS <= val["tokens"] <= train["tokens"]:
         return ""
@@ -234,7 +242,7 @@ def advice(splits, val_fraction):
         said = f"more tokens ({val['tokens']:,}) than training ({train['tokens']:,})"
         better = "a smaller --val_fraction holds out less"
     if documents < FEW_DOCUMENTS:
-        better = f"there are {documents} documents; --separator='\\n\\n' cuts texts at their blank lines"
+        better = f"there are {documents} documents; {finer(separators)}"
     return f"validation has {said}: {better}"
 
 
@@ -248,10 +256,12 @@ def prepare(cfg, name, hub=None):
     if not cfg.input and not hub:
         raise config.Mistake(f"which text? --input takes files, folders and globs of {sources.READABLE}")
     out = shards.own_folder(cfg.out or config.ROOT / "data" / name, shards.DATA_FILES, cfg.input)
+
+    def source():
+        return sources.Files(paths, cfg.separator, cfg.field) if paths else sources.Hub(*hub, cfg.field)
     try:
         paths = sources.find_files(cfg.input, out)
-        meta = write(cfg, out, lambda: sources.Files(paths, cfg.separator, cfg.field) if paths else
-                     sources.Hub(*hub, cfg.field))
+        meta = write(cfg, out, source)
     except KeyboardInterrupt:
         raise config.Mistake("interrupted; the same command goes on from here") from None
     splits = meta["splits"]
@@ -260,7 +270,7 @@ def prepare(cfg, name, hub=None):
         print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
     if splits["val"]["tokens"] and splits["train"]["tokens"]:
         print(f"{out} is ready: python train.py {shlex.quote(f'--dataset={name_of(out)}')}")
-        if said := advice(splits, cfg.val_fraction):
+        if said := advice(splits, cfg.val_fraction, source().separators):
             print(f"but {said}")
     else:
         print(f"{out} is ready, but for training there is nothing to validate on: see --val_fraction")

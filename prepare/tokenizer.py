@@ -239,28 +239,29 @@ def sentences(texts):
     return (line[0] for text in texts for line in LINE.finditer(valid(text)))
 
 
-def train_sentencepiece(texts, vocab_size):
-    """A SentencePiece BPE of exactly vocab_size tokens, trained on the lines of texts (an iterable of str), always the
-    same. Its settings are Llama 2's (digits apart, byte fallback, no normalisation), but no space is put in front of a
-    text. Where the texts have too few words for so many tokens, the last ones are never used."""
+def train_sentencepiece(texts, vocab_size, added=0):
+    """A SentencePiece BPE of exactly vocab_size tokens, less those that are `added` to it, trained on the lines of
+    texts (an iterable of str), always the same. Its settings are Llama 2's (digits apart, byte fallback, no
+    normalisation), but no space is put in front of a text. Where the texts have too few words for so many tokens, the
+    last ones are never used."""
     import sentencepiece
-    trained = io.BytesIO()
+    trained, count = io.BytesIO(), vocab_size - added
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(texts), model_writer=trained, model_type="bpe", vocab_size=vocab_size,
+            sentence_iterator=sentences(texts), model_writer=trained, model_type="bpe", vocab_size=count,
             hard_vocab_limit=False, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
     except RuntimeError as e:
         least = re.search(r"required_chars\. \d+ vs (\d+)", str(e))
         reason = ("there is no text to train on" if "sentences_.empty()" in str(e) else
-                  f"smaller than its characters need: --vocab_size={least[1]} at least" if least else
+                  f"smaller than its characters need: --vocab_size={int(least[1]) + added} at least" if least else
                   "give a larger --vocab_size")
         raise config.Mistake(f"cannot train a vocabulary of {vocab_size} tokens: {reason}") from e
     proto = tokenizer_files.parse_sentencepiece(trained.getvalue())
-    if len(proto.pieces) < vocab_size:
-        print(f"only {len(proto.pieces):,} of {vocab_size:,} tokens were found; the others are never used")
-    for i in range(vocab_size - len(proto.pieces)):
+    if len(proto.pieces) < count:
+        print(f"only {len(proto.pieces):,} of {count:,} tokens were found; the others are never used")
+    for i in range(count - len(proto.pieces)):
         proto.pieces.add(piece=f"<unused_{i}>", type=tokenizer_files.UNUSED)
     data = proto.SerializeToString()
     return Tokenizer(*tokenizer_files.lone_sentencepiece(data), data)

@@ -50,6 +50,11 @@ class Settings:
     (["--dataset", "--batch_size=2"], None, "needs a value"),
     (["--input", "a", "b", "--batch_size=2"], "input", ("a", "b")),
     (["--input=a"], "input", ("a",)),
+    (["--input=a", "--batch_size=2", "--input", "b", "c"], "input", ("a", "b", "c")),
+    (["--batch_size=2", "--batch_size=3"], "batch_size", 3),
+    (["--dataset", "--x y"], None, "--dataset needs a value (str); if '--x y' is one: --dataset='--x y'"),
+    (["--dataset=~/a"], "dataset", "/home of one/a"),
+    (["--input", "~/a", "b~/c", "~"], "input", ("/home of one/a", "b~/c", "~")),
     (["--input=()"], "input", ()),
     (["--input", "()"], "input", ()),
     (["a" * 300 + ".py"], None, "no config file aaaa"),
@@ -76,7 +81,8 @@ class Settings:
     (["batch_size=2"], None, "neither a config file"),
     (["nowhere.py"], None, "no config file nowhere.py; there are config/"),
 ])
-def test_command_line(argv, name, value):
+def test_command_line(argv, name, value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home of one")
     if name is None:
         with pytest.raises(config.Mistake) as e:
             config.load(Settings, argv)
@@ -131,9 +137,9 @@ def test_help_has_groups_limits_and_presets(capsys):
 
 
 def test_command_line_beats_file_beats_default(tmp_path):
-    (tmp_path / "c.py").write_text("batch_size = 8\ndataset = 'b'\n")
-    cfg = config.load(Settings, [str(tmp_path / "c.py"), "--batch_size=16"])
-    assert (cfg.batch_size, cfg.dataset, cfg.learning_rate) == (16, "b", 1e-3)
+    (tmp_path / "c.py").write_text("batch_size = 8\ndataset = 'b'\ninput = 'a', 'b'\n")
+    cfg = config.load(Settings, [str(tmp_path / "c.py"), "--batch_size=16", "--input=c", "--input=d"])
+    assert (cfg.batch_size, cfg.dataset, cfg.input, cfg.learning_rate) == (16, "b", ("c", "d"), 1e-3)
 
 
 def test_what_was_given_is_in_the_order_in_which_it_was_said(tmp_path):
@@ -156,6 +162,8 @@ def test_keys_of_another_class():
                              also="model.py:LlamaConfig")
     with_commas = config.load(Settings, ["--rope_scaling=8,1,4,8192"], also="model.py:LlamaConfig")
     assert with_commas[1] == {"rope_scaling": (8.0, 1.0, 4.0, 8192.0)}
+    twice = config.load(Settings, ["--rope_scaling=2,1", "--rope_scaling=8,1,4,8192"], also="model.py:LlamaConfig")
+    assert twice == with_commas  # numbers belong together
     assert cfg.batch_size == 2 and other == {"n_layer": 3, "rope_scaling": (8.0, 1.0, 4.0, 8192.0)}
 
 
@@ -244,6 +252,13 @@ def test_output_that_cannot_be_written_is_no_traceback(end, code, said):
     call = 'import sys, config; config.run(lambda: (print(1), print("seen", file=sys.stderr, flush=True)))'
     done = subprocess.run(f"{sys.executable} -c '{call}' {end}", shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.removeprefix("seen\n" if code else "")) == (code, said)
+
+
+def test_a_closed_stdin_is_an_empty_one():
+    call = "import config; config.run(lambda: print(input()))"
+    said = [subprocess.run(f"{sys.executable} -c '{call}' {end}", shell=True, cwd=ROOT, capture_output=True, text=True
+                           ).stderr.splitlines()[-1] for end in ("<&-", "</dev/null")]
+    assert said == ["EOFError: EOF when reading a line"] * 2
 
 
 def test_what_the_machine_refuses_is_one_line(tmp_path):

@@ -515,6 +515,21 @@ def test_a_few_files_still_have_both_sides(tmp_path):
         shards.Split(out, "val")
 
 
+@pytest.mark.parametrize("texts, arguments, said", [
+    (["a\nb\nc"], [], r"the input has 1 documents, .*: --separator='\\n' cuts texts at their lines, --val_fraction=0 "),
+    (["a"], [r"--separator=\n"], ": give more text, --val_f"),
+    (["a\n\n" + "long " * 999], [], r"there are 2 documents; --separator='\\n' cuts texts at their lines$"),
+    (["a", "a"], [], r"1 documents, .*: --separator='\\n\\n' cuts texts at their blank lines, --val_fraction=0 ")])
+def test_a_finer_separator_is_advised_than_was_tried(tmp_path, capsys, texts, arguments, said):
+    for i, content in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(content)
+    try:
+        prepare("--input", *tmp_path.glob("*.txt"), "--out", tmp_path / "out", "--tokenizer=byte", *arguments)
+    except config.Mistake as e:
+        print(e)
+    assert re.search(said, capsys.readouterr().out.splitlines()[-1])
+
+
 def test_separators_as_a_shell_passes_them(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ftwo\fthree")
     (tmp_path / "b.txt").write_bytes(b"four\t\r\nfive")

@@ -1,10 +1,12 @@
 """Pictures and records of all kinds on their way from other people's files into a data set, and out of it."""
+import hashlib
 import importlib
 import io
 import json
 import struct
 import sys
 import tarfile
+import time
 import unicodedata
 import zlib
 
@@ -16,7 +18,8 @@ import config
 import runs
 import train
 from model import LlamaConfig
-from prepare import examples, images, picture_files, tokenizer
+from prepare import examples, images, picture_files, text, tokenizer
+from prepare import llava as llava_script
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 MORE = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "A cat."}]
@@ -308,6 +311,27 @@ def test_pictures_that_viewers_open(tmp_path):
             picture_files.read(tmp_path / name)
 
 
+@pytest.mark.parametrize("values, gray", [
+    (np.float32([0, 0.5, 1, np.nan]), [0, 128, 255, 0]), (np.float32([0, 100, 200, np.nan]), [0, 100, 200, 0]),
+    (np.float32([-np.inf, 0.2, 1, np.inf]), [0, 51, 255, 255]), (np.float32([np.nan] * 4), [0] * 4),
+    (np.uint16([0, 257, 65535, 25700]), [0, 1, 255, 100])])
+def test_deep_gray_becomes_8_bits(values, gray, tmp_path):
+    Image.fromarray(values[None]).save(tmp_path / "a.tiff")
+    assert np.array(picture_files.read(tmp_path / "a.tiff"))[0].tolist() == [[x] * 3 for x in gray]
+
+
+@pytest.mark.parametrize("depth, kind", [(8, 0), (8, 2), (16, 0)])
+def test_a_color_that_a_png_calls_transparent_is_white(depth, kind, tmp_path):
+    """Gray (0) and RGB (2): the picture's first pixel, where the second is almost the same."""
+    size, bands = depth // 8, (1, 3)[kind > 0]
+    pixels = bytes([0] * size * bands + [0] * (size * bands - 1) + [100] + [90] * size * bands)
+    head = struct.pack(">IIBBBBB", 3, 1, depth, kind, 0, 0, 0)
+    chunks = {b"IHDR": head, b"tRNS": bytes(2 * bands), b"IDAT": zlib.compress(b"\0" + pixels), b"IEND": b""}
+    (tmp_path / "a.png").write_bytes(picture_files.PNG + b"".join(chunk(*some) for some in chunks.items()))
+    made = np.array(picture_files.read(tmp_path / "a.png"))[0].tolist()
+    assert made[0] == [255] * 3 and made[1] != [255] * 3 and made[2] == [90] * 3
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_pictures_are_as_pillow_turns_them(orientation, tmp_path):
     from PIL import ImageOps
@@ -385,12 +409,14 @@ NAMES = {"a.jpg": "a.JPG", "b.jpg": "b.png", "Caf\u00e9.jpg": unicodedata.normal
          "\u72d7.jpg": "\u72d7.Jpg", "with space.jpg": "with space.webp", "f#1.jpg": "f#1.tiff"}
 
 
-@pytest.mark.parametrize("form", ["folder", "tar", "token.txt"])
+@pytest.mark.parametrize("form", ["folder", "link", "tar", "token.txt"])
 def test_flickr8k_finds_photos_by_any_name(form, prepare, tmp_path):
     """G8: whatever the ending, its case, accents and signs in the name; one photo, one record."""
     source = tmp_path / "flickr"
     for i, name in enumerate(NAMES.values()):
-        photo((tmp_path if form == "tar" else source) / "sub" / name, (40 * i, 0, 0))
+        photo((tmp_path if form in ("tar", "link") else source) / "sub" / name, (40 * i, 0, 0))
+    if form == "link":
+        (source.mkdir() or source / "photos").symlink_to(tmp_path / "sub")
     if form == "tar":
         with tarfile.open(source.mkdir() or source / "all.tar", "w") as tar:
             tar.add(tmp_path / "sub", "photos")
@@ -425,6 +451,26 @@ def test_flickr8k_unpacks_what_it_needs(prepare, tmp_path):
     assert code == 0, err
     assert sorted(p.name for p in (tmp_path / "out/images").iterdir()) == [f"{i}.jpg" for i in
                                                                           ("00", "01", "20", "21", "30", "31")]
+
+
+def test_folders_behind_links_are_searched_once(tmp_path):
+    for name in "a.png", ".b.png", "sub/c.png", ".sub/d.png":
+        photo(tmp_path / "elsewhere" / name)
+    write(tmp_path / "elsewhere/e.txt", "text")
+    (tmp_path / "in").mkdir()
+    for link, to in ("in/link", "elsewhere"), ("in/more", "elsewhere"), ("elsewhere/circle", "in"):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    assert picture_files.below(tmp_path / "in") == ([tmp_path / f"in/link/{n}" for n in ("a.png", "sub/c.png")], 3)
+
+
+def test_flickr8k_names_a_missing_photo_where_it_was_sought(prepare, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path / "f/a.jpg")
+    write(tmp_path / "f/captions.txt", "image,caption\na.jpg,A dog\nb.jpg,A cat\n")
+    for split in "train", "dev", "test":
+        write(tmp_path / f"f/Flickr_8k.{split}Images.txt", "a.jpg\nb.jpg\n")
+    _, out, err = prepare("flickr8k", "--input", "f", "--out", "out")
+    assert f"left out: {tmp_path.resolve() / 'f/b.jpg'}: there is no such file" in out, err
 
 
 def test_flickr8k_captions_of_no_use(prepare, tmp_path):
@@ -503,6 +549,21 @@ def test_pictures_are_held_out_with_all_that_is_said_about_them(prepare, tmp_pat
     assert sorted(map(key, again["val"])) == sorted(map(key, made["val"]))
 
 
+@pytest.mark.parametrize("order", ["one in all", "a chain", "a chain backwards"])
+def test_pictures_that_hang_together_take_linear_time(order):
+    """20,000 records; their side is that of the least of the hashes."""
+    pairs = [[0 if order == "one in all" else i, i + 1] for i in range(20_000)]
+    files = {i: hashlib.sha256(str(i).encode()).hexdigest() for i in range(20_002)}
+    records = [{"image": pair} for pair in (pairs[::-1] if "back" in order else pairs)] + [{"image": 20_001}]
+    start = time.process_time()
+    made = llava_script.hold_out(records, files, 0.5)
+    assert time.process_time() - start < 2
+    side, = [some for some in made.values() if len(some) > 1]
+    assert sorted(r["image"] for r in side) == pairs and sum(map(len, made.values())) == 20_001
+    least, alone = (text.hash_of(min(files[i] for i in some)) for some in (range(20_001), [20_001]))
+    assert (side is made["val"]) == (least < alone)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("fraction", [0, 0.02, 0.99])
 def test_few_records_still_make_both_splits(count, fraction, prepare, tmp_path):
@@ -541,9 +602,10 @@ SAID = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 @pytest.mark.parametrize("raw, turns, count", [
     ({"images": ["a.png"], "conversations": SEEN}, SEEN, 1), ({"images": "a.png", "conversations": SEEN}, SEEN, 1),
     ({"image": "", "images": ["a.png"] * 2, "conversations": MORE}, MORE, 2),
+    ({"image": None, "image_path": "a.png", "conversations": SEEN}, SEEN, 1),
     ({"messages": SAID}, SYSTEM + MORE, 0), ({"messages": SAID, "images": ["a.png"]}, SYSTEM + MORE, 1)])
 def test_other_words_for_the_same(raw, turns, count, prepare, tmp_path):
-    """`images` and `messages`."""
+    """`images`, `image_path` and `messages`."""
     code, out, err, made = llava(prepare, tmp_path, [{"conversations": MORE}, raw], "--val_fraction=0")
     assert made["train"][1]["conversations"] == turns and len(images.images_of(made["train"][1])) == count
 

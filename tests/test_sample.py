@@ -249,10 +249,12 @@ def test_added_tokens_may_be_more_than_the_model_has(tmp_path, monkeypatch, caps
             sample.main(SampleConfig(**cfg | how))
 
 
-def test_a_prompt_from_a_file_has_no_byte_order_mark(tmp_path):
+def test_a_prompt_from_a_file_has_no_byte_order_mark(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for encoding in "utf-8", "utf-8-sig":
         (tmp_path / "prompt.txt").write_text("Once é", encoding=encoding)
         assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "Once é"
+        assert sample.read_prompt("FILE:~/prompt.txt") == "Once é"
 
 
 def test_compiling_without_a_compiler_is_one_line_before_anything_is_loaded(tmp_path, monkeypatch):

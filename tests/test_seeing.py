@@ -95,6 +95,17 @@ def test_records_by_hand_are_one_line_before_training(record, start, tmp_path):
     assert not (tmp_path / "run/log.jsonl").exists()
 
 
+def test_the_size_told_to_a_vocabulary_that_is_too_small_is_enough(tmp_path):
+    """With the tokens that stand for pictures."""
+    data = data_set(tmp_path / "data", [{"image": 0, "captions": ["a thing"]}])
+    with pytest.raises(config.Mistake, match="of 10 tokens: ") as e:
+        vlm.fit(settings(data, tmp_path / "run"), SHAPE | {"vocab_size": 10})
+    least = int(re.search(r"--vocab_size=(\d+) at least", str(e.value))[1])
+    with pytest.raises(config.Mistake, match=f"of {least - 1} tokens: "):
+        vlm.fit(settings(data, tmp_path / "run"), SHAPE | {"vocab_size": least - 1})
+    vlm.fit(settings(data, tmp_path / "run"), SHAPE | {"vocab_size": least})
+
+
 def test_preferences_need_a_model(tmp_path):
     """G10."""
     data = data_set(tmp_path / "data", [{"image": 0, "question": "q", "chosen": "a", "rejected": "b"}])
@@ -302,12 +313,14 @@ def test_json_is_one_object_a_line(start, photos, capsys):
     with pytest.raises(SystemExit):
         vlm.main(use | dict(caption=(str(photos),)), {})
     out, err = capsys.readouterr()
+    assert out.isascii()  # what a terminal's encoding lacks is not lost
     made = [json.loads(line) for line in out.splitlines()]
     assert [m["image"] for m in made] == [str(photos / n) for n in ("B.JPG", "a.png", "sub/\u72d7.webp")]
     assert all(isinstance(m["caption"], str) for m in made) and "c.png: it is not a picture" in err
-    vlm.main(use | dict(ask=("what?", str(photos / "a.png"))), {})
-    made, = map(json.loads, capsys.readouterr().out.splitlines())
-    assert made["images"] == [str(photos / "a.png")] and made["question"] == "what?" and "answer" in made
+    vlm.main(use | dict(ask=("what\u00df?", str(photos / "a.png"))), {})
+    assert (out := capsys.readouterr().out).isascii()
+    made, = map(json.loads, out.splitlines())
+    assert made["images"] == [str(photos / "a.png")] and made["question"] == "what\u00df?" and "answer" in made
     vlm.main(USE | dict(eval=True, json=True, out_dir=str(start / "run"), batch_size=3), {})
     out, err = capsys.readouterr()
     made = json.loads(out)

@@ -169,8 +169,32 @@ def test_top_k_and_min_p_choose(served):
         assert done.choices[0].text == expect
 
 
-def test_models(served):
-    assert [model.id for model in served[2].models.list()] == ["tiny"]
+def test_a_list_of_one_prompt_is_that_prompt(served):
+    said = [served[2].completions.create(**GOOD | {"prompt": prompt}).choices[0].text for prompt in ("abc", ["abc"])]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("turn", [{"content": None}, {}])
+def test_an_assistant_that_only_called_a_tool_said_nothing(served, turn):
+    """As OpenAI returns such a turn, and its client hands it on."""
+    engine, _, client = served
+    called = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {
+        "name": "f", "arguments": "{}"}}]} | turn
+    done = client.chat.completions.create(model="tiny", max_tokens=12, temperature=0, messages=[
+        {"role": "user", "content": "hi"}, called, {"role": "tool", "tool_call_id": "1", "content": "5"}])
+    ids = engine.tok.encode("[user: hi][assistant: ][tool: 5]", bos=False)
+    assert done.choices[0].message.content == greedy(engine, ids, 12)[0]
+
+
+@pytest.mark.parametrize("name", ["tiny", "owner/model"])
+def test_models(served, monkeypatch, name):
+    engine, address, client = served
+    monkeypatch.setattr(engine, "name", name)
+    listed, = client.models.list()
+    assert listed.id == name and client.models.retrieve(name) == listed
+    assert httpx.get(f"{address}/v1/models/{name}").status_code == 200  # which the client writes as owner%2Fmodel
+    with pytest.raises(openai.NotFoundError, match=f"there is no model 'gpt-9', only '{name}'"):
+        client.models.retrieve("gpt-9")
 
 
 GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2, "temperature": 0}  # or an end may be drawn
@@ -178,7 +202,8 @@ GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2, "temperature": 0}  # 
 
 @pytest.mark.parametrize("changes, status, words", [
     ({"model": "gpt-9"}, 404, "no model 'gpt-9', only 'tiny'"), ({"model": None}, 400, "model"),
-    ({"prompt": 3}, 400, "prompt"), ({"prompt": "x" * 599}, 400, "a prompt of 600 tokens"),
+    ({"prompt": 3}, 400, "prompt"), ({"prompt": ["a", "b"]}, 400, "prompt"), ({"prompt": [[3]]}, 400, "prompt"),
+    ({"prompt": "x" * 599}, 400, "a prompt of 600 tokens"),
     ({"max_tokens": 0}, 400, "max_tokens"), ({"max_tokens": "many"}, 400, "max_tokens"),
     ({"temperature": -1}, 400, "temperature"), ({"temperature": 1e9}, 400, "temperature"),
     ({"top_p": 1.5}, 400, "top_p"), ({"seed": -1}, 400, "seed"), ({"seed": 2**64}, 400, "seed"),
@@ -203,7 +228,8 @@ def test_what_is_wrong_is_said_in_openais_way(served, changes, status, words, st
 
 
 @pytest.mark.parametrize("messages", [
-    [], "hi", [3], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": [{"type": "image_url"}]}]])
+    [], "hi", [3], [{"role": "user"}], [{"role": "user", "content": None}], [{"content": "x"}], [{}],
+    [{"role": "user", "content": [{"type": "image_url"}]}]])
 def test_messages_that_are_none(served, messages):
     with pytest.raises(openai.BadRequestError, match="messages"):
         served[2].chat.completions.create(model="tiny", messages=messages)
@@ -250,9 +276,15 @@ def test_a_name_that_leads_here_from_elsewhere_is_no_way_in(served):
 
 
 def test_addresses_and_methods_that_are_not_served_are_errors_as_openai_has_them(served):
-    for path, status in ("/v1/embeddings", 404), ("/v1/completions", 405):
-        answer = httpx.get(served[1] + path)
+    missing(served[1])
+
+
+def missing(address):
+    for path, status in ("/v1/embeddings", 404), ("/v1/", 404), ("/v1/completions", 405), ("/v1/completions/", 405):
+        answer = httpx.get(address + path, follow_redirects=True)
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(address + "/v1/models/", follow_redirects=True).json()["object"] == "list"
+    assert httpx.post(address + "/v1/completions/", follow_redirects=True, json={}).status_code == 400
 
 
 def test_a_client_that_leaves_frees_its_row():
@@ -543,6 +575,7 @@ def test_the_page_talks(tmp_path):
             assert not said.startswith("(no answer")
             assert not any("<" in client.predict(f"<b>{i}</b>", api_name="/chat") for i in range(3))  # text, no HTML
             assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "run"
+            missing(address)
         finally:
             process.terminate()
 

@@ -155,6 +155,8 @@ TABLE = [
     *((f"torn.txt{ending}", pack(TORN.replace(b"7", b"" if ending == ".zst" else b"\n"))[:-999],
        rf"torn.txt{ending}: damaged after line \d+: ") for ending, pack in PACK.items()),  # pyarrow's zst loses a block
     *((f"no.txt{ending}", b"no archive at all", f"no.txt{ending}: damaged after line 1") for ending in PACK),
+    ("long.txt.zst", b"\x28\xb5\x2f\xfd\x00\xa8\x09\0\0a",  # one letter, in a window of 2 GiB
+     "long.txt.zst: packed with zstd --long: unpack it first, with zstd -d --long=31$"),
     ("two.jsonl.gz", gz(b'"a"\n') + gz(b'"b"'), ["a", "b"]),
     ("no.parquet", b"PAR1", "no.parquet: "),
 ]
