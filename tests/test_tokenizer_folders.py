@@ -371,12 +371,26 @@ def test_stop_tokens_are_those_of_generation_config(stops, expected, tmp_path):
         assert t.stop_ids == expected
 
 
+@pytest.mark.parametrize("model, saved, expected", [
+    ({"eos_token_id": [0, 1]}, {}, {0, 1, 2}), ({"text_config": {"eos_token_id": [1]}}, {}, {1, 2}),
+    ({"eos_token_id": 1}, {}, {0, 2}), ({"eos_token_id": None}, {}, {0, 2}),  # the usual names
+    ({"eos_token_id": [0, 1]}, {"stop_ids": [3]}, {2, 3})])
+def test_stop_tokens_are_those_that_config_lists_where_nothing_else_names_them(model, saved, expected, tmp_path):
+    settings = PLAIN | {"eos_token": "<|im_end|>"} | saved
+    folder = write(tmp_path / "a", vocabularies()["byte level"], {"tokenizer_config.json": settings,
+                                                                  "config.json": model})
+    assert tokenizer.load(folder).stop_ids == expected
+    write(folder, {"generation_config.json": {"eos_token_id": 4}})
+    assert tokenizer.load(folder).stop_ids == {2, 4}
+
+
 @pytest.mark.parametrize("file, content, why", [
     ("tokenizer_config.json", "{", "delimiter|property name"), ("tokenizer_config.json", "[]", "list"),
     ("added_tokens.json", {"<x>": 7000}, "'<x>' as id 7000, but AutoTokenizer gives it 600"),
     ("added_tokens.json", {"<x>": "a"}, "'a'"), ("special_tokens_map.json", {"bos_token": {"text": "<s>"}}, "content"),
     ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id"),
-    ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id")])
+    ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id"),
+    ("config.json", {"eos_token_id": ["</s>"]}, "eos_token_id")])
 def test_side_files_that_cannot_be_followed_are_one_line(file, content, why, tmp_path):
     folder = write(tmp_path / "a", vocabularies()["byte level"], {file: content})
     with pytest.raises(config.Mistake, match=why) as e:
