@@ -123,19 +123,32 @@ def remove_weights(directory, except_for):
 def find_checkpoint(name):
     """The local directory of a checkpoint: `name` itself, or the copy of the Hugging Face hub's model of that name.
 
-    Raises FileNotFoundError when there is neither. A model that is not public needs a token in HF_TOKEN."""
+    Raises FileNotFoundError when there is neither, and ValueError for a model of the hub that is not supported, before
+    its weights, which can be many gigabytes, are fetched. One that is not public needs a token in HF_TOKEN."""
     if os.path.isdir(name):  # Path.is_dir raises an error of its own before Python 3.14 where nothing may be read
         return Path(name)
-    from huggingface_hub import errors, snapshot_download
     name = str(name)
     if name.count("/") != 1 or name.startswith("out/"):  # a name on the hub is owner/model
         found = [*Path("out").glob("*/config.json"), *Path("out").glob("*/adapter_config.json")]
         runs = sorted(str(path.parent) for path in found if name.startswith("out/"))
         near = difflib.get_close_matches(name, runs, n=3, cutoff=0)
         raise FileNotFoundError(f"no directory {name}" + (f"; there are {', '.join(near)}" if near else ""))
+    small = "*.json", "*.model", "*.jinja"
+    directory = _fetch(name, *small)
+    if not (directory / "adapter_config.json").exists():
+        hf = read_json(directory / "config.json")
+        how = hf.get("quantization_config")
+        own = isinstance(how, dict) and how.get("quant_method") == METHOD  # which decode.load_quantized reads
+        config_from_hf(hf | {"quantization_config": None} if own else hf)
+    return _fetch(name, *small, "*.safetensors")
+
+
+def _fetch(name, *patterns):
+    """The local copy of the files of a hub's model whose names fit; errors as in `find_checkpoint`."""
+    from huggingface_hub import errors, snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
-                                      ignore_patterns=["*/*.json", "*/*.safetensors", "*/*.model"]))  # other formats
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=[  # other formats
+            "*/*.json", "*/*.safetensors", "*/*.model", "consolidated*"]))
     except errors.HFValidationError:
         raise FileNotFoundError(f"no directory {name}") from None
     except errors.GatedRepoError:
@@ -170,6 +183,7 @@ SUPPORTED = {  # config keys that change what a model computes, or where it lies
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
     "partial_rotary_factor": (1, None), "sliding_window": (None,), "per_layer_config": (None,),
     "quantization_config": (None,), "compression_config": (None,), "transformers_weights": (None,)}
+METHOD = "everyllama"  # quant_method of what decode.save_quantized writes
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 VISION = "vision_model.", "multi_modal_projector."  # in Llama4ForConditionalGeneration, beside "language_model."
 ARCHITECTURES = {"LlamaForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}

@@ -17,7 +17,6 @@ import config
 from common import pick_dtype
 from model import KVCache, Linear, Llama, RMSNorm, Sampling, product_dtype
 
-METHOD = "everyllama"  # of rounding, in config.json
 LEAST_BITS = {"router": 32, "lm_head": 8, "v_proj": 8, "down_proj": 8}  # with fewer the loss rises most, for little
 
 
@@ -206,7 +205,7 @@ def own_state(model):
 def save_quantized(model, bits, directory):
     """Write a model that `pack` has rounded to so many bits; only `load_quantized` reads it."""
     hf = checkpoint.config_to_hf(model.config, "float32")
-    hf["quantization_config"] = {"quant_method": METHOD, "bits": bits}
+    hf["quantization_config"] = {"quant_method": checkpoint.METHOD, "bits": bits}
     checkpoint.write(directory, hf, own_state(model))
 
 
@@ -214,7 +213,7 @@ def bits_of(directory):
     """Of how many bits the weights in a directory are that `save_quantized` has written; 0 where it was not that."""
     file = Path(directory) / "config.json"
     how = checkpoint.read_json(file).get("quantization_config") if file.exists() else None
-    return how.get("bits") if isinstance(how, dict) and how.get("quant_method") == METHOD else 0
+    return how.get("bits") if isinstance(how, dict) and how.get("quant_method") == checkpoint.METHOD else 0
 
 
 def load_quantized(directory):

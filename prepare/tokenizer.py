@@ -37,7 +37,8 @@ class Tokenizer(chat_template.Conversations):
     vocab_size: the largest id + 1. added, special: {text: id} of the tokens that are found in a text before it is cut,
     and of those among them that mean more than their text. bos_id, eos_id: int or None. adds_bos, adds_eos: whether
     transformers puts them around a text unless told otherwise. stop_ids: the ids that end a generation: EOS, and those
-    of generation_config.json, or else the special tokens of the usual names. chat_template: {name: jinja text}.
+    of generation_config.json, or else a list in config.json, or the special tokens of the usual names. chat_template:
+    {name: jinja text}.
     """
 
     def __init__(self, spec, settings=None, model=None):

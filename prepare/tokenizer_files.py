@@ -65,13 +65,17 @@ def named_tokens(settings):
 
 def read_settings(folder):
     """A folder's tokenizer_config.json, with what generation_config.json (as "stop_ids") and the files of chat
-    templates add to it or put in its place."""
-    settings = read_json(folder / "tokenizer_config.json")
-    stops = read_json(folder / "generation_config.json").get("eos_token_id")
+    templates add to it or put in its place. Where nothing else names stop tokens, those of config.json are taken if it
+    lists some: a lone one is EOS, beside which those of the usual names may end turns."""
+    settings, model = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
+    file, stops = "generation_config.json", read_json(folder / "generation_config.json").get("eos_token_id")
+    listed = (model.get("text_config") or model).get("eos_token_id")  # Llama 4's are nested
+    if stops is None and isinstance(listed, list) and "stop_ids" not in settings:
+        file, stops = "config.json", listed
     if stops is not None:
         settings["stop_ids"] = stops if isinstance(stops, list) else [stops]
         if not all(type(i) is int for i in settings["stop_ids"]):
-            raise ValueError(f"generation_config.json: eos_token_id {stops!r} is no id or list of ids")
+            raise ValueError(f"{file}: eos_token_id {stops!r} is no id or list of ids")
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"

@@ -595,7 +595,7 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "hub").mkdir()
     Hub.folder, Hub.seen = write(tmp_path / "hub", LLAMA), []
     for name in ("original/model.safetensors", "original/params.json", "original/tokenizer.model", "onnx/config.json",
-                 "additional_chat_templates/rag.jinja"):
+                 "additional_chat_templates/rag.jinja", "consolidated.safetensors"):
         (Hub.folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(Hub.folder / "model.safetensors", Hub.folder / name)
     (Hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -630,7 +630,8 @@ def found(name):
 
 def test_names_of_the_hub(hub, tmp_path, monkeypatch):
     files = ["additional_chat_templates/rag.jinja", "config.json", "model.safetensors"]  # no pickle, no other format
-    assert found("ann/open") == files and not any("original" in path or "onnx" in path for path in Hub.seen)
+    assert found("ann/open") == files and not any(
+        other in path for path in Hub.seen for other in ("original", "onnx", "consolidated"))
     assert all(words in found("ann/gated") for words in ("no directory ann/gated", "is gated", "HF_TOKEN"))
     for name in ("ann/private", "ann/none", "org/nothere"):
         assert f"no directory {name}, and the hub has no public model of that name" in found(name)
@@ -640,6 +641,25 @@ def test_names_of_the_hub(hub, tmp_path, monkeypatch):
     assert found("ann/gated") == found("ann/private") == files
     monkeypatch.setattr(Hub, "do_GET", lambda self: self.answer(500))
     assert "no directory ann/other" in found("ann/other") and "does not answer" in found("ann/other")
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"model_type": "mistral"}, "model_type 'mistral'"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
+    ({"quantization_config": {"quant_method": "everyllama", "bits": 8}}, None)])  # `decode.load_quantized` reads it
+def test_weights_come_from_the_hub_once_their_config_is_known_to_be_read(hub, changes, why):
+    (Hub.folder / "config.json").write_text(json.dumps(changed(LLAMA, **changes)))
+    if why:
+        with pytest.raises(ValueError, match=why):
+            find_checkpoint("ann/open")
+    assert why or "model.safetensors" in found("ann/open")
+    assert any("model.safetensors" in path for path in Hub.seen) == (not why)
+
+
+def test_a_model_of_the_hub_with_pickled_weights_alone_says_so(hub):
+    (Hub.folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors .*pickled"):
+        Llama.from_pretrained("ann/open")
 
 
 def test_without_the_hub(hub, monkeypatch):

@@ -1,8 +1,11 @@
 """A folder of a tokenizer means what AutoTokenizer makes of it: ids, BOS and EOS, added tokens, side files, chats."""
 import functools
 import io
+import itertools
 import json
+import random
 import sys
+from collections import Counter
 
 import pytest
 from conftest import ROOT, need_transformers_5_24, real_data
@@ -371,12 +374,26 @@ def test_stop_tokens_are_those_of_generation_config(stops, expected, tmp_path):
         assert t.stop_ids == expected
 
 
+@pytest.mark.parametrize("model, saved, expected", [
+    ({"eos_token_id": [0, 1]}, {}, {0, 1, 2}), ({"text_config": {"eos_token_id": [1]}}, {}, {1, 2}),
+    ({"eos_token_id": 1}, {}, {0, 2}), ({"eos_token_id": None}, {}, {0, 2}),  # the usual names
+    ({"eos_token_id": [0, 1]}, {"stop_ids": [3]}, {2, 3})])
+def test_stop_tokens_are_those_that_config_lists_where_nothing_else_names_them(model, saved, expected, tmp_path):
+    settings = PLAIN | {"eos_token": "<|im_end|>"} | saved
+    folder = write(tmp_path / "a", vocabularies()["byte level"], {"tokenizer_config.json": settings,
+                                                                  "config.json": model})
+    assert tokenizer.load(folder).stop_ids == expected
+    write(folder, {"generation_config.json": {"eos_token_id": 4}})
+    assert tokenizer.load(folder).stop_ids == {2, 4}
+
+
 @pytest.mark.parametrize("file, content, why", [
     ("tokenizer_config.json", "{", "delimiter|property name"), ("tokenizer_config.json", "[]", "list"),
     ("added_tokens.json", {"<x>": 7000}, "'<x>' as id 7000, but AutoTokenizer gives it 600"),
     ("added_tokens.json", {"<x>": "a"}, "'a'"), ("special_tokens_map.json", {"bos_token": {"text": "<s>"}}, "content"),
     ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id"),
-    ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id")])
+    ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id"),
+    ("config.json", {"eos_token_id": ["</s>"]}, "eos_token_id")])
 def test_side_files_that_cannot_be_followed_are_one_line(file, content, why, tmp_path):
     folder = write(tmp_path / "a", vocabularies()["byte level"], {file: content})
     with pytest.raises(config.Mistake, match=why) as e:
@@ -440,3 +457,53 @@ def test_long_lines_are_cut_at_spaces_and_nothing_is_lost():
     lines = list(tokenizer.sentences([text]))
     assert "".join(lines) == text.replace("\n", "") and max(map(len, lines)) <= tokenizer.LINE_LIMIT
     assert all(line.startswith((" word", "word", " x", "x", "short")) for line in lines)
+
+
+LOW, BYTES, FUSE = replace({"String": "\u2581"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}
+
+
+@pytest.mark.parametrize("steps, known", [
+    ([LOW], True), ([LOW, BYTES], True), ([LOW, FUSE, tokenizer_spec.STRIP], True), ([FUSE, LOW], True),
+    ([], False), ([LOW, BYTES, tokenizer_spec.STRIP], False), ([replace({"String": "a"}, "b"), FUSE], False),
+    ([{"type": "BPEDecoder", "suffix": "a"}, FUSE], False)])
+def test_decoders_give_the_text_of_the_library_or_are_refused(steps, known, tmp_path):
+    """Without Fuse what Strip drops is the space of each token."""
+    from tokenizers import Tokenizer
+    spec = low_line_json(decoder={"type": "Sequence", "decoders": steps})
+    folder = write(tmp_path / "a", {"tokenizer.json": spec, "tokenizer_config.json": PLAIN})
+    if not known:
+        with pytest.raises(config.Mistake, match="its decoder"):
+            tokenizer.load(folder)
+        return
+    ours, theirs = tokenizer.load(folder), Tokenizer.from_str(json.dumps(spec))
+    for ids in [theirs.encode(text).ids for text in TEXTS]:
+        assert ours.decode(ids, special=True) == theirs.decode(ids, skip_special_tokens=False)
+
+
+# ---- by which algorithm ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_merging_by_rank_is_chosen_exactly_where_it_gives_the_ids_of_the_merges(ignore_merges):
+    """Vocabularies of all kinds over three letters, and every word of these up to the longest token, alone and after
+    a letter that nothing merges with."""
+    words = ["".join(letters) for n in range(1, 6) for letters in itertools.product("abc", repeat=n)]
+    words += ["x" + word for word in words]
+    step, rng, found = tokenizer_spec.byte_level(False), random.Random(0), Counter()
+    cut = {"type": "Sequence", "pretokenizers": [tokenizer_spec.split(tokenizer_spec.LLAMA3_WORDS), step]}
+    for _ in range(30):
+        vocab, merges = dict(tokenizer_spec.CHAR_TO_BYTE), []
+        while len(vocab) < 263:
+            pair = rng.choices(["a", "b", "c", *[*vocab][256:]], k=2)
+            if len("".join(pair)) <= 5 and "".join(pair) not in vocab:
+                merges.append(pair)
+                vocab["".join(pair)] = len(vocab)
+        if rng.random() < 0.3:  # every way to make a token, as in Llama 3's file
+            merges = tokenizer_spec.merges_of(vocab, lambda left, right: (vocab[left], vocab[right]))
+        model = tokenizer_spec.bpe(vocab, merges, ignore_merges=ignore_merges)
+        tok = tokenizer.Tokenizer(tokenizer_spec.make_spec(model, {}, cut, step))
+        tok._words = tokenizer_spec.LLAMA3_WORDS  # as if it were of that kind
+        by_rank = tok._tiktoken.encode_ordinary_batch(words)
+        found[tok.kind] += 1
+        assert (tok.kind == "tiktoken") == (by_rank == tok._run(words)), merges
+    assert min(found["tiktoken"], found["json"]) > 4
