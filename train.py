@@ -392,8 +392,9 @@ def memory_advice(cfg, device, dtype):
 def print_schedule(task, per_epoch):
     """Print for how many steps a task learns from so many examples an epoch, at what rate, and on what."""
     cfg, epochs = task.cfg, task.cfg.max_iters * sequences_per_step(task.cfg) / per_epoch
-    if cfg.warmup_iters >= cfg.max_iters > 1:
-        print0(f"warmup     takes all {cfg.max_iters} steps: give a smaller --warmup_iters, or smaller steps")
+    if cfg.warmup_iters >= cfg.max_iters:
+        print0(f"warmup     ends after step {cfg.warmup_iters}, training after step {cfg.max_iters}: give a smaller "
+               "--warmup_iters, or smaller steps")
     learning = [(name, p) for name, p in task.model.named_parameters() if p.requires_grad]
     optimizer = "muon" if any(optim.for_muon(name, p, cfg) for name, p in learning) else "adamw"
     print0(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), {optimizer}, lr {cfg.learning_rate:g} after "
