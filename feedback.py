@@ -324,7 +324,8 @@ def main(given, shape):
     if cfg.eval_only:
         device, out = train.begin(cfg, "feedback_")
         task = Rewards(replace(cfg, eval_questions=10**9), shape, out, device)
-        print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions of {task.folder}")
+        print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions of {task.folder}, "
+               f"by {out if cfg.init_from == 'resume' else cfg.init_from}")
     else:
         train.start({"grpo": Rewards, "dpo": Preferences}[cfg.objective], cfg, shape, "feedback_")
 

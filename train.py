@@ -469,6 +469,8 @@ def start_from(cfg, shape, out, place):
 
 def build_model(cfg, shape, data, tok, out, place):
     """The Llama that cfg.init_from names, where `place` says. Refuses one that does not fit the data."""
+    if cfg.eval_only:  # as it is
+        return llama, tok
     if cfg.init_from == "scratch":
         c = new_shape(cfg, shape, tok, data.vocab_size)
         need_fit(c, cfg, data.vocab_size)
@@ -478,7 +480,7 @@ def build_model(cfg, shape, data, tok, out, place):
         source = out if cfg.init_from == "resume" else cfg.init_from
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
                              f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
-                             f"--tokenizer={source}{' (prepare/chat.py: --init_from)' * bool(data.marks)}")
+                             f"--tokenizer={source}{' (prepare/chat.py: --init_from)' * bool(splits[0].marks)}")
     need_shape(llama.config, shape)
     need_fit(llama.config, cfg, data.vocab_size)
     return llama
@@ -662,12 +664,14 @@ def evaluate_run(cfg, shape):
     with memory_advice(cfg, device, task.dtype):
         loss = task.val_loss(task.model, progress=True)
     print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {task.val_windows.targets():,} "
-           f"tokens of {task.folder}")
+           f"tokens of {task.folder}, by {source}")
 
 
 def main(cfg, shape):
     """Train, or evaluate, as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
+    source = out if cfg.init_from == "resume" else cfg.init_from
     if cfg.eval_only:
+        print0(f"model      {source}")
         evaluate_run(cfg, shape)
     else:
         start(Text, cfg, shape)

@@ -196,7 +196,8 @@ def test_an_evaluation_is_on_the_data_of_the_run(place, tmp_path, capsys, script
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(feedback.Rewards, "accuracy", lambda self: seen.append(self.cfg.answer_tokens) or 0.5)
             feedback.main({"eval_only": True, "init_from": str(run), "device": "cpu"} | given, {})
-        assert capsys.readouterr().out.splitlines()[-1] == f"val accuracy 0.5000 of {count} questions of {folder}"
+        said = f"val accuracy 0.5000 of {count} questions of {folder}, by {run}"
+        assert capsys.readouterr().out.splitlines()[-1] == said
         assert seen == [(keys | given).get("answer_tokens", 16)]
 
 

@@ -295,7 +295,7 @@ def test_of_an_older_state_the_weights_open(run, stories, tmp_path, monkeypatch)
     assert same(Llama.from_pretrained(path).state_dict(), Llama.from_pretrained(tmp_path / "new").state_dict())
 
 
-def test_head_copy_changes_the_head_once(stories, tmp_path, monkeypatch):
+def test_head_copy_changes_the_head_once(stories, tmp_path, monkeypatch, capsys):
     """It is in the weights then: going on and evaluating do not add the embedding again."""
     base, new = tmp_path / "base", tmp_path / "new"
     for out, keys in (base, {"tie_embeddings": False}), (new, {"init_from": base, "head_copy": 0.25}):
@@ -307,6 +307,10 @@ def test_head_copy_changes_the_head_once(stories, tmp_path, monkeypatch):
     want = before | {"lm_head.weight": before["lm_head.weight"] + 0.25 * before["model.embed_tokens.weight"]}
     assert same(after, want)
     first = log_of(new)[-1]["val_loss"]
+    for more in [], ["--head_copy=0.25"]:  # an evaluation changes nothing, and says what it is of
+        train.main(*read_settings(monkeypatch, "--eval_only", f"--init_from={base}", *more))
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert f"val loss {log_of(base)[-1]['val_loss']:.4f}" in said and said.endswith(f", by {base}")
     cfg, shape = read_settings(monkeypatch, "--eval_only", f"--init_from={new}")
     assert train.evaluate_run(cfg, shape) is None and cfg.head_copy == 0
     train.main(*read_settings(monkeypatch, *flags(out_dir=new, init_from="resume", max_iters=2)))
