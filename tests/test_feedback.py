@@ -271,10 +271,3 @@ def test_rows_of_the_quiz_table_follow_each_other(tmp_path, monkeypatch):
     for name in quiz_table.ROWS:
         quiz_table.row(name, ())
     assert sorted(trained) == sorted(quiz_table.ROWS)
-
-
-def test_the_reference_is_found_from_any_folder(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(place)
-    cfg = settings(place, tmp_path, reference="start", dataset="data")
-    kept = runs.facts_of_run(cfg, Llama(LlamaConfig(vocab_size=8, n_layer=1, n_head=2, dim=16)).config, {})["settings"]
-    assert kept["reference"] == str(place / "start") and kept["dataset"] == str(place / "data")
