@@ -467,13 +467,12 @@ def start_from(cfg, shape, out, place):
     return llama, tok
 
 
-def build_model(cfg, shape, data, tok, out, place):
-    """The Llama that cfg.init_from names, where `place` says. Refuses one that does not fit the data."""
-    if cfg.eval_only:  # as it is
-        return llama, tok
+def build_model(cfg, shape, splits, tok, out, place):
+    """The Llama that cfg.init_from names, where `place` says. Refuses one that does not fit the data's splits. One that
+    is there may lack tokens that its tokenizer has and the data have not."""
     if cfg.init_from == "scratch":
-        c = new_shape(cfg, shape, tok, data.vocab_size)
-        need_fit(c, cfg, data.vocab_size)
+        c = new_shape(cfg, shape, tok, splits[0].vocab_size)
+        need_fit(c, cfg, splits[0].vocab_size)
         return place.new(c, cfg.seed)
     llama, its_tok = start_from(cfg, shape, out, place)
     if its_tok.fingerprint != tok.fingerprint:
@@ -482,7 +481,7 @@ def build_model(cfg, shape, data, tok, out, place):
                              f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
                              f"--tokenizer={source}{' (prepare/chat.py: --init_from)' * bool(splits[0].marks)}")
     need_shape(llama.config, shape)
-    need_fit(llama.config, cfg, data.vocab_size)
+    need_fit(llama.config, cfg, max(split.largest for split in splits) + 1)
     return llama
 
 
@@ -522,8 +521,8 @@ class Text:
             self.llama.model.checkpointing = cfg.checkpointing
             self.llama.few_targets = bool(self.data.marks)  # of conversations only the answers count
             self.sharded = self.place.mesh is not None
-        if self.data.marks:  # for other tools: what ends an answer is in the template, not always in config.json
-            self.llama.config.eos_ids = tuple(dict.fromkeys((*self.llama.config.eos_ids, *sorted(self.tok.stop_ids))))
+        if self.data.marks:
+            adapter.name_ends(self.llama, self.tok)
         self.hellaswag = HellaSwag(cfg, self.tok, self.llama.config.context) if cfg.hellaswag else None
         gradients = 2 / 3 if hasattr(self.llama, "adapter") else 1  # frozen weights have none
         self.flops_per_token = self.llama.flops_per_token(cfg.block_size) * gradients
