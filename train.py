@@ -91,12 +91,22 @@ class TrainConfig:
 
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux")  # fields of LlamaConfig that no checkpoint carries
+SCRIPTS = "train.py", "feedback.py", "vlm.py"  # that train
 KEYS, SHAPE_KEYS = "train.py:TrainConfig", "model.py:LlamaConfig"
 
 
 def run_directory(out_dir, dataset, prefix=""):
     """Where a run is kept: out_dir, or out/<the data set's name>."""
     return Path(out_dir) if out_dir else config.ROOT / "out" / (prefix + Path(dataset).resolve().name)
+
+
+def need_script(directory, keys):
+    """Refuse to go on with a run of another script than that of the settings `keys`."""
+    path = Path(directory) / "run.json"
+    command = json.loads(path.read_text(encoding="utf-8")).get("command") if path.is_file() else None
+    script = Path(command[0]).name if command else ""
+    if script in SCRIPTS and script != keys.partition(":")[0]:
+        raise config.Mistake(f"{directory} is a run of {script}: go on with that")
 
 
 def with_run(given, shape, keys=KEYS, prefix="", directory=None, only=None):
@@ -108,6 +118,8 @@ def with_run(given, shape, keys=KEYS, prefix="", directory=None, only=None):
         directory = run_directory(given.get("out_dir"), dataset, prefix)
         given = given | {"out_dir": str(directory)}
     settings, model = config.of_run(directory, keys, SHAPE_KEYS)
+    if given.get("init_from") == "resume" and not given.get("eval_only"):
+        need_script(directory, keys)
     own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat", "json"}  # of each call
     own |= {"head_copy", "epochs"}  # done once, in the weights; what max_iters was made of
     own |= {"hellaswag"} if given.get("eval_only") else set()
@@ -457,6 +469,8 @@ def start_from(cfg, shape, out, place):
     if cfg.init_from == "resume":
         return load_llama(cfg, shape, runs.common_latest(out), place)
     llama, tok = load_llama(cfg, shape, cfg.init_from, place)
+    if cfg.eval_only:  # as it is
+        return llama, tok
     if cfg.head_copy and hasattr(llama, "adapter"):
         raise config.Mistake("head_copy changes the head, which an adapter leaves as it is: merge it first")
     if cfg.head_copy:  # a word that attention copies then raises its own logit, before the head has learned to
@@ -517,7 +531,8 @@ class Text:
             self.cfg = cfg = replace(cfg, max_iters=steps, epochs=0.0)  # a run that goes on may have more steps
         with memory_advice(cfg, device, self.dtype):
             self.place = Place(cfg, device, self.dtype)
-            self.llama = self.model = build_model(cfg, shape, self.val, self.tok, out, self.place).train()
+            self.llama = self.model = build_model(cfg, shape, (self.data, self.val), self.tok, out,
+                                                 self.place).train()
             self.llama.model.checkpointing = cfg.checkpointing
             self.llama.few_targets = bool(self.data.marks)  # of conversations only the answers count
             self.sharded = self.place.mesh is not None
@@ -654,7 +669,9 @@ def start(task_of, cfg, shape, prefix=""):
 def evaluate_run(cfg, shape):
     """Print the loss of a model on the whole validation split, or its scores on HellaSwag."""
     device, out = begin(cfg)
+    source = out if cfg.init_from == "resume" else cfg.init_from
     if cfg.hellaswag:
+        print0(f"model      {source}")
         dtype, _ = agreed_dtype(cfg.dtype, device)
         llama, tok = start_from(cfg, {}, out, Place(cfg, device, dtype))
         HellaSwag(cfg, tok, llama.config.context)(llama, device, autocast_to(dtype, device))
@@ -668,9 +685,7 @@ def evaluate_run(cfg, shape):
 
 def main(cfg, shape):
     """Train, or evaluate, as `cfg` says; `shape` holds the LlamaConfig fields that were given."""
-    source = out if cfg.init_from == "resume" else cfg.init_from
     if cfg.eval_only:
-        print0(f"model      {source}")
         evaluate_run(cfg, shape)
     else:
         start(Text, cfg, shape)
