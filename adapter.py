@@ -306,6 +306,12 @@ def save(llama, directory):
         path.write_text(json.dumps(llama.adapter, indent=2) + "\n")
 
 
+def name_ends(llama, tok):
+    """Have config.json say what ends an answer, for other tools: it is in the tokenizer, with the chat template."""
+    known = sorted(i for i in tok.stop_ids if i < llama.config.vocab_size)
+    llama.config.eos_ids = tuple(dict.fromkeys((*llama.config.eos_ids, *known)))
+
+
 def load_tokenizer(directory):
     """The tokenizer of a checkpoint; of an adapter without one, its base model's."""
     own = any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -322,6 +328,8 @@ def main(cfg):
             raise config.Mistake(f"{cfg.out} is not empty: give another --out")
         llama, tok = load(directory, torch.float32), load_tokenizer(directory)
         lost = lora.merge(llama, getattr(torch, cfg.dtype))
+        if tok.chat_template:
+            name_ends(llama, tok)
         checkpoint.save(llama, cfg.out)
         tok.save(cfg.out)
     if (directory / "vlm.json").is_file():

@@ -64,6 +64,7 @@ class Question(NamedTuple):
     turns: list  # messages, up to the answer
     answer: str
     wrong: str | None = None  # a wrong answer, if the data has one
+    place: str = ""  # where it stands: file, line and number
 
 
 def question_of(record):
@@ -88,7 +89,7 @@ def read_questions(folder, split):
     with config.mistakes(OSError, prefix=f"cannot read {path}: "):
         for _, place, record in sources.Files([path], (), None).read():
             with config.mistakes(ValueError, TypeError, AttributeError, prefix=f"{place}: "):
-                questions.append(question_of(record))
+                questions.append(question_of(record)._replace(place=place))
     if not questions:
         raise config.Mistake(f"{path} asks nothing")
     return questions
@@ -141,6 +142,11 @@ class Feedback:
         self.llama, self.tok = train.start_from(cfg, shape, out, train.Place(cfg, device, self.dtype))
         train.need_shape(self.llama.config, shape)
         self.llama.to(device).train().model.checkpointing = cfg.checkpointing
+        adapter.name_ends(self.llama, self.tok)
+        drawn = 0 if cfg.eval_only else min(cfg.max_iters * train.sequences_per_step(cfg), len(self.questions))
+        for question in (*map(self.question, range(drawn)), *self.val[:cfg.eval_questions]):
+            with config.mistakes(config.Mistake, prefix=f"{question.place}: "):
+                self.check_room(question)
         self.flops_per_token = self.llama.flops_per_token(len(self.prompt(self.questions[0])))
         self.val_fingerprint = [len(self.val), cfg.eval_questions, cfg.objective]
         self.model = self.objective()
@@ -165,11 +171,20 @@ class Feedback:
 
     def prompt(self, question):
         """The ids of all that stands before the answer."""
-        ids = self.tok.chat(question.turns)
-        if len(ids) + self.cfg.answer_tokens > self.llama.config.context:
-            raise config.Mistake(f"a question of {len(ids)} tokens leaves no room for {self.cfg.answer_tokens} more in "
-                                 f"the model's context={self.llama.config.context}")
-        return ids
+        return self.tok.chat(question.turns)
+
+    def check_room(self, question):
+        """Refuse a question that, with an answer of answer_tokens or one of its own, is beyond the model's context."""
+        context, most = self.llama.config.context, self.cfg.answer_tokens
+        turns = [*question.turns, {"role": "assistant", "content": question.answer + (question.wrong or "")}]
+        if len(self.tok.render(turns, False).encode()) + most <= context or (
+                len(self.tok.chat(turns, False)) + most <= context):
+            return  # a token has a byte at least: most texts need not be cut into tokens, which takes longer
+        size = len(self.prompt(question))
+        most = max(most, *(len(self.ids_of(question, a)) for a in (question.answer, question.wrong) if a))
+        if size + most > context:
+            raise config.Mistake(f"a question of {size} tokens leaves no room for {most} more in the model's "
+                                 f"context={context}")
 
     def ids_of(self, question, answer):
         """The ids that the template makes of an answer to this question, with its end."""
@@ -324,7 +339,8 @@ def main(given, shape):
     if cfg.eval_only:
         device, out = train.begin(cfg, "feedback_")
         task = Rewards(replace(cfg, eval_questions=10**9), shape, out, device)
-        print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions of {task.folder}")
+        print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions of {task.folder}, "
+               f"by {out if cfg.init_from == 'resume' else cfg.init_from}")
     else:
         train.start({"grpo": Rewards, "dpo": Preferences}[cfg.objective], cfg, shape, "feedback_")
 

@@ -237,8 +237,9 @@ def facts_of_run(cfg, model_config, agents):
     settings = asdict(cfg)
     if folder_of(cfg) == Path(cfg.dataset):
         settings["dataset"] = os.path.abspath(cfg.dataset)  # found again from any folder
-    if os.path.isdir(settings.get("reference") or ""):  # DPO's
-        settings["reference"] = os.path.abspath(settings["reference"])
+    for key in "reference", "vit_weights":
+        if settings.get(key) and os.path.exists(settings[key]):
+            settings[key] = os.path.abspath(settings[key])
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": sys.argv, "settings": settings, "model": asdict(model_config), "processes": WORLD,
             "agents": agents, "git_commit": commit,

@@ -91,12 +91,22 @@ class TrainConfig:
 
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux")  # fields of LlamaConfig that no checkpoint carries
+SCRIPTS = "train.py", "feedback.py", "vlm.py"  # that train
 KEYS, SHAPE_KEYS = "train.py:TrainConfig", "model.py:LlamaConfig"
 
 
 def run_directory(out_dir, dataset, prefix=""):
     """Where a run is kept: out_dir, or out/<the data set's name>."""
     return Path(out_dir) if out_dir else config.ROOT / "out" / (prefix + Path(dataset).resolve().name)
+
+
+def need_script(directory, keys):
+    """Refuse to go on with a run of another script than that of the settings `keys`."""
+    path = Path(directory) / "run.json"
+    command = json.loads(path.read_text(encoding="utf-8")).get("command") if path.is_file() else None
+    script = Path(command[0]).name if command else ""
+    if script in SCRIPTS and script != keys.partition(":")[0]:
+        raise config.Mistake(f"{directory} is a run of {script}: go on with that")
 
 
 def with_run(given, shape, keys=KEYS, prefix="", directory=None, only=None):
@@ -108,6 +118,8 @@ def with_run(given, shape, keys=KEYS, prefix="", directory=None, only=None):
         directory = run_directory(given.get("out_dir"), dataset, prefix)
         given = given | {"out_dir": str(directory)}
     settings, model = config.of_run(directory, keys, SHAPE_KEYS)
+    if given.get("init_from") == "resume" and not given.get("eval_only"):
+        need_script(directory, keys)
     own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat", "json"}  # of each call
     own |= {"head_copy", "epochs"}  # done once, in the weights; what max_iters was made of
     own |= {"hellaswag"} if given.get("eval_only") else set()
@@ -392,8 +404,9 @@ def memory_advice(cfg, device, dtype):
 def print_schedule(task, per_epoch):
     """Print for how many steps a task learns from so many examples an epoch, at what rate, and on what."""
     cfg, epochs = task.cfg, task.cfg.max_iters * sequences_per_step(task.cfg) / per_epoch
-    if cfg.warmup_iters >= cfg.max_iters > 1:
-        print0(f"warmup     takes all {cfg.max_iters} steps: give a smaller --warmup_iters, or smaller steps")
+    if cfg.warmup_iters >= cfg.max_iters:
+        print0(f"warmup     ends after step {cfg.warmup_iters}, training after step {cfg.max_iters}: give a smaller "
+               "--warmup_iters, or smaller steps")
     learning = [(name, p) for name, p in task.model.named_parameters() if p.requires_grad]
     optimizer = "muon" if any(optim.for_muon(name, p, cfg) for name, p in learning) else "adamw"
     print0(f"schedule   {cfg.max_iters:,} steps ({epochs:.2f} epochs), {optimizer}, lr {cfg.learning_rate:g} after "
@@ -456,6 +469,8 @@ def start_from(cfg, shape, out, place):
     if cfg.init_from == "resume":
         return load_llama(cfg, shape, runs.common_latest(out), place)
     llama, tok = load_llama(cfg, shape, cfg.init_from, place)
+    if cfg.eval_only:  # as it is
+        return llama, tok
     if cfg.head_copy and hasattr(llama, "adapter"):
         raise config.Mistake("head_copy changes the head, which an adapter leaves as it is: merge it first")
     if cfg.head_copy:  # a word that attention copies then raises its own logit, before the head has learned to
@@ -466,20 +481,21 @@ def start_from(cfg, shape, out, place):
     return llama, tok
 
 
-def build_model(cfg, shape, data, tok, out, place):
-    """The Llama that cfg.init_from names, where `place` says. Refuses one that does not fit the data."""
+def build_model(cfg, shape, splits, tok, out, place):
+    """The Llama that cfg.init_from names, where `place` says. Refuses one that does not fit the data's splits. One that
+    is there may lack tokens that its tokenizer has and the data have not."""
     if cfg.init_from == "scratch":
-        c = new_shape(cfg, shape, tok, data.vocab_size)
-        need_fit(c, cfg, data.vocab_size)
+        c = new_shape(cfg, shape, tok, splits[0].vocab_size)
+        need_fit(c, cfg, splits[0].vocab_size)
         return place.new(c, cfg.seed)
     llama, its_tok = start_from(cfg, shape, out, place)
     if its_tok.fingerprint != tok.fingerprint:
         source = out if cfg.init_from == "resume" else cfg.init_from
         raise config.Mistake(f"{cfg.dataset} was made with another tokenizer ({tok.kind}, {tok.vocab_size} tokens) "
                              f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
-                             f"--tokenizer={source}{' (prepare/chat.py: --init_from)' * bool(data.marks)}")
+                             f"--tokenizer={source}{' (prepare/chat.py: --init_from)' * bool(splits[0].marks)}")
     need_shape(llama.config, shape)
-    need_fit(llama.config, cfg, data.vocab_size)
+    need_fit(llama.config, cfg, max(split.largest for split in splits) + 1)
     return llama
 
 
@@ -515,12 +531,13 @@ class Text:
             self.cfg = cfg = replace(cfg, max_iters=steps, epochs=0.0)  # a run that goes on may have more steps
         with memory_advice(cfg, device, self.dtype):
             self.place = Place(cfg, device, self.dtype)
-            self.llama = self.model = build_model(cfg, shape, self.val, self.tok, out, self.place).train()
+            self.llama = self.model = build_model(cfg, shape, (self.data, self.val), self.tok, out,
+                                                 self.place).train()
             self.llama.model.checkpointing = cfg.checkpointing
             self.llama.few_targets = bool(self.data.marks)  # of conversations only the answers count
             self.sharded = self.place.mesh is not None
-        if self.data.marks:  # for other tools: what ends an answer is in the template, not always in config.json
-            self.llama.config.eos_ids = tuple(dict.fromkeys((*self.llama.config.eos_ids, *sorted(self.tok.stop_ids))))
+        if self.data.marks:
+            adapter.name_ends(self.llama, self.tok)
         self.hellaswag = HellaSwag(cfg, self.tok, self.llama.config.context) if cfg.hellaswag else None
         gradients = 2 / 3 if hasattr(self.llama, "adapter") else 1  # frozen weights have none
         self.flops_per_token = self.llama.flops_per_token(cfg.block_size) * gradients
@@ -652,7 +669,9 @@ def start(task_of, cfg, shape, prefix=""):
 def evaluate_run(cfg, shape):
     """Print the loss of a model on the whole validation split, or its scores on HellaSwag."""
     device, out = begin(cfg)
+    source = out if cfg.init_from == "resume" else cfg.init_from
     if cfg.hellaswag:
+        print0(f"model      {source}")
         dtype, _ = agreed_dtype(cfg.dtype, device)
         llama, tok = start_from(cfg, {}, out, Place(cfg, device, dtype))
         HellaSwag(cfg, tok, llama.config.context)(llama, device, autocast_to(dtype, device))
@@ -661,7 +680,7 @@ def evaluate_run(cfg, shape):
     with memory_advice(cfg, device, task.dtype):
         loss = task.val_loss(task.model, progress=True)
     print0(f"{task.summary(loss)}  perplexity {math.exp(min(loss, 700)):.3f}  over {task.val_windows.targets():,} "
-           f"tokens of {task.folder}")
+           f"tokens of {task.folder}, by {source}")
 
 
 def main(cfg, shape):

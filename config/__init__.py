@@ -110,6 +110,7 @@ class Key:
     def read(self, value, where):
         """value in this key's type. Text is read for what it means, a Python value is checked. Raises `Mistake`."""
         name = self.type.removesuffix(" | None")
+        value = value.item() if getattr(value, "shape", None) == () else value  # a number of numpy's
         if name != self.type and value in (None, "None", "none"):
             return None
         if name.startswith("tuple["):

@@ -234,7 +234,8 @@ def with_template(tok, source):
 
 def unlearned(files, tok, date):
     """Names of the special tokens that a chat consists of and the model seems never to have learned: their row of the
-    embedding, in one of these safetensors files, is shorter than a hundredth of the usual, or that of another one."""
+    embedding, in one of these safetensors files, is shorter than a hundredth of the usual, or that of another one.
+    Raises `Mistake` for those that have no row."""
     from safetensors import safe_open
     talk = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
     try:
@@ -246,6 +247,9 @@ def unlearned(files, tok, date):
         with safe_open(path, "pt") as file:
             for key in (key for key in file.keys() if key.endswith("embed_tokens.weight")):
                 rows = file.get_slice(key)
+                if beyond := [names[i] for i in sorted(names.keys() & set(chat)) if i >= rows.get_shape()[0]]:
+                    raise config.Mistake(f"the chat template writes {', '.join(beyond)}, which the model lacks: "
+                                         "--template takes another")
                 usual = rows[:ROWS].float().norm(dim=1).median()
                 special = {i: rows[i:i + 1].float()[0] for i in names if i < rows.get_shape()[0]}
                 return [names[i] for i in sorted(special.keys() & set(chat)) if special[i].norm() < usual / 100

@@ -268,8 +268,8 @@ class Split:
     A slice is an ndarray (uint16 or uint32): a view of the memory-mapped shard, or a copy when it spans several.
     `tokens`, `documents`, `bytes` count what is there; `floor_bpb` is the exact entropy in bits per byte of
     generated text, else None; `vocab_size`, `tokenizer` ({"kind", "file", "fingerprint"}) and `meta` say what ids mean.
-    `marks`: those of conversations, as another Split, else None. Raises `Mistake` for a missing data set, and by name
-    for a shard that is truncated, altered or has ids beyond the vocabulary.
+    `largest`: the largest id. `marks`: those of conversations, as another Split, else None. Raises `Mistake` for a
+    missing data set, and by name for a shard that is truncated, altered or has ids beyond the vocabulary.
     """
 
     def __init__(self, directory, split):
@@ -289,7 +289,7 @@ class Split:
                                  f"{self.starts[-1]}: prepare the data again")
         if not self.tokens:
             raise config.Mistake(f"{directory} has no {split} tokens: prepare it again with another --val_fraction")
-        verified, self.maps = _verified(self.directory), []
+        verified, self.maps, self.largest = _verified(self.directory), [], 0
         for shard in tqdm(entry["shards"], f"checking {directory}", unit="shard", leave=False, delay=1):  # seconds
             path = self.directory / shard["file"]
             with config.mistakes(OSError, ValueError):
@@ -314,6 +314,7 @@ class Split:
                 raise config.Mistake(f"shard {path} is altered: its sha256 is not the one in meta.json; prepare again")
             with contextlib.suppress(OSError):  # a read-only data set is hashed each time
                 write_text(self.directory / VERIFIED, json.dumps(verified))
+        self.largest = max(self.largest, verified[version])
         if verified[version] >= self.vocab_size:
             raise config.Mistake(f"shard {path} has ids up to {verified[version]}, beyond the vocabulary of "
                                  f"{self.vocab_size}")

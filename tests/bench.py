@@ -806,7 +806,7 @@ def overhead(cfg):
     tok, steps = tokenizer.load(folder), 40
     windows = {name: Windows(shards.Split(folder, name), settings, tok.bos_id) for name in ("train", "val")}
     place = train.Place(settings, device, dtype)
-    model = as_trained(train.build_model(settings, shape, windows["val"].split, tok, None, place).train())
+    model = as_trained(train.build_model(settings, shape, [windows["val"].split], tok, None, place).train())
     optimizers = optim.make_optimizers(model, settings, device, dtype)
     draws = [windows["train"].draw(i * settings.batch_size, settings.batch_size) for i in range(steps)]
     batches = [common.to_device(device, *windows["train"].read(spans)) for spans in draws]

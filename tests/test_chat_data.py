@@ -11,6 +11,7 @@ import torch
 from test_tokenizer_folders import INST, PLAIN, vocabularies, write
 from test_train import DENSE, log_of, same, settings, states
 
+import adapter
 import config
 import train
 from conftest import ROOT
@@ -371,6 +372,35 @@ def test_a_base_model_that_never_learned_its_template(tmp_path, capsys):
     assert not prepare(tmp_path, capsys, model, "--input", path, f"--template={tmp_path / 't.jinja'}")[2]
 
 
+def with_token(path, name):
+    """The folder of a model, to whose tokenizer alone a special token is added; returns its id."""
+    tok = tokenizer.load(path)
+    added = dict(content=name, special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
+    added = tok.spec["added_tokens"] + [added | {"id": tok.vocab_size}]
+    tokenizer.Tokenizer(tok.spec | {"added_tokens": added}, tok.settings, tok.model).save(path)
+    return tok.vocab_size
+
+
+def test_a_model_may_lack_tokens_that_its_conversations_do_without(tmp_path, capsys):
+    """As Code Llama 34B does, and models with a [PAD] added later."""
+    model = model_in(tmp_path / "model")
+    new = with_token(model, "<|eot_id|>")
+    path = lines(tmp_path / "a.jsonl", [talk(i) for i in range(30)])
+    assert not prepare(tmp_path, capsys, model, "--input", path)[2]
+    assert new in tokenizer.load(model).stop_ids and shards.Split(tmp_path / "data", "train").vocab_size == new + 1
+    train.main(settings(tmp_path / "data", tmp_path / "run", init_from=str(model), max_iters=1, block_size=96), {})
+    assert max(Llama.from_pretrained(tmp_path / "run").config.eos_ids) < new
+
+
+def test_a_template_that_writes_a_token_beyond_the_model_is_refused(tmp_path, capsys):
+    model = model_in(tmp_path / "model")
+    with_token(model, "<|turn|>")
+    (tmp_path / "t.jinja").write_text(UNMARKED.replace("<|im_start|>", "<|turn|>"))
+    path = lines(tmp_path / "a.jsonl", [talk(i) for i in range(30)])
+    _, err, code = prepare(tmp_path, capsys, model, "--input", path, f"--template={tmp_path / 't.jinja'}")
+    assert code == 2 and "the chat template writes <|turn|>, which the model lacks" in err
+
+
 def test_a_model_without_a_template_takes_one(tmp_path, capsys):
     model = model_in(tmp_path / "model", None)
     path = lines(tmp_path / "a.jsonl", [talk(i) for i in range(30)])
@@ -495,6 +525,16 @@ def test_training_on_conversations(chats, tmp_path, capsys):
     train.main(settings(data, tmp_path / "x", block_size=96, eval_only=True, init_from=str(tmp_path / "whole")), {})
     said = capsys.readouterr().out
     assert f"over {windows.targets():,} tokens" in said and f"val loss {losses[-1]:.4f}" in said
+
+
+def test_merging_says_what_ends_an_answer(chats, tmp_path):
+    """As training all weights does: config.json has the stop tokens of the chat template."""
+    (model, data), merged = chats, tmp_path / "merged"
+    more = dict(block_size=96, max_iters=1, lora_rank=2)
+    train.main(settings(data, tmp_path / "run", init_from=str(model), **more), {})
+    adapter.main(adapter.MergeConfig(merge=str(tmp_path / "run"), out=str(merged)))
+    assert tokenizer.load(data).stop_ids - set(Llama.from_pretrained(model).config.eos_ids)
+    assert tokenizer.load(data).stop_ids <= set(Llama.from_pretrained(merged).config.eos_ids)
 
 
 def test_how_long_is_said_once(tmp_path, monkeypatch):

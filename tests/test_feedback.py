@@ -196,7 +196,8 @@ def test_an_evaluation_is_on_the_data_of_the_run(place, tmp_path, capsys, script
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(feedback.Rewards, "accuracy", lambda self: seen.append(self.cfg.answer_tokens) or 0.5)
             feedback.main({"eval_only": True, "init_from": str(run), "device": "cpu"} | given, {})
-        assert capsys.readouterr().out.splitlines()[-1] == f"val accuracy 0.5000 of {count} questions of {folder}"
+        said = f"val accuracy 0.5000 of {count} questions of {folder}, by {run}"
+        assert capsys.readouterr().out.splitlines()[-1] == said
         assert seen == [(keys | given).get("answer_tokens", 16)]
 
 
@@ -247,6 +248,55 @@ def test_eval_only_answers_all_validation_questions(place, tmp_path, capsys, mon
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("objective, part", [("grpo", "asked"), ("dpo", "asked"), ("dpo", "answer"), ("dpo", "wrong")])
+def test_what_is_beyond_the_context_is_named_before_the_first_step(place, tmp_path, objective, part, split):
+    """A question that is never drawn is no obstacle."""
+    shutil.copytree(place / "data", tmp_path / "data")
+    path, long = tmp_path / f"data/{split}.jsonl", "left " * 14
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    asked, answer = records[5]["messages"]
+    {"asked": asked, "answer": answer, "wrong": records[5]}[part]["wrong" if part == "wrong" else "content"] = long
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    more = dict(dataset=str(tmp_path / "data"), objective=objective, max_iters=6)
+    with pytest.raises(config.Mistake, match=rf"{split}.jsonl: line 6 \(record 6\): a question of .* leaves no room"):
+        feedback.main(vars(settings(place, tmp_path / "run", **more)), {})
+    assert not (tmp_path / "run").exists()
+    seed = next(seed for seed in range(99) if 5 not in feedback.order(seed, 0, 24)[:4])
+    keys = {"eval_questions": 2} if split == "val" else {"seed": seed}
+    feedback.main(vars(settings(place, tmp_path / "run", **more | {"max_iters": 1} | keys)), {})
+
+
+def test_a_question_may_fill_the_context(place, tmp_path):
+    task = feedback.Rewards(settings(place, tmp_path / "run"), {}, tmp_path / "run", CPU)
+    room = 64 - max(len(task.prompt(q)) for q in (*task.questions, *task.val))
+    feedback.Rewards(settings(place, tmp_path / "run", answer_tokens=room), {}, tmp_path / "run", CPU)
+    with pytest.raises(config.Mistake, match=f"leaves no room for {room + 1} more in the model's context=64"):
+        feedback.Rewards(settings(place, tmp_path / "run", answer_tokens=room + 1), {}, tmp_path / "run", CPU)
+
+
+def test_config_json_says_what_ends_an_answer(place, tmp_path):
+    llama, tok = Llama.from_pretrained(place / "start"), tokenizer.load(place / "start")
+    llama.config.eos_ids = ()
+    llama.save_pretrained(tmp_path / "start")
+    tok.save(tmp_path / "start")
+    feedback.main(vars(settings(place, tmp_path / "run", max_iters=1, init_from=str(tmp_path / "start"))), {})
+    assert Llama.from_pretrained(tmp_path / "run").config.eos_ids == tuple(tok.stop_ids)
+
+
+@pytest.mark.parametrize("script, keys", [("train.py", feedback.KEYS), ("vlm.py", feedback.KEYS),
+                                          ("vlm.py", train.KEYS), ("feedback.py", train.KEYS)])
+def test_a_run_goes_on_with_its_own_script(tmp_path, script, keys):
+    given = {"init_from": "resume", "out_dir": str(tmp_path)}
+    for command in [f"some/{script}"], [keys.partition(":")[0]], ["mine.py"], []:
+        (tmp_path / "run.json").write_text(json.dumps({"command": command, "settings": {}, "model": {}}))
+        if script in str(command):
+            with pytest.raises(config.Mistake, match=f"is a run of {script}"):
+                train.with_run(given, {}, keys)
+        else:
+            assert train.with_run(given, {}, keys) == (given, {})
+
+
 def test_rows_of_the_quiz_table_follow_each_other(tmp_path, monkeypatch):
     """Every command is one that its script takes; what a row needs is made before it, once, and nothing again."""
     trained = []
@@ -270,10 +320,3 @@ def test_rows_of_the_quiz_table_follow_each_other(tmp_path, monkeypatch):
     for name in quiz_table.ROWS:
         quiz_table.row(name, ())
     assert sorted(trained) == sorted(quiz_table.ROWS)
-
-
-def test_the_reference_is_found_from_any_folder(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(place)
-    cfg = settings(place, tmp_path, reference="start", dataset="data")
-    kept = runs.facts_of_run(cfg, Llama(LlamaConfig(vocab_size=8, n_layer=1, n_head=2, dim=16)).config, {})["settings"]
-    assert kept["reference"] == str(place / "start") and kept["dataset"] == str(place / "data")

@@ -19,8 +19,9 @@ import feedback
 import optim
 import runs
 import train
+import vlm
 from conftest import PATIENCE, ROOT
-from model import Llama
+from model import Llama, LlamaConfig
 from prepare import shards, tokenizer
 from prepare.windows import Windows
 
@@ -295,7 +296,7 @@ def test_of_an_older_state_the_weights_open(run, stories, tmp_path, monkeypatch)
     assert same(Llama.from_pretrained(path).state_dict(), Llama.from_pretrained(tmp_path / "new").state_dict())
 
 
-def test_head_copy_changes_the_head_once(stories, tmp_path, monkeypatch):
+def test_head_copy_changes_the_head_once(stories, tmp_path, monkeypatch, capsys):
     """It is in the weights then: going on and evaluating do not add the embedding again."""
     base, new = tmp_path / "base", tmp_path / "new"
     for out, keys in (base, {"tie_embeddings": False}), (new, {"init_from": base, "head_copy": 0.25}):
@@ -306,6 +307,10 @@ def test_head_copy_changes_the_head_once(stories, tmp_path, monkeypatch):
     before, after = (Llama.from_pretrained(out).state_dict() for out in (base, new))
     want = before | {"lm_head.weight": before["lm_head.weight"] + 0.25 * before["model.embed_tokens.weight"]}
     assert same(after, want)
+    for more in [], ["--head_copy=0.25"]:  # an evaluation changes nothing, and says what it is of
+        train.main(*read_settings(monkeypatch, "--eval_only", f"--init_from={base}", *more))
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert f"val loss {log_of(base)[-1]['val_loss']:.4f}" in said and said.endswith(f", by {base}")
     first = log_of(new)[-1]["val_loss"]
     cfg, shape = read_settings(monkeypatch, "--eval_only", f"--init_from={new}")
     assert train.evaluate_run(cfg, shape) is None and cfg.head_copy == 0
@@ -322,6 +327,17 @@ def test_a_run_json_of_no_use_is_one_line(run, monkeypatch):
         with pytest.raises(config.Mistake, match="run.json") as e:
             read_settings(monkeypatch, *flags(out_dir=run, init_from="resume"))
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind, keys", [
+    (feedback.FeedbackConfig, {"reference": "there"}), (vlm.VlmConfig, {"vit_weights": "there"})])
+def test_paths_in_a_run_json_hold_in_any_folder(tmp_path, monkeypatch, kind, keys):
+    """A name of the hub stays one."""
+    monkeypatch.chdir(tmp_path)
+    key, = keys
+    for want in "there", str(tmp_path / "there"):
+        assert runs.facts_of_run(kind(**keys), LlamaConfig(), [])["settings"][key] == want
+        (tmp_path / "there").mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize("dataset", [".", "words/", "a b/../words"])

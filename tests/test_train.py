@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -388,6 +389,15 @@ def test_learning_rate_schedules(words):
     assert all(a < b for a, b in zip(rates[:10], rates[1:11])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
     flat = [optim.learning_rate(s, replace(cfg, schedule="wsd", decay_frac=0.2)) for s in range(101)]
     assert flat[10:81] == [1.0] * 71 and flat[90] == pytest.approx(0.55) and flat[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("warmup, steps, said", [
+    (10, 1, True), (0, 1, False), (1, 1, True), (4, 4, True), (3, 4, False)])
+def test_a_warmup_that_takes_the_whole_run_is_said(words, capsys, warmup, steps, said):
+    cfg = settings(words, "unused", warmup_iters=warmup, max_iters=steps)
+    task = SimpleNamespace(cfg=cfg, model=torch.nn.Linear(1, 1), device=CPU, dtype=torch.float32, why_dtype="")
+    train.print_schedule(task, 100)
+    assert (f"warmup     ends after step {warmup}, training after step {steps}:" in capsys.readouterr().out) == said
 
 
 def test_optimizers_hold_every_parameter_once(words):
