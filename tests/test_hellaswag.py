@@ -116,5 +116,6 @@ def test_alone_it_needs_no_data_set_and_any_number_of_processes(project, tmp_pat
         assert "HellaSwag:   0%" in errors
         said.append(out)
     assert said[0] == said[1]
-    assert re.fullmatch(r"hellaswag acc 0\.\d{4} ± 0\.\d{3}  acc_norm 0\.\d{4} ± 0\.\d{3}  over 6 items\n", said[0])
+    assert re.fullmatch("model      run\n"
+                        r"hellaswag acc 0\.\d{4} ± 0\.\d{3}  acc_norm 0\.\d{4} ± 0\.\d{3}  over 6 items\n", said[0])
     assert not (tmp_path / "out").exists()
