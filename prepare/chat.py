@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config
-from prepare import shards, sources, text, tokenizer
+from prepare import chat_template, shards, sources, text, tokenizer
 
 SPEAKERS = "system", "user", "assistant", "tool"
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system", "function": "tool", "observation": "tool"}
@@ -57,7 +57,7 @@ def messages_in(record):
     def turn(role, said):
         return said if isinstance(said, list) else [{"role": role, "content": said}]
     if "messages" in record or "conversations" in record:
-        messages = record.get("messages", record.get("conversations"))
+        messages = record.get("messages") or record.get("conversations", [])
     elif {"prompt", "completion"} <= record.keys():
         prompt = [message | {"weight": 0} for message in turn("user", record["prompt"])]
         messages = prompt + turn("assistant", record["completion"])
@@ -90,6 +90,13 @@ def called(call):
     return call | {"function": function} if "function" in call else function
 
 
+def renamed(message, name):
+    """A message whose tool calls, if any, name this function; templates get its content, too."""
+    calls = [call | ({"function": call["function"] | {"name": name}} if "function" in call else {"name": name})
+             for call in message.get("tool_calls", ())]
+    return {"content": ""} | message | {"tool_calls": calls} if calls else message
+
+
 def message_of(message):
     """(a message for templates, whether it is to be learned). Raises ValueError that says what is wrong."""
     calls = "tool_calls", "function_call"  # an empty one is none, but templates ask whether it is there
@@ -98,6 +105,8 @@ def message_of(message):
     for theirs, ours in ("from", "role"), ("value", "content"):
         if theirs in message:
             message[ours] = message.pop(theirs)
+    if message.get("role") == "function_call":  # of LLaMA-Factory's: JSON of a call, or of a list of them
+        message |= {"role": "assistant", "function_call": json.loads(message.pop("content", ""))}
     role = message["role"] = ROLES.get(message.get("role"), message.get("role"))
     if role not in SPEAKERS:
         raise ValueError(f"its role is one of {', '.join(SPEAKERS)}, not {role!r}")
@@ -105,8 +114,10 @@ def message_of(message):
         raise ValueError(f"its weight is 0 or 1, not {weight!r}")
     if "content" in message:
         message["content"] = text_of(message["content"])
-    if "function_call" in message:  # as OpenAI wrote them before
-        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+    if "function_call" in message:  # OpenAI's, before there were tool_calls
+        calls = message.pop("function_call")
+        message["tool_calls"] = [{"type": "function", "function": call}
+                                 for call in (calls if isinstance(calls, list) else [calls])]
     if message.get("tool_calls"):
         message["tool_calls"] = [called(call) for call in message["tool_calls"]]
     elif not message.get("content", "").strip() and role in ("user", "assistant"):
@@ -175,6 +186,7 @@ class Lessons:
         if not ends:
             self.counts["silent"] += 1
             return None
+        self.check_tools(messages[:ends[-1]], tools)
         fitting = len(ends) if size(ends[-1]) <= self.longest else bisect.bisect_right(ends, self.longest, key=size)
         if not fitting:
             self.counts["too long"] += 1
@@ -185,12 +197,25 @@ class Lessons:
             self.counts["messages cut"] += len(messages) - end
         return self.tok.lesson(messages[:end], learn[:end], tools, self.cfg.date)
 
+    def check_tools(self, messages, tools):
+        """Refuse tool calls that the template leaves out: an answer of nothing would be learned. Count tools that it
+        leaves out."""
+        def written(messages, tools):
+            return self.tok.render(messages, False, tools, date=self.cfg.date)
+        name, calls = chat_template.SECRET, sum(len(message.get("tool_calls", ())) for message in messages)
+        if calls and written([renamed(message, name) for message in messages], tools).count(name) < calls:
+            raise config.Mistake("this chat template writes no tool calls, or not all of them: --template takes one "
+                                 "that does")
+        if tools and written(messages, tools) == written(messages, [*tools, *tools]):
+            self.counts["no tools"] += 1
+
     def report(self):
         """Lines that say what was left out, and why."""
         c, longest = self.counts, f"{self.longest:,} tokens"
         lines = {"cut": f"cut: {c['cut']:,} conversations lost {c['messages cut']:,} messages beyond {longest}",
                  "too long": f"dropped: {c['too long']:,} conversations, whose first answer ends beyond {longest}",
                  "silent": f"dropped: {c['silent']:,} conversations, in which there is no answer to learn",
+                 "no tools": f"the chat template leaves out the tools of {c['no tools']:,} conversations",
                  "bad": f"skipped: {c['bad']:,} bad records"}
         return [line for key, line in lines.items() if c[key]]
 
@@ -227,7 +252,7 @@ def with_template(tok, source):
             raise config.Mistake(f"--template {source}: the tokenizer there has no chat template")
     else:
         with config.mistakes(OSError, ValueError, prefix="--template: "):
-            template = Path(source).read_text(encoding="utf-8")
+            template = Path(source).read_text(encoding="utf-8-sig")
     settings = {key: value for key, value in tok.settings.items() if key != "stop_ids"}  # those of another form
     return tokenizer.Tokenizer(tok.spec, settings | {"chat_template": template}, tok.model)
 

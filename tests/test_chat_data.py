@@ -167,7 +167,7 @@ PLAIN_TALK = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "co
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]},
                   {"role": "assistant", "content": "Yes", "tool_calls": None, "weight": 1}]},
     {"messages": [message | {"tool_calls": [], "function_call": {}} for message in PLAIN_TALK], "tools": "[]"},
-    {"conversations": [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Yes"}]},
+    {"conversations": [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Yes"}], "messages": []},
     {"instruction": "Hi there", "output": "Yes"}, {"instruction": "Hi there", "input": "", "output": "Yes"},
     {"prompt": "Hi there", "completion": "Yes"}, {"prompt": PLAIN_TALK[:1], "completion": PLAIN_TALK[1:]}])
 def test_forms_of_records(record):
@@ -189,6 +189,12 @@ def test_more_in_records():
     spoken = CALL | {"tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
     messages, _, found = chat.conversation_of({"messages": [HI, spoken], "tools": ""})
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {} and found is None
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    for calls in call, [call]:
+        turns = [("human", HI["content"]), ("function_call", json.dumps(calls)), ("observation", "4"), ("gpt", "Yes")]
+        record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+        assert chat.conversation_of(record) == (
+            [HI, CALL, {"role": "tool", "content": "4"}, PLAIN_TALK[1]], [False, True, False, True], None)
     record = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"], ["e", "f"]]}
     messages, learn, _ = chat.conversation_of(record)
     assert "".join(m["content"] for m in messages) == "sabefcd" and learn == [False] + [False, True] * 3
@@ -208,6 +214,10 @@ def test_more_in_records():
     ({"conversations": [{"from": "human", "value": 3}]}, "its content is a text"),
     ({"messages": [HI, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "message 2: "),
     ({"messages": [HI, CALL | {"tool_calls": ["f"]}]}, "message 2: "),
+    ({"conversations": [{"from": "function_call", "value": "{"}]}, "message 1: Expecting"),
+    ({"conversations": [{"from": "function_call", "value": "3"}]}, "message 1: "),
+    ({"conversations": [{"from": "function_call", "value": "[]"}]}, "message 1: the assistant says nothing"),
+    ({"conversations": [{"from": "function_call"}]}, "message 1: "),
     ({"tools": "{", "messages": [HI, YES]}, "Expecting"),
     ({"instruction": "a", "output": "b", "history": [["a"]]}, "not enough values"),
     ({"image": "a.jpg", "messages": [HI, YES]}, "which are for vlm.py")])
@@ -253,6 +263,35 @@ def test_bad_records_are_named_counted_and_skipped(tmp_path, capsys):
         found = {split: shards.Split(tmp_path / "data", split) for split in shards.SPLITS}
         assert found["train"].documents + found["val"].documents == 30
         (tmp_path / "data/meta.json").unlink()
+
+
+WORDS_ALONE = UNMARKED.replace("(m.tool_calls | tojson if m.tool_calls else '')", "''")
+STRICT = WORDS_ALONE.replace("m.content | default('')", "m.content")
+FIRST_CALL = UNMARKED.replace("m.tool_calls |", "m.tool_calls[0] |")
+
+
+@pytest.mark.parametrize("template, content", [(WORDS_ALONE, None), (WORDS_ALONE, "I look."), (STRICT, None),
+                                               (STRICT, ""), (FIRST_CALL, "")])
+def test_a_template_without_tool_calls_teaches_none(tmp_path, capsys, template, content):
+    """A call that it leaves out would be learned as an answer of nothing."""
+    model, call = model_in(tmp_path / "model", template), CALL["tool_calls"][0]
+    two = {"role": "assistant", "content": content, "tool_calls": [call, {"function": call["function"]}]}
+    records = [talk(i) for i in range(9)] + [{"messages": [HI, two, {"role": "tool", "content": "4"}, YES]}]
+    path = lines(tmp_path / "a.jsonl", records)
+    _, err, code = prepare(tmp_path, capsys, model, "--input", path)
+    assert code == 2 and err.splitlines()[-1] == (
+        f"error: {path}: line 10 (record 10): this chat template writes no tool calls, or not all of them: --template "
+        "takes one that does; --skip_bad leaves such records out")
+    said, _, code = prepare(tmp_path, capsys, model, "--input", path, "--skip_bad")
+    assert not code and "skipped: 1 bad records" in said
+
+
+@pytest.mark.parametrize("template, said", [(UNMARKED, True), (DATED, False)])
+def test_tools_that_a_template_leaves_out_are_counted(tmp_path, capsys, template, said):
+    records = [talk(i) for i in range(9)] + [talk(i) | {"tools": [{"name": "f"}]} for i in range(2)]
+    out, _, code = prepare(tmp_path, capsys, model_in(tmp_path / "model", template), "--input",
+                           lines(tmp_path / "a.jsonl", records))
+    assert not code and ("the chat template leaves out the tools of 2 conversations" in out) == said
 
 
 def test_too_long_ones_lose_whole_turns(tmp_path, capsys):
@@ -406,7 +445,7 @@ def test_a_model_without_a_template_takes_one(tmp_path, capsys):
     path = lines(tmp_path / "a.jsonl", [talk(i) for i in range(30)])
     _, err, code = prepare(tmp_path, capsys, model, "--input", path)
     assert code == 2 and "--template" in err
-    (tmp_path / "t.jinja").write_text(UNMARKED)
+    (tmp_path / "t.jinja").write_text(UNMARKED, encoding="utf-8-sig")
     for template in tmp_path / "t.jinja", folder_of(tmp_path / "other", UNMARKED):
         assert not prepare(tmp_path, capsys, model, "--input", path, "--template", template)[2]
         assert tokenizer.load(tmp_path / "data").chat_template == {"default": UNMARKED}
