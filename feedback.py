@@ -65,22 +65,32 @@ class Question(NamedTuple):
     answer: str
     wrong: str | None = None  # a wrong answer, if the data has one
     place: str = ""  # where it stands: file, line and number
+    tools: list | None = None  # JSON schemas
+
+    def given(self):
+        """What the chat template gets beside messages; with today's date a run would not go on as it began."""
+        return {"tools": self.tools, "date": chat.Settings.date}
+
+    def mistakes(self):
+        """A block whose mistakes name this question."""
+        return config.mistakes(config.Mistake, prefix=f"{self.place}: ")
 
 
 def question_of(record):
-    """The first question of a record: a conversation as prepare/chat.py reads it, and "wrong": an answer to each, or to
-    this one. Raises ValueError."""
-    turns, *_ = chat.conversation_of(record)
-    n = next((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), None)
-    if n is None or "content" not in turns[n]:
+    """The first question of a record whose answer is to be learned: a conversation as prepare/chat.py reads it, and
+    "wrong": an answer to this one, or a list of one to each, learned or not. Raises ValueError."""
+    turns, learn, tools = chat.conversation_of(record)
+    n = learn.index(True) if any(learn) else None
+    if n is None or not turns[n].get("content", "").strip():
         raise ValueError("it has no answer in words")
     if not "".join(turn.get("content", "") for turn in turns[:n][-1:]).strip():
         raise ValueError("nothing is asked before its first answer")
     wrong = record.get("wrong")
-    wrong = next(iter(wrong), None) if isinstance(wrong, list) else wrong
+    if isinstance(wrong, list):
+        wrong = dict(enumerate(wrong)).get(sum(turn["role"] == "assistant" for turn in turns[:n]))
     if not isinstance(wrong, str | None):
         raise ValueError(f"its wrong answer is a text, or a list of one to each answer, not {str(wrong)[:40]!r}")
-    return Question(turns[:n], turns[n]["content"], wrong)
+    return Question(turns[:n], turns[n]["content"], wrong, tools=tools)
 
 
 def read_questions(folder, split):
@@ -145,8 +155,7 @@ class Feedback:
         adapter.name_ends(self.llama, self.tok)
         drawn = 0 if cfg.eval_only else min(cfg.max_iters * train.sequences_per_step(cfg), len(self.questions))
         for question in (*map(self.question, range(drawn)), *self.val[:cfg.eval_questions]):
-            with config.mistakes(config.Mistake, prefix=f"{question.place}: "):
-                self.check_room(question)
+            self.check_room(question)
         self.flops_per_token = self.llama.flops_per_token(len(self.prompt(self.questions[0])))
         self.val_fingerprint = [len(self.val), cfg.eval_questions, cfg.objective]
         self.model = self.objective()
@@ -171,26 +180,32 @@ class Feedback:
 
     def prompt(self, question):
         """The ids of all that stands before the answer."""
-        return self.tok.chat(question.turns)
+        with question.mistakes():
+            return self.tok.chat(question.turns, **question.given())
 
     def check_room(self, question):
         """Refuse a question that, with an answer of answer_tokens or one of its own, is beyond the model's context."""
         context, most = self.llama.config.context, self.cfg.answer_tokens
         turns = [*question.turns, {"role": "assistant", "content": question.answer + (question.wrong or "")}]
-        if len(self.tok.render(turns, False).encode()) + most <= context or (
-                len(self.tok.chat(turns, False)) + most <= context):
-            return  # a token has a byte at least: most texts need not be cut into tokens, which takes longer
+        with question.mistakes():  # a token has a byte at least: most texts need no cutting, which takes longer
+            if len(self.tok.render(turns, False, **question.given()).encode()) + most <= context or (
+                    len(self.tok.chat(turns, False, **question.given())) + most <= context):
+                return
         size = len(self.prompt(question))
         most = max(most, *(len(self.ids_of(question, a)) for a in (question.answer, question.wrong) if a))
         if size + most > context:
-            raise config.Mistake(f"a question of {size} tokens leaves no room for {most} more in the model's "
-                                 f"context={context}")
+            raise config.Mistake(f"{question.place}: a question of {size} tokens leaves no room for {most} more in the "
+                                 f"model's context={context}")
 
     def ids_of(self, question, answer):
-        """The ids that the template makes of an answer to this question, with its end."""
-        turns = [*question.turns, {"role": "assistant", "content": answer}]
-        ids, learned = self.tok.lesson(turns, [False] * len(question.turns) + [True])
-        return [i for i, learn in zip(ids, learned) if learn]
+        """The ids that the template makes of an answer to this question, with its end: all that follows the prompt,
+        wherever the template's mark begins."""
+        turns, prompt = [*question.turns, {"role": "assistant", "content": answer}], self.prompt(question)
+        with question.mistakes():
+            ids, learned = self.tok.lesson(turns, [False] * len(question.turns) + [True], **question.given())
+            if ids[:len(prompt)] != prompt:
+                raise config.Mistake("the prompt has other ids when the answer follows it, in this chat template")
+        return ids[len(prompt):max((n + 1 for n, learn in enumerate(learned) if learn), default=0)]
 
     def rows(self, prompts, answers):
         """idx, targets (B, T) int64 of prompts and answers, lists of ids: of the answers alone is learned."""

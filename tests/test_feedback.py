@@ -15,7 +15,7 @@ import feedback
 import runs
 import train
 from model import Llama, LlamaConfig
-from prepare import quiz, tokenizer
+from prepare import chat, quiz, tokenizer
 
 CPU = torch.device("cpu")
 
@@ -157,6 +157,12 @@ ASKED = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"
     ({"wrong": ["Rome", "x"]}, ("a?", "b", "Rome")), ({"wrong": [None]}, ("a?", "b", None)),
     ({"messages": [{"role": "user", "content": "\u2028a\x85b"}, ASKED[1]]}, ("\u2028a\x85b", "b", None)),
     ({"messages": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}, ("a?", "b", None)),
+    ({"messages": [ASKED[0], ASKED[1] | {"weight": 0}, {"role": "user", "content": "c?"}, ASKED[1] | {"content": "d"}],
+      "wrong": ["x", "Rome"]}, ("c?", "d", "Rome")),
+    ({"messages": None, "prompt": [*ASKED, {"role": "user", "content": "c?"}], "completion": "d", "wrong": "Rome"},
+     ("c?", "d", "Rome")),
+    ({"messages": [ASKED[0], ASKED[1] | {"weight": 0}]}, "it has no answer"),
+    ({"messages": [ASKED[0], ASKED[1] | {"content": "", "tool_calls": [{"name": "f"}]}]}, "it has no answer in words"),
     ([1], "a record is an object, not"), ({"wrong": [1]}, "its wrong answer is a text"),
     ({"wrong": {"a": 1}}, "its wrong answer is a text, or a list of one to each answer"),
     ({"messages": [ASKED[0], {"role": "assistant", "content": None}]}, "message 2: the assistant says nothing"),
@@ -172,6 +178,33 @@ def test_records_of_others_are_read_or_refused_in_a_line(tmp_path, record, found
     else:
         last = feedback.read_questions(tmp_path, "val")[1]
         assert (last.turns[-1]["content"], last.answer, last.wrong) == found
+
+
+MARKED = ("{{ tools | tojson if tools }}{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{% if m.role == 'user' %}"
+          "{{ m.content }}{% else %}X{{ m.content }}</s>{% endgeneration %}.{% endif %}{% endfor %}"
+          "{{ 'Says: ' if add_generation_prompt }}")
+
+
+@pytest.mark.parametrize("header", ["Says: {% generation %}", "Says: <think>{% generation %}",
+                                    "{% generation %}Says: ", "{% generation %}says: "])
+def test_prompt_and_answer_are_what_chat_py_makes_of_the_record(place, tmp_path, header):
+    """With its tools and date, wherever a template's mark begins: nothing twice, nothing lost."""
+    task, tok = feedback.Rewards(settings(place, tmp_path / "run"), {}, tmp_path / "run", CPU), tokenizer.byte()
+    task.tok = tokenizer.Tokenizer(tok.spec, tok.settings | {"chat_template": MARKED.replace("X", header)})
+    record = {"messages": ASKED, "tools": [{"name": "f"}]}
+    question = feedback.question_of(record)._replace(place="line 5")
+    messages, learn, tools = chat.conversation_of(record)
+    ids = task.tok.lesson(messages, learn, tools, chat.Settings.date)[0]
+    if "says" in header:
+        with pytest.raises(config.Mistake, match="^line 5: the prompt has other ids when the answer follows"):
+            task.ids_of(question, "b")
+    else:
+        assert task.prompt(question) + task.ids_of(question, "b") + tok.encode(".") == ids
+        task.cfg.answer_tokens = 64 - len(task.prompt(question))
+        task.check_room(question)
+        task.cfg.answer_tokens += 1
+        with pytest.raises(config.Mistake, match="^line 5: a question of .* leaves no room"):
+            task.check_room(question)
 
 
 def test_a_question_may_end_with_empty_lines(place, tmp_path, capsys):
