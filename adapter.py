@@ -48,7 +48,8 @@ EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"
 READ = {"base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
         "target_parameters", "exclude_modules", "layers_to_transform", "peft_type", "peft_version"}
 HARMLESS = {"task_type", "auto_mapping", "inference_mode", "layers_pattern", "lora_dropout", "megatron_core",
-            "qalora_group_size", "eva_config", "runtime_config"}  # they change no logits
+            "qalora_group_size", "eva_config", "runtime_config", "fan_in_fan_out",  # for other layers than Linear
+            "ensure_weight_tying"}  # of modules_to_save; they change no logits
 DEFAULTS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), "revision": ("main",)}
 LAYOUT = "0.21.2"  # the release of peft as which A and B are written
 RUN = "train.py:TrainConfig", "model.py:LlamaConfig"  # what its run.json holds
@@ -219,6 +220,8 @@ def read_settings(directory):
         numbers = value.values() if isinstance(value, dict) else [value] if value or "pattern" not in key else []
         if not all(type(n) in (int, float) and 0 < n < 2**40 for n in numbers):
             raise ValueError(f"{path}: {key} must be a positive number, or an object of some, not {value!r}")
+        if key in ("r", "rank_pattern") and not all(type(n) is int for n in numbers):
+            raise ValueError(f"{path}: {key} must be a whole number, or an object of some, not {value!r}")
     if not settings.get("target_modules") and not settings.get("target_parameters"):
         raise ValueError(f"{path}: there are no target_modules; what is adapted has to be said")
     return settings

@@ -340,7 +340,7 @@ def read_json(path):
     if not path.exists():
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON: {e}") from None
     except OSError as e:

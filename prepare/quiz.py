@@ -66,7 +66,7 @@ mystery: what did {hero} think of? a {monster}
 COMBINATION = ("hero", "helper", "shade", "garment")  # every tale has one of each
 TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}{% if message.role == "assistant" %}
-{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}
+{% generation %} {{ message.content.strip() }}{{ eos_token }}{% endgeneration %}
 {% else %}{{ "" if loop.first else "\\n" }}{{ message.content }}{% endif %}{% endfor %}"""
 
 

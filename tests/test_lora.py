@@ -118,6 +118,20 @@ def test_an_adapter_of_peft_has_its_logits(peft, base, tmp_path, name):
     assert ours.state_dict().keys() == plain.state_dict().keys()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", ["fan_in_fan_out", "ensure_weight_tying"])
+def test_keys_that_change_nothing_for_peft(peft, base, tmp_path, key):
+    llama, path = Llama.from_pretrained(base(SHAPE)), tmp_path / "adapter/adapter_config.json"
+    adapter.begin(llama, 4, 8, tmp_path / "base", seed=0)
+    randomize(llama.named_parameters())
+    adapter.save(llama, path.parent)
+    changed(path.parent, **{key: True})
+    theirs, idx = peft.PeftModel.from_pretrained(theirs_of(tmp_path / "base"), path.parent).eval(), tokens()
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as some editors write it
+    with torch.no_grad():
+        close(adapter.load(path.parent)(idx)[0], theirs(idx).logits)
+
+
 @pytest.mark.parametrize("shape", [SHAPE4, SQUARE4], ids=["by shape", "by version"])
 def test_experts_as_peft_wrote_them_before_0_19(base, tmp_path, shape):
     """A (E·r, in), B (out, r·E): the change is s·(B A)^T of each expert, written here as a loop."""
@@ -260,6 +274,8 @@ WRONG = {  # what is done to a directory, and a word of the line that refuses it
     "targets that are a number": (lambda d: changed(d, target_modules=3), "target_modules"),
     "rank 0": (lambda d: changed(d, r=0), "positive"),
     "rank in quotes": (lambda d: changed(d, r="4"), "positive"),
+    "half a rank": (lambda d: changed(d, r=4.0), "r must be a whole number"),
+    "half a rank in a pattern": (lambda d: changed(d, rank_pattern={"q_proj": 1.5}), "rank_pattern must be a whole"),
     "a pattern that is no number": (lambda d: changed(d, rank_pattern={"q_proj": None}), "positive"),
     "a pattern that is no dict": (lambda d: changed(d, rank_pattern=["q_proj"]), "rank_pattern"),
     "another rank": (lambda d: changed(d, r=8), "wrong shape"),

@@ -256,6 +256,8 @@ def test_form_of_a_conversation(records, tok, tmp_path):
         text = "\n".join(told) + "".join(f"\n{question} {answer}</s>" for question, answer, _ in asked)
         ids = tok.chat(messages, add_generation_prompt=False)
         assert ids == [tok.bos_id] + tok.encode(text, special=True) and tok.decode(ids, special=True) == "<s>" + text
+        said_back = [m | {"content": f" {m['content']}"} if m["role"] == "assistant" else m for m in messages]
+        assert tok.chat(said_back, add_generation_prompt=False) == ids  # decoded answers begin with their space
         found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert found["input_ids"] == ids
         learned = [i for i, learn in zip(ids, found["assistant_masks"]) if learn]
