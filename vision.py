@@ -493,7 +493,8 @@ def read(directory, vit_weights=None):
     if llama4 and not isinstance(facts.get("vision_config"), dict):
         raise ValueError(f"{directory} holds a model that does not see: no vlm.json, no vision_config")
     if llama4:
-        facts |= {"encoder_learned": True, "image_id": facts.get("image_token_index", 200092), "pixel_shuffle": False}
+        image_id = facts.get("image_token_id", facts.get("image_token_index", 200092))  # transformers reads both names
+        facts |= {"encoder_learned": True, "image_id": image_id, "pixel_shuffle": False}
     elif missing := [key for key in ("encoder", "encoder_learned", "image_id", "pixel_shuffle") if key not in facts]:
         raise ValueError(f"{directory / 'vlm.json'} has no {missing[0]}")
     own = facts["encoder_learned"]

@@ -77,7 +77,7 @@ class Tokenizer(chat_template.Conversations):
         self.stop_ids = {*self.settings.get("stop_ids", usual), self.eos_id} - {None}
         template = self.settings.get("chat_template") or []
         self.chat_template = ({"default": template} if isinstance(template, str) else
-                              {t["name"]: t["template"] for t in template})
+                              template if isinstance(template, dict) else {t["name"]: t["template"] for t in template})
 
     @functools.cached_property
     def fingerprint(self):

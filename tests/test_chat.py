@@ -71,7 +71,8 @@ def test_text_and_ids_are_those_of_transformers(vocabulary, family, tmp_path):
 
 
 @pytest.mark.parametrize("files, inline", [
-    ({}, CHATML), ({}, [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ tools }}"}]),
+    ({}, CHATML), ({}, {"default": CHATML, "tool_use": "{{ tools }}"}),
+    ({}, [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ tools }}"}]),
     ({"chat_template.jinja": CHATML}, "{{ 1 }}"), ({"chat_template.jinja": CHATML}, None),
     ({"chat_template.jinja": CHATML, "additional_chat_templates/tool_use.jinja": "T{{ tools }}"}, "{{ 1 }}"),
     ({"additional_chat_templates/rag.jinja": "{{ documents }}"}, CHATML),

@@ -130,6 +130,9 @@ def test_random_configurations(seed, tmp_path):
     saved = json.loads((tmp_path / "theirs/config.json").read_text())
     mine = json.loads((tmp_path / "ours/config.json").read_text())
     assert mine["image_token_index"] == saved["image_token_index"] == PATCH
+    mine["image_token_id"] = mine.pop("image_token_index")  # another name for the same in transformers
+    (tmp_path / "ours/config.json").write_text(json.dumps(mine))
+    assert vlm.Vlm.from_pretrained(tmp_path / "ours").image_id == PATCH
 
 
 def test_published_sizes():

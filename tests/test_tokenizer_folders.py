@@ -12,6 +12,7 @@ from conftest import ROOT, need_transformers_5_24, real_data
 
 import config
 from prepare import tokenizer, tokenizer_files, tokenizer_spec
+from prepare.tokenizer_spec import STRIP
 
 SOURCE = "".join((ROOT / file).read_text(encoding="utf-8") for file in ("model.py", "train.py"))[:60_000]
 TEXTS = [
@@ -463,9 +464,12 @@ LOW, BYTES, FUSE = replace({"String": "\u2581"}, " "), {"type": "ByteFallback"},
 
 
 @pytest.mark.parametrize("steps, known", [
-    ([LOW], True), ([LOW, BYTES], True), ([LOW, FUSE, tokenizer_spec.STRIP], True), ([FUSE, LOW], True),
-    ([], False), ([LOW, BYTES, tokenizer_spec.STRIP], False), ([replace({"String": "a"}, "b"), FUSE], False),
-    ([{"type": "BPEDecoder", "suffix": "a"}, FUSE], False)])
+    ([LOW], True), ([LOW, BYTES], True), ([LOW, FUSE, STRIP], True), ([FUSE, LOW], True),
+    ([], False), ([LOW, BYTES, STRIP], False), ([replace({"String": "a"}, "b"), FUSE], False),
+    ([{"type": "BPEDecoder", "suffix": "a"}, FUSE], False), ([LOW, FUSE, STRIP | {"content": "_"}], False),
+    ([LOW, FUSE, STRIP | {"start": 2}], False), ([LOW, FUSE, STRIP | {"stop": 1}], False),
+    ([LOW, FUSE, STRIP | {"start": 0}], True),
+    ([{"type": "Metaspace", "replacement": "_", "prepend_scheme": "never", "split": True}], False)])
 def test_decoders_give_the_text_of_the_library_or_are_refused(steps, known, tmp_path):
     """Without Fuse what Strip drops is the space of each token."""
     from tokenizers import Tokenizer
