@@ -9,6 +9,7 @@ The photos stay where they are. Photos without captions, and captions without ph
 """
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -46,8 +47,13 @@ def from_folder(folder, out, limit):
     return records
 
 
+@dataclass
+class Settings(images.Settings):
+    """What can be chosen."""
+
+
 def main():
-    images.prepare("coco", "jxie/coco_captions", from_folder, lambda row: [row["caption"]])
+    images.prepare(config.load(Settings), "coco", "jxie/coco_captions", from_folder, lambda row: [row["caption"]])
 
 
 if __name__ == "__main__":

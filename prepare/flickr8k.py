@@ -11,6 +11,7 @@ import csv
 import re
 import sys
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -79,8 +80,13 @@ def from_folder(folder, out, limit):
             for split, some in names.items()}
 
 
+@dataclass
+class Settings(images.Settings):
+    """What can be chosen."""
+
+
 def main():
-    images.prepare("flickr8k", "jxie/flickr8k", from_folder,
+    images.prepare(config.load(Settings), "flickr8k", "jxie/flickr8k", from_folder,
                    lambda row: [tidy(row[f"caption_{i}"]) for i in range(5)])
 
 

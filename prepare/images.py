@@ -226,9 +226,8 @@ def read_json(path):
 
 # -- data sets of captions ---------------------------------------------------------------------------------------
 
-def prepare(name, hub, from_folder, captions):
-    """Write data/`name` from {split: records} = from_folder(input, out, limit), or else from the hub."""
-    cfg = config.load(Settings)
+def prepare(cfg, name, hub, from_folder, captions):
+    """Write data/`name`, or cfg.out, from {split: records} = from_folder(input, out, limit), or else from the hub."""
     out = shards.own_folder(cfg.out or config.ROOT / "data" / name, FILES, [cfg.input] if cfg.input else [])
     save(from_folder(Path(cfg.input), out, cfg.limit) if cfg.input else from_hub(hub, out, cfg.limit, captions), out)
 

@@ -1,8 +1,10 @@
 """Settings: what is accepted, what is refused and how, and that every default says its reason."""
+import ast
 import math
 import ntpath
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -138,6 +140,19 @@ def test_help_has_groups_limits_and_presets(capsys):
         config.load("train.py:TrainConfig", ["-h"])
     said = " ".join(capsys.readouterr().out.split())
     assert all(f" {name}" in said for name in PRESETS)
+
+
+SCRIPTS = [path for folder in ("", "prepare") for path in sorted((ROOT / folder).glob("*.py"))
+           if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_help_begins_with_the_words_of_the_script(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "-h"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # `config.run` sets it
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[0] == ast.get_docstring(ast.parse(path.read_bytes())).splitlines()[0]
 
 
 def test_command_line_beats_file_beats_default(tmp_path):
