@@ -47,7 +47,8 @@ def normalise(item):
             query = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
             endings = [clean(ending) for ending in item["endings"]]
         label = int(item["label"])
-        if not (all(isinstance(s, str) for s in (query, *endings)) and query.strip() and 0 <= label < len(endings)):
+        right = isinstance(item["endings"], list) and all(isinstance(s, str) for s in (query, *endings))
+        if not (right and query.strip() and 0 <= label < len(endings)):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"this is no HellaSwag item with its label: {str(item)[:200]}") from None

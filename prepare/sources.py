@@ -85,7 +85,7 @@ class Source:
     position: JSON that says how much has been read, to be set before going on: the arguments of `read`, whose last one
     counts the records of the file or data set, and then the number of empty documents.
     """
-    separators = ()  # of .txt files
+    separators = ()  # of .txt files, where there are any
 
     def __iter__(self):
         for position, place, record in self.read(*self.position[:-1]):
@@ -103,8 +103,10 @@ class Files(Source):
     """The documents of files. Its position begins with the number of the file and of the records read of it."""
 
     def __init__(self, paths, separators, field):
-        self.paths, self.separators, self.field, self.position, self.file = paths, separators, field, [0, 0, 0], None
-        if [format_of(path)[0] for path in paths] == [".txt"]:  # one book alone would have nothing to validate on
+        self.paths, self.field, self.position, self.file = paths, field, [0, 0, 0], None
+        formats = [format_of(path)[0] for path in paths]
+        self.separators = separators if ".txt" in formats else ()
+        if formats == [".txt"]:  # one book alone would have nothing to validate on
             self.separators += ("\n\n",)
         self.sizes = [path.stat().st_size for path in paths]
 

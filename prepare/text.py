@@ -72,7 +72,7 @@ def threshold_of(hashes, fraction):
 
 def finer(separators):
     """Advice to one who has too few documents, cut at these separators."""
-    if "\n" in separators:
+    if "\n" in separators or not separators:
         return "give more text"
     return ("--separator='\\n' cuts texts at their lines" if "\n\n" in separators else
             "--separator='\\n\\n' cuts texts at their blank lines")

@@ -530,6 +530,13 @@ def test_a_finer_separator_is_advised_than_was_tried(tmp_path, capsys, texts, ar
     assert re.search(said, capsys.readouterr().out.splitlines()[-1])
 
 
+def test_records_are_not_cut_and_no_separator_is_advised(tmp_path):
+    jsonl(tmp_path / "in.jsonl", ["one\n\ntwo"])
+    with pytest.raises(config.Mistake, match="1 documents, .*: give more text, --val_fraction=0 "):
+        prepare("--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--tokenizer=byte")
+    assert text.finer(sources.Hub("a/b", None, "text").separators) == "give more text"
+
+
 def test_separators_as_a_shell_passes_them(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ftwo\fthree")
     (tmp_path / "b.txt").write_bytes(b"four\t\r\nfive")
@@ -787,7 +794,7 @@ def test_what_is_said_at_the_end_holds_and_can_be_pasted(tmp_path):
     (["word " * 9] * 300, [], "validation has only [0-9]+ tokens: --val_fraction=0.1 holds out more$"),
     (["word " * 9] * 60, ["--val_fraction=0.3"], "only [0-9]+ tokens: a larger --val_fraction holds out more$"),
     (["word " * 99] * 300, ["--val_fraction=0.8"], r"more tokens \([0-9,]+\) than training \([0-9,]+\): a smaller"),
-    (["short", "long " * 999], [], "2 documents; --separator=.*blank lines$"),
+    (["short", "long " * 999], [], "2 documents; give more text$"),
 ], ids=["sound", "small", "small still", "upside down", "one long"])
 def test_splits_that_make_no_sense_are_said(tmp_path, capsys, texts, arguments, words):
     jsonl(tmp_path / "in.jsonl", [f"{i} {t}" for i, t in enumerate(texts)])

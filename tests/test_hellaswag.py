@@ -61,6 +61,15 @@ def test_the_best_ending_by_sum_and_by_character():
     assert hellaswag.correct(ITEMS[:1], [[-3.0, -12.0, -1.1, -18.0]]) == (0, 1)  # 0.5 a character against 0.55
 
 
+@pytest.mark.parametrize("endings", ["['one' 'two']", {"0": "one", "1": "two"}], ids=type)
+@pytest.mark.parametrize("words", [{"query": "a"}, dict.fromkeys(("activity_label", "ctx_a", "ctx_b"), "a")], ids=["", "raw"])
+def test_endings_that_are_no_list_are_refused(tmp_path, words, endings):
+    """pandas writes a text; its letters and the keys of an object once passed for endings."""
+    (tmp_path / "in.jsonl").write_text(json.dumps(words | {"endings": endings, "label": "1"}))
+    with pytest.raises(config.Mistake, match="in.jsonl: line 1.*: this is no HellaSwag item"):
+        list(hellaswag.items([tmp_path / "in.jsonl"]))
+
+
 def test_in_training_it_lands_in_the_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hellaswag, "FOLDER", tmp_path / "hellaswag")
     writer = shards.Writer(tmp_path / "data", tokenizer.byte())
