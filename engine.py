@@ -94,6 +94,12 @@ class Asked(BaseModel):
     min_tokens: Literal[0] = 0
     ignore_eos: Literal[False] = False
     stop_token_ids: list = Field([], max_length=0)
+    bad_words: list = Field([], max_length=0)
+    use_beam_search: Literal[False] = False
+    modalities: list[Literal["text"]] = []
+    grammar: None = Field(None, validation_alias=AliasChoices(
+        "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
+        "guided_grammar"))
 
     @model_validator(mode="before")
     @classmethod
@@ -102,8 +108,9 @@ class Asked(BaseModel):
         return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     def turns(self):
-        """The chat as `Engine.read` takes it."""
-        return [(message.role, [part.text if part.type == "text" else part.image_url.url for part in message.content])
+        """The chat as `Engine.read` takes it. OpenAI's newer word for "system" is "developer"."""
+        return [("system" if message.role == "developer" else message.role,
+                 [part.text if part.type == "text" else part.image_url.url for part in message.content])
                 for message in self.messages]
 
 

@@ -193,19 +193,20 @@ def make_app(engine, cfg):
     v1.state.engine, v1.state.cfg = engine, cfg
     v1.include_router(api)
     app.mount("/v1", v1)  # or the page would answer for what is not there
-    if cfg.host in ("127.0.0.1", "localhost"):  # or pages of the web could read answers, by a name that leads here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    if cfg.host in ("127.0.0.1", "localhost", "::1"):  # or the web's pages could read answers, by a name that leads here
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
     if cfg.page:
         add_page(app, engine, cfg.body)
     return app
 
 
 def main(cfg):
-    with config.mistakes(OSError, prefix=f"cannot listen at {cfg.host}:{cfg.port}: "):
-        listener = socket.create_server((cfg.host, cfg.port))
+    host, family = (f"[{cfg.host}]", socket.AF_INET6) if ":" in cfg.host else (cfg.host, socket.AF_INET)
+    with config.mistakes(OSError, prefix=f"cannot listen at {host}:{cfg.port}: "):
+        listener = socket.create_server((cfg.host, cfg.port), family=family)
     engine = Engine.load(cfg)
     server = uvicorn.Server(uvicorn.Config(make_app(engine, cfg), log_level="warning", timeout_graceful_shutdown=3))
-    print0(f"{engine.name} at http://{cfg.host}:{listener.getsockname()[1]}, the API under /v1")
+    print0(f"{engine.name} at http://{host}:{listener.getsockname()[1]}, the API under /v1")
     logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)  # cutting off a page is no error
     server.run([listener])
 

@@ -100,6 +100,9 @@ def test_a_chat_goes_by_its_template(served):
     done = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=12, temperature=0)
     assert (done.choices[0].message.content, done.choices[0].finish_reason) == (expect, finish)
     assert done.choices[0].message.role == "assistant" and done.object == "chat.completion"
+    messages[0]["role"] = "developer"  # its newer name
+    assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0,
+                                          modalities=["text"]).choices[0].message == done.choices[0].message
     parts = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0,
                                                 stream=True, stream_options={"include_usage": True}))
     assert [part.choices[0].delta.role for part in parts[:-1]] == ["assistant"] + [None] * (len(parts) - 2)
@@ -218,7 +221,12 @@ GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2, "temperature": 0}  # 
     ({"stop": 3}, 400, "stop"), ({"stop": ["a"] * 5}, 400, "stop"), ({"stop": ""}, 400, "stop"),
     ({"stop": "a" * 1000}, 400, "stop"), ({"stream": "perhaps"}, 400, "stream"),
     ({"stream_options": 3}, 400, "stream_options"), ({"prompt": "x" * 21_000_000}, 413, "more than 20000000 bytes"),
-    ({"messages": [{"role": "user", "content": "x"}]}, 400, "a prompt"),
+    ({"messages": [{"role": "user", "content": "x"}]}, 400, "a prompt"), ({"bad_words": ["a"]}, 400, "bad_words"),
+    ({"guided_json": {"type": "object"}}, 400, "guided_json"), ({"guided_regex": "a*"}, 400, "guided_regex"),
+    ({"guided_choice": ["a"]}, 400, "guided_choice"), ({"guided_grammar": "a"}, 400, "guided_grammar"),
+    ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs"), ({"grammar": "a"}, 400, "grammar"),
+    ({"json_schema": {}}, 400, "json_schema"), ({"use_beam_search": True}, 400, "use_beam_search"),
+    ({"modalities": ["text", "audio"]}, 400, "modalities"),
 ])
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_wrong_is_said_in_openais_way(served, changes, status, words, stream):
@@ -268,10 +276,11 @@ def test_bodies_that_are_no_json_do_no_harm(served):
     assert client.completions.create(**GOOD).usage.completion_tokens == 2
 
 
-def test_a_name_that_leads_here_from_elsewhere_is_no_way_in(served):
-    assert httpx.get(served[1] + "/v1/models", headers={"Host": "example.com"}).status_code == 400
-    with serving(engine=served[0], host="localhost") as (_, address):
-        assert httpx.get(address + "/v1/models").status_code == 200
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_name_that_leads_here_from_elsewhere_is_no_way_in(served, host):
+    with serving(engine=served[0], host=host) as (_, address):
+        for name in "127.0.0.1", "localhost", "[::1]":
+            assert httpx.get(address + "/v1/models", headers={"Host": f"{name}:80"}).status_code == 200
         assert httpx.get(address + "/v1/models", headers={"Host": "example.com"}).status_code == 400
 
 
@@ -482,10 +491,16 @@ def test_pictures_that_have_no_place(eyes, served):
 
 # -- the program ------------------------------------------------------------------------------------------------
 
-def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(config.Mistake, match="cannot listen at 127.0.0.1"):
-            serve.main(serve.read_settings([str(tmp_path), "--page=False", f"--port={taken.getsockname()[1]}"]))
+@pytest.mark.parametrize("host, family", [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded(tmp_path, host, family):
+    try:
+        listener = socket.create_server((host, 0), family=family)
+    except OSError:
+        pytest.skip("needs IPv6")
+    with listener as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(config.Mistake, match=f"cannot listen at .*:{port}: .*[Aa]ddress already in use"):
+            serve.main(serve.read_settings([str(tmp_path), "--page=False", f"--host={host}", f"--port={port}"]))
 
 
 def test_a_cache_that_is_too_large_is_one_line():
