@@ -163,16 +163,16 @@ def keys_of(cls):
 OTHER_NAMES = {"prompt": "start", "data": "dataset", "steps": "max_iters", "lr": "learning_rate"}  # said elsewhere
 
 
-def _find(known, name, where):
+def _find(known, name, where, advice=""):
     """The Key called `name`, or an error that names the one that was meant: by another name that it has elsewhere, its
-    initials (bs), its beginning (lora), or its letters."""
+    initials (bs), its beginning (lora), or its letters; and ends with more advice."""
     if name in known:
         return known[name]
     meant = [k for k in known if k == OTHER_NAMES.get(name)]
     meant += [k for k in known if "".join(word[0] for word in k.split("_")) == name]
     meant += [k for k in known if k.startswith(name)] + difflib.get_close_matches(name, known, 1, 0.65)
     hint = f"did you mean '{meant[0]}'?" if meant else "-h lists them all"
-    raise Mistake(f"{where}: unknown key '{name}'; {hint}")
+    raise Mistake(f"{where}: unknown key '{name}'; {hint}{advice}")
 
 
 # -- files and words ---------------------------------------------------------------------------------------------
@@ -191,7 +191,8 @@ def _files():
 
 
 def _from_file(path, known):
-    """{key: value} from a file of Python assignments; modules, functions and classes in it are its own."""
+    """{key: value} from a file of Python assignments; modules, functions, classes and what else it imports are
+    its own. A file of the project means the project's out/, unless what it names is in one here."""
     if not os.path.isfile(path):
         raise Mistake(f"no config file {path}; there are {', '.join(_files().values())}")
     try:
@@ -201,13 +202,19 @@ def _from_file(path, known):
     except Exception as e:
         line = next((f.lineno for f in reversed(inspect.trace()) if Path(f.filename) == Path(path)), "?")
         raise Mistake(f"{path}, line {line}: {type(e).__name__}: {e}") from None
+    imports = [node for node in ast.walk(ast.parse(Path(path).read_bytes())) if isinstance(node, ast.ImportFrom)]
+    imported = {alias.asname or alias.name for node in imports for alias in node.names} - known.keys()
     command = rf"(\w+\.py) config/{re.escape(Path(path).name)}"  # that it begins with
     script = re.search(command, left["__doc__"] or "")
     left = {name: value for name, value in left.items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
+            if not (name.startswith("_") or name in imported or isinstance(value, types.ModuleType) or callable(value))}
     if left.keys() - known and script and script[1] != Path(sys.argv[0]).name:
         raise Mistake(f"{path} is for {script[1]}")
-    return {name: _find(known, name, path).read(value, path) for name, value in left.items()}
+    if Path(path).resolve().parent == ROOT / "config":
+        left = {name: as_seen(ROOT / value) if str(value).startswith("out/") and not os.path.exists(value) else value
+                for name, value in left.items()}
+    advice = " (a name of your own begins with _)"
+    return {name: _find(known, name, path, advice).read(value, path) for name, value in left.items()}
 
 
 def _from_args(args, known):
@@ -308,7 +315,8 @@ def of_run(directory, cls, also):
     checkpoint: {key: value} each, of those keys that dataclasses `cls` and `also` still have. ({}, {}) without a run.
     """
     directory = Path(directory).absolute()
-    files = [folder / "run.json" for folder in (directory, *directory.parents[:2])]
+    behind = Path(os.path.realpath(directory))  # a link
+    files = [folder / "run.json" for folder in (directory, *behind.parents[:2], *directory.parents[:2])]
     path = next((file for file in files if os.path.isfile(file)), None)
     if path is None:
         return {}, {}

@@ -98,6 +98,9 @@ def test_command_line(argv, name, value, monkeypatch):
     ("from math import sqrt\nfrom functools import partial\nhalf = partial(sqrt)\nbatch_size = half(64)\n",
      {"batch_size": 8}),
     ("def half(x):\n    return x // 2\nbatch_size = half(16)\n", {"batch_size": 8}),
+    ("from math import e as learning_rate\n", "learning_rate must lie in .0, 1., not 2.7"),
+    ("from __future__ import annotations\nfrom math import pi\nfrom os import environ\nlearning_rate = pi / 10\n",
+     {"learning_rate": math.pi / 10}),
     ("batch_size = 1e3\n", {"batch_size": 1000}),
     ("batch_size = 1.5\n", "batch_size takes int, not 1.5"),
     ("learning_rate = 2.0\n", "learning_rate must lie in"),
@@ -110,7 +113,8 @@ def test_command_line(argv, name, value, monkeypatch):
     ("batch_size = True\n", "batch_size takes int, not True"),
     ("batch_size = 'eight'\n", "batch_size takes int"),
     ("a = 1\nbatch_size = = 8\n", "line 2: invalid syntax"),
-    ("a_helper = 1\n", "unknown key 'a_helper'"),
+    ("a_helper = 1\n", "unknown key 'a_helper'; -h lists them all .a name of your own begins with _.$"),
+    ("batch = 2\nbatch_size = batch\n", "unknown key 'batch'; did you mean 'batch_size'. .a name of your own begins"),
     ("x = 1 / 0\n", "line 1: ZeroDivisionError"),
     ("bach_size = 8\n", "did you mean 'batch_size'"),
 ])
@@ -140,6 +144,22 @@ def test_help_has_groups_limits_and_presets(capsys):
         config.load("train.py:TrainConfig", ["-h"])
     said = " ".join(capsys.readouterr().out.split())
     assert all(f" {name}" in said for name in PRESETS)
+
+
+def test_what_a_config_file_of_the_project_names_is_found_from_any_folder(tmp_path, monkeypatch):
+    """A run that lies here, as such files once made, goes on; the paths in files of one's own begin here."""
+    project = tmp_path / "project"
+    monkeypatch.setattr(config, "ROOT", project)
+    (project / "config").mkdir(parents=True)
+    for path in project / "config/a.py", tmp_path / "mine.py":
+        path.write_text("out_dir = 'out/a'\ndataset = 'outer/a'\n")
+    for folder, seen in (project, "out/a"), (project / "config", "../out/a"), (tmp_path, "project/out/a"):
+        monkeypatch.chdir(folder)
+        cfg = config.load(Settings, [os.path.relpath(project / "config/a.py")])
+        assert (cfg.out_dir, cfg.dataset) == (os.path.normpath(seen), "outer/a")
+    assert config.load(Settings, ["mine.py"]).out_dir == "out/a"
+    (tmp_path / "out/a").mkdir(parents=True)
+    assert config.load(Settings, ["project/config/a.py"]).out_dir == "out/a"
 
 
 SCRIPTS = [path for folder in ("", "prepare") for path in sorted((ROOT / folder).glob("*.py"))

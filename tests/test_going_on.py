@@ -78,10 +78,14 @@ def test_going_on_keeps_the_settings(run, monkeypatch, capsys):
     assert capsys.readouterr().out == ""  # its epochs have become max_iters
 
 
+@pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize("part", ["", "best", "checkpoints/step_00000006"])
-def test_evaluating_a_run_says_what_its_log_says(run, monkeypatch, capsys, part):
-    """4.2671 bits/byte were once printed where the log had 4.2451: windows of other lengths."""
-    train.main(*read_settings(monkeypatch, "--eval_only", f"--init_from={run / part}"))
+def test_evaluating_a_run_says_what_its_log_says(run, tmp_path, monkeypatch, capsys, part, link):
+    """4.2671 bits/byte were once printed where the log had 4.2451: windows of other lengths. A link is what it leads
+    to."""
+    if link:
+        (tmp_path / "link").symlink_to(run / part)
+    train.main(*read_settings(monkeypatch, "--eval_only", f"--init_from={tmp_path / 'link' if link else run / part}"))
     log = [entry for entry in log_of(run) if "val_loss" in entry]
     entry = min(log, key=lambda entry: entry["val_loss"]) if part == "best" else log[-1]
     assert f"val loss {entry['val_loss']:.4f}  {entry['val_bpb']:.4f} bits/byte" in capsys.readouterr().out
