@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -166,7 +167,8 @@ def plot(curves, path, title, floor=None):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.set_title(title.encode(errors="replace").decode(), parse_math=False)  # any bytes can name a file
     axes.grid(alpha=0.3)
     axes.legend()
     write_figure(figure, path)
@@ -174,7 +176,8 @@ def plot(curves, path, title, floor=None):
 
 def write_figure(figure, path):
     """Write a matplotlib figure as a PNG, whole or not at all, and free it."""
-    with atomic_write(path) as tmp:
+    with atomic_write(path) as tmp, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
         figure.savefig(tmp, format="png")
     figure.clear()
     gc.collect()  # figures are full of cycles, and would pile up for a hundred evaluations
@@ -217,7 +220,7 @@ class Log:
         curves = {}
         for name, key in ("training", "train_loss"), ("validation", "val_loss"):
             curves[name] = [(entry["step"], entry[key]) for entry in read_log(self.path) if entry.get(key) is not None]
-        plot(curves, self.out / "loss.png", self.out.name, floor)
+        plot(curves, self.out / "loss.png", self.out.resolve().name, floor)
 
 
 def folder_of(cfg):
@@ -262,6 +265,9 @@ def check_writable(cfg, out):
         raise config.Mistake(f"cannot write the run directory {out}: {there} is not a directory that can be written to")
     if cfg.init_from != "resume" and any(out.resolve() in (path / "_").resolve().parents for path in starts_from(cfg)):
         raise config.Mistake(f"{out} is where this run starts from: give another --out_dir")
+    if cfg.init_from != "resume" and latest(out) and out.resolve() in (Path.cwd() / "_").parents:
+        raise config.Mistake(f"{out} holds an earlier run, and you are in it, so that it cannot be moved aside: give "
+                             "another --out_dir")
     if os.path.isdir(out) and os.listdir(out) and not os.path.exists(out / "run.json") and cfg.init_from != "resume":
         raise config.Mistake(f"{out} holds something else than a run: give another --out_dir")
     held(out).close()

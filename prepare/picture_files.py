@@ -167,10 +167,8 @@ def draw(path, pictures, texts):
     figure = Figure(figsize=(3 * columns, 3.6 * rows), dpi=80, layout="constrained")
     for axes, picture, text in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, texts):
         axes.imshow(picture)
-        lines = "\n".join(textwrap.fill(line, 38) for line in text.replace("$", r"\$").split("\n"))
-        axes.set_title(lines, fontsize=8, fontfamily=fonts)
+        lines = "\n".join(textwrap.fill(line, 38) for line in text.split("\n"))
+        axes.set_title(lines, fontsize=8, fontfamily=fonts, parse_math=False)
     for axes in figure.axes:
         axes.axis("off")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
-        write_figure(figure, path)
+    write_figure(figure, path)

@@ -350,6 +350,25 @@ def test_a_run_has_a_folder_of_its_own(dataset, monkeypatch):
     assert train.run_directory(None, dataset).name in ("words", os.path.basename(os.getcwd()))
 
 
+@pytest.mark.parametrize("here", [".", "..", "checkpoints/.."])
+def test_a_run_does_not_move_the_folder_that_it_is_started_in(run, stories, monkeypatch, here):
+    """The second run in `--out_dir=.` once ended in a traceback after its first step."""
+    monkeypatch.chdir(run / "checkpoints" if here == ".." else run)
+    with pytest.raises(config.Mistake, match="holds an earlier run, and you are in it"):
+        runs.check_writable(train.TrainConfig(out_dir=here), Path(here))
+    runs.check_writable(train.TrainConfig(init_from="resume", out_dir=here), Path(here))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["a$b_$c", "50$_$", "caf\udce9", "语言"])
+def test_a_run_of_any_name_is_drawn(tmp_path, name):
+    out = tmp_path / name
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"step": 1, "train_loss": 2, "val_loss": 3}\n')
+    runs.Log(out, 1).plot(1.5)
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
 # -- signals, terminals, tools -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
