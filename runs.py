@@ -121,7 +121,8 @@ def save_checkpoint(out, write, state, tensors, shared, keep):
         shutil.rmtree(old, ignore_errors=True)
 
 
-STATE = "step", "sequences", "tokens", "seconds", "best", "improved", "val_fingerprint", "scaler"
+STATE = ("step", "sequences", "tokens", "seconds", "best", "improved", "train_fingerprint", "val_fingerprint",
+         "scaler")
 
 
 def read_state(path):
@@ -129,7 +130,7 @@ def read_state(path):
     file = path / "train_state.json"
     advice = f"remove {path} to go on from the checkpoint before, or begin anew from its weights with --init_from"
     with config.mistakes(OSError, ValueError, KeyError, TypeError, prefix=f"{file} cannot be read ({advice}): "):
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = {"train_fingerprint": None} | json.loads(file.read_text(encoding="utf-8"))  # older ones are without
         state = {key: found[key] for key in STATE}
         state["best"] = math.inf if state["best"] is None else state["best"]  # JSON has no infinity
         return state

@@ -180,7 +180,8 @@ def fit(task, cfg, out):
 
     task: an object like `Text`. It has model, device and dtype; llama, the Llama in it; batch(drawn), this process's
     micro-batches [(targets, arguments of the model), ...] of the step that begins after so many sequences;
-    evaluate(model), {"val_loss": ..., ...}; save(directory); flops_per_token, floor and val_fingerprint.
+    evaluate(model), {"val_loss": ..., ...}; save(directory); flops_per_token, floor and val_fingerprint;
+    train_fingerprint, if it has one.
     model(*arguments)[1] is the mean loss over the targets of a micro-batch, 0 where it has none.
     """
     model, device, llama = task.model, task.device, task.llama
@@ -277,6 +278,7 @@ def fit(task, cfg, out):
                     state["best"] = found["val_loss"] if improved else state["best"]
                     log.write({"step": done, "tokens": state["tokens"], "seconds": round(state["seconds"], 3)} | found)
                 saved = state | {"improved": improved, "val_fingerprint": task.val_fingerprint,
+                                 "train_fingerprint": getattr(task, "train_fingerprint", None),
                                  "scaler": scaler.state_dict()}
                 runs.save_checkpoint(out, task.save, saved, optim.states(model, optimizers), sharded, cfg.keep)
                 if RANK == 0:
@@ -318,6 +320,8 @@ def resume(task, cfg, out, optimizers, scaler):
     if state["val_fingerprint"] != task.val_fingerprint:
         print0("resume     with another validation set: best/ begins anew")
         state["best"] = math.inf
+    if state["train_fingerprint"] not in (None, getattr(task, "train_fingerprint", None)):
+        print0("resume     with other training data than before: what comes now may have been learned already")
     with torch.no_grad(), config.mistakes(ValueError, KeyError, prefix=f"{folder} {made_otherwise(cfg, folder)}"
                                           "cannot be read: "):
         names = checkpoint.tensor_names(folder / "optimizer")
@@ -544,6 +548,7 @@ class Text:
         self.floor = None  # nats per token
         if self.val.floor_bpb:
             self.floor = self.val.floor_bpb / bits_per_byte(1.0, self.val_windows)
+        self.train_fingerprint = [self.data.meta["splits"].get(name) for name in ("train", "train_marks")]
         self.val_fingerprint = [self.val.meta["splits"]["val"], cfg.eval_tokens, cfg.block_size, cfg.whole_docs,
                                 cfg.doc_mask] + ([self.val.marks.meta["splits"]["val_marks"]] if self.val.marks else [])
 

@@ -256,7 +256,8 @@ class Stage:
         self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
         fixed = "llama" in self.model.frozen or hasattr(self.llama, "adapter")  # weights that have no gradients
         self.flops_per_token = self.llama.flops_per_token(int(self.tokens)) * (2 / 3 if fixed else 1)
-        digest = hashlib.sha256((self.folder / "val.jsonl").read_bytes()).hexdigest()
+        self.train_fingerprint, digest = (hashlib.sha256((self.folder / f"{split}.jsonl").read_bytes()).hexdigest()
+                                          for split in ("train", "val"))
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
         self.pairs, self.references = None, []  # log-probabilities (2, n) of the training and of the validation pairs
         if cfg.stage == "prefer":

@@ -109,6 +109,25 @@ def test_another_batch_size_goes_on_where_the_data_was(run, stories, monkeypatch
     assert [entry["tokens"] for entry in log_of(run) if "train_loss" in entry] == ends.tolist()
 
 
+def test_other_training_data_is_said(run, stories, tmp_path, monkeypatch, capsys):
+    """The same documents in another order too; a state of before this was kept says nothing."""
+    train_ids, val_ids = (shards.Split(stories, split)[:] for split in ("train", "val"))
+    second = int((train_ids == 256).nonzero()[0][1])  # where the second document begins
+    writer = shards.Writer(tmp_path / "other", tokenizer.byte())
+    writer.add("train", [*train_ids[second:], *train_ids[:second]], 1)
+    writer.add("val", val_ids, shards.Split(stories, "val").bytes, shards.Split(stories, "val").documents)
+    writer.finish()
+    for step, data, said in (7, stories, False), (8, tmp_path / "other", True), (9, stories, False):
+        if step == 9:
+            path = runs.latest(run) / "train_state.json"
+            state = json.loads(path.read_text())
+            assert state.pop("train_fingerprint")
+            path.write_text(json.dumps(state))
+        train.main(*read_settings(monkeypatch, *flags(out_dir=run, init_from="resume", dataset=data, max_iters=step)))
+        out = capsys.readouterr().out
+        assert ("resume     with other training data than before" in out) == said and "another validation" not in out
+
+
 def test_settings_of_optimizers_that_are_given_anew_count(run, monkeypatch):
     """An optimizer's saved state holds its old settings too."""
     made, make = [], optim.make_optimizers

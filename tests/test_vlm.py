@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -588,6 +589,17 @@ def test_resume_is_exact(start, squares, tmp_path, stage):
     vlm.fit(settings(squares, tmp_path / "b", **more | dict(init_from="resume")), {})
     a, b = parts(tmp_path / "a"), parts(tmp_path / "b")
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_going_on_with_other_training_examples_is_said(start, squares, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(squares, data)
+    vlm.fit(settings(data, tmp_path / "run", init_from=str(start), encoder=None, max_iters=1), {})
+    for step in 2, 3:
+        vlm.fit(settings(data, tmp_path / "run", init_from="resume", encoder=None, max_iters=step), {})
+        assert ("resume     with other training data than before" in capsys.readouterr().out) == (step == 3)
+        lines = (data / "train.jsonl").read_text().splitlines()
+        (data / "train.jsonl").write_text("\n".join(lines[::-1]))
 
 
 def test_a_frozen_encoder_sees_each_picture_once(start, squares, tmp_path, monkeypatch, capsys):
