@@ -47,9 +47,10 @@ def dtype_in(split, name):
 
 
 def write_text(path, text):
-    """Write a small file so that it is there complete or not at all."""
+    """Write a small file so that it is there complete or not at all. What UTF-8 lacks, as a file's name may
+    have it, is escaped as in JSON."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

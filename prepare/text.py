@@ -248,7 +248,7 @@ def advice(splits, val_fraction, separators):
 
 def name_of(out):
     """What train.py calls a data set: its name under data/, or its path."""
-    return out.name if out.resolve().parent == config.ROOT / "data" else str(out)
+    return out.resolve().name if out.resolve().parent == config.ROOT / "data" else str(out)
 
 
 def prepare(cfg, name, hub=None):

@@ -1,4 +1,5 @@
 """Weights that others keep in other layouts, as a run directory: config.json, model.safetensors and the tokenizer."""
+import shlex
 from pathlib import Path
 
 import config
@@ -46,5 +47,5 @@ def save(out, cfg, state, tok):
     tok.save(out)
     model.save_pretrained(out, state)
     out = config.as_seen(out)
-    print(f"{out}: {model.counts()[0]:,} parameters; now python sample.py --init_from {out}"
+    print(f"{out}: {model.counts()[0]:,} parameters; now python sample.py --init_from {shlex.quote(out)}"
           + (" --chat" if tok.chat_template else ' --start "Once upon a time"'))

@@ -789,6 +789,13 @@ def test_what_is_said_at_the_end_holds_and_can_be_pasted(tmp_path):
     assert "train.py" not in said and "--val_fraction" in said
 
 
+def test_the_folder_that_one_is_in_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    (tmp_path / "data/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "data/mine")
+    assert [text.name_of(Path(out)) for out in (".", "../mine", "../mine/../mine", "..")] == ["mine"] * 3 + [".."]
+
+
 @pytest.mark.parametrize("texts, arguments, words", [
     (["a" * 99] * 50 + ["b"], ["--val_fraction=0.2"], ""),
     (["word " * 9] * 300, [], "validation has only [0-9]+ tokens: --val_fraction=0.1 holds out more$"),

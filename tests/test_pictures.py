@@ -354,6 +354,15 @@ def test_errors_name_the_whole_path(tmp_path, capsys):
     assert f"2 pictures cannot be read and were left out: {paths[0]}" in out and "(with 2 records)" in out
 
 
+def test_a_folder_whose_name_is_no_utf_8_holds_pictures(prepare, tmp_path):
+    folder = tmp_path / "caf\udce9 é"
+    photo(folder / "b.png").write_bytes(b"no picture")
+    raw = [{"image": name, "conversations": TALK} for name in ("a.png", "b.png")]
+    code, out, err, made = llava(prepare, folder, raw, "--val_fraction=0")
+    assert code == 0 and [record["image"] for record in made["train"]] == [str(folder / "a.png")]
+    assert "caf\\udce9 é" in (folder / "out/bad_images.txt").read_text("utf-8")
+
+
 def test_what_a_telephone_takes_is_named(tmp_path):
     """HEIC, which Pillow does not open."""
     for brand in b"heic", b"mif1":

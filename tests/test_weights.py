@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def llama2c(hf, path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", (True, False))
-def test_a_llama2c_file_gives_the_logits_of_the_model_it_was_made_from(tied, tmp_path):
+def test_a_llama2c_file_gives_the_logits_of_the_model_it_was_made_from(tied, tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason="needs transformers, the oracle of this test")
     torch.manual_seed(0)
     hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -122,8 +123,9 @@ def test_a_llama2c_file_gives_the_logits_of_the_model_it_was_made_from(tied, tmp
         initializer_range=0.3)).eval()
     size = llama2c(hf, tmp_path / "model.bin")
     cfg, state = stories15m.read(tmp_path / "model.bin")
-    weights.save(tmp_path / "run", cfg, state, tokenizer.byte())
-    ours, idx = Llama.from_pretrained(tmp_path / "run"), torch.randint(300, (2, 20))
+    weights.save(tmp_path / "a run", cfg, state, tokenizer.byte())
+    assert shlex.split(capsys.readouterr().out)[-3] == config.as_seen(tmp_path / "a run")
+    ours, idx = Llama.from_pretrained(tmp_path / "a run"), torch.randint(300, (2, 20))
     assert (ours(idx)[0] - hf(idx).logits).abs().max() < 1e-4 * hf(idx).logits.std()
     whole = (tmp_path / "model.bin").read_bytes()
     for bad in (b"", whole[:20], whole[:size - 4], b"\0" * 1000, os.urandom(28) + whole[28:]):
