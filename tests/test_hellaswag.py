@@ -62,7 +62,7 @@ def test_the_best_ending_by_sum_and_by_character():
 
 
 @pytest.mark.parametrize("endings", ["['one' 'two']", {"0": "one", "1": "two"}], ids=type)
-@pytest.mark.parametrize("words", [{"query": "a"}, dict.fromkeys(("activity_label", "ctx_a", "ctx_b"), "a")], ids=["", "raw"])
+@pytest.mark.parametrize("words", [{"query": "a"}, dict(activity_label="a", ctx_a="b", ctx_b="c")], ids=["", "raw"])
 def test_endings_that_are_no_list_are_refused(tmp_path, words, endings):
     """pandas writes a text; its letters and the keys of an object once passed for endings."""
     (tmp_path / "in.jsonl").write_text(json.dumps(words | {"endings": endings, "label": "1"}))
