@@ -266,7 +266,7 @@ def check_writable(cfg, out):
         raise config.Mistake(f"cannot write the run directory {out}: {there} is not a directory that can be written to")
     if cfg.init_from != "resume" and any(out.resolve() in (path / "_").resolve().parents for path in starts_from(cfg)):
         raise config.Mistake(f"{out} is where this run starts from: give another --out_dir")
-    if cfg.init_from != "resume" and latest(out) and out.resolve() in (Path.cwd() / "_").parents:
+    if os.path.isdir(out) and latest(out) and cfg.init_from != "resume" and out.resolve() in (Path.cwd() / "_").parents:
         raise config.Mistake(f"{out} holds an earlier run, and you are in it, so that it cannot be moved aside: give "
                              "another --out_dir")
     if os.path.isdir(out) and os.listdir(out) and not os.path.exists(out / "run.json") and cfg.init_from != "resume":
