@@ -157,6 +157,7 @@ class Feedback:
         for question in (*map(self.question, range(drawn)), *self.val[:cfg.eval_questions]):
             self.check_room(question)
         self.flops_per_token = self.llama.flops_per_token(len(self.prompt(self.questions[0])))
+        self.train_fingerprint = [len(self.questions)]
         self.val_fingerprint = [len(self.val), cfg.eval_questions, cfg.objective]
         self.model = self.objective()
 

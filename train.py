@@ -180,8 +180,7 @@ def fit(task, cfg, out):
 
     task: an object like `Text`. It has model, device and dtype; llama, the Llama in it; batch(drawn), this process's
     micro-batches [(targets, arguments of the model), ...] of the step that begins after so many sequences;
-    evaluate(model), {"val_loss": ..., ...}; save(directory); flops_per_token, floor and val_fingerprint;
-    train_fingerprint, if it has one.
+    evaluate(model), {"val_loss": ..., ...}; save(directory); flops_per_token, floor, train_ and val_fingerprint.
     model(*arguments)[1] is the mean loss over the targets of a micro-batch, 0 where it has none.
     """
     model, device, llama = task.model, task.device, task.llama
@@ -278,7 +277,7 @@ def fit(task, cfg, out):
                     state["best"] = found["val_loss"] if improved else state["best"]
                     log.write({"step": done, "tokens": state["tokens"], "seconds": round(state["seconds"], 3)} | found)
                 saved = state | {"improved": improved, "val_fingerprint": task.val_fingerprint,
-                                 "train_fingerprint": getattr(task, "train_fingerprint", None),
+                                 "train_fingerprint": task.train_fingerprint,
                                  "scaler": scaler.state_dict()}
                 runs.save_checkpoint(out, task.save, saved, optim.states(model, optimizers), sharded, cfg.keep)
                 if RANK == 0:
@@ -320,7 +319,7 @@ def resume(task, cfg, out, optimizers, scaler):
     if state["val_fingerprint"] != task.val_fingerprint:
         print0("resume     with another validation set: best/ begins anew")
         state["best"] = math.inf
-    if state["train_fingerprint"] not in (None, getattr(task, "train_fingerprint", None)):
+    if state["train_fingerprint"] not in (None, task.train_fingerprint):
         print0("resume     with other training data than before: what comes now may have been learned already")
     with torch.no_grad(), config.mistakes(ValueError, KeyError, prefix=f"{folder} {made_otherwise(cfg, folder)}"
                                           "cannot be read: "):
