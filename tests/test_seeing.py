@@ -461,6 +461,16 @@ def test_trace(start, photos, capsys):
         vlm.main(USE | dict(init_from=str(start / "run"), trace=True), {})
 
 
+def plain_llama(folder):
+    """A folder with a Llama that does not see."""
+    torch.manual_seed(0)
+    llama = model.Llama(train.shape_from(model.PRESETS["stories15m"], SHAPE | dict(
+        vocab_size=258, context=64, eos_ids=(257,))))
+    llama.save_pretrained(folder)
+    tokenizer.byte().save(folder)
+    return folder
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_lora(plain, start, tmp_path, photos, capsys):
     """On a Llama that sees, and on a plain one, which gets a token for pictures: the run holds adapter and projector,
@@ -470,13 +480,7 @@ def test_lora(plain, start, tmp_path, photos, capsys):
     base = start / "run"
     shutil.copy(base / "encoder.safetensors", tmp_path / "eyes.safetensors")
     eyes = dict(encoder="vit_tiny", vit_weights=str(tmp_path / "eyes.safetensors")) if plain else dict(encoder=None)
-    if plain:
-        base = tmp_path / "plain"
-        torch.manual_seed(0)
-        llama = model.Llama(train.shape_from(model.PRESETS["stories15m"], SHAPE | dict(
-            vocab_size=258, context=64, eos_ids=(257,))))
-        llama.save_pretrained(base)
-        tokenizer.byte().save(base)
+    base = plain_llama(tmp_path / "plain") if plain else base
     before = {path.name: path.read_bytes() for path in base.glob("*.safetensors")}
     cfg = settings(start / "data", tmp_path / "run", stage="instruct", init_from=str(base), lora_rank=2, **eyes)
     vlm.fit(replace(cfg, learning_rate=0.1, warmup_iters=0), {})
@@ -511,6 +515,29 @@ def test_lora(plain, start, tmp_path, photos, capsys):
     assert torch.allclose(merged(idx)[0], llama(idx)[0], atol=1e-5)
     with pytest.raises(config.Mistake, match="stage align leaves"):
         vlm.main(dict(stage="align", init_from=str(base), lora_rank=2), {})
+
+
+def test_from_an_adapter_that_learned_text(start, tmp_path):
+    """Where the Llama learns, its adapter goes on and its base stays, as without pictures; where not, it is merged; the
+    eyes of its base are not left out in silence."""
+    from safetensors.torch import load_file
+    shutil.copy(start / "run/encoder.safetensors", tmp_path / "eyes.safetensors")
+    eyes = dict(encoder="vit_tiny", vit_weights=str(tmp_path / "eyes.safetensors"))
+    for name, base in ("text", plain_llama(tmp_path / "plain")), ("blind", start / "run"):
+        llama = adapter.load(base, torch.float32, new=(4, 8, base, 0))
+        adapter.save(llama, tmp_path / name)
+    for stage, whole in ("instruct", False), ("together", False), ("align", True):
+        out = tmp_path / stage
+        cfg = settings(start / "data", out, stage=stage, init_from=str(tmp_path / "text"), **eyes)
+        vlm.fit(replace(cfg, learning_rate=0.1, warmup_iters=0), {})
+        assert ((out / "model.safetensors").exists(), (out / "adapter_model.safetensors").exists()) == (whole, not whole)
+        if not whole:
+            before, after = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "text", out))
+            assert before.keys() == after.keys() and not any(torch.equal(before[n], after[n]) for n in before)
+            vlm.fit(replace(cfg, init_from="resume", max_iters=3), {})
+    with pytest.raises(config.Mistake, match="does not see, as its base model .*run does"):
+        vlm.fit(settings(start / "data", tmp_path / "new", stage="instruct", init_from=str(tmp_path / "blind"), **eyes),
+                {})
 
 
 @pytest.mark.parametrize("keys, said", [
