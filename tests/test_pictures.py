@@ -24,6 +24,9 @@ from prepare import llava as llava_script
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 MORE = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "A cat."}]
 SYSTEM = [{"from": "system", "value": "Be brief."}]
+PARTS = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}},
+                                      {"type": "text", "text": "What?"}]},
+         {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}]
 
 
 @pytest.fixture
@@ -143,7 +146,8 @@ BAD = {  # by reason: records that are of no use
     "1 pictures and 2 <image> marks": [
         {"image": "a.png", "conversations": TALK + TALK},
         {"image": "a.png", "question": "<image><image>?", "chosen": "a", "rejected": "b"}],
-    "2 pictures and 1 <image> marks": [{"image": ["a.png", "a.png"], "conversations": TALK}],
+    "2 pictures and 1 <image> marks": [{"image": ["a.png", "a.png"], "conversations": TALK},
+                                       {"image": ["a.png", "a.png"], "messages": PARTS}],
     "0 pictures and 1 <image> marks": [{"conversations": TALK}, {"image": "", "conversations": TALK}],
     "from human to gpt and back": [
         {"conversations": MORE[::-1]}, {"conversations": SYSTEM}, {"conversations": MORE + SYSTEM},
@@ -166,6 +170,15 @@ BAD = {  # by reason: records that are of no use
         {"question": "a", "chosen": "b c", "rejected": "b c"},
         {"question": "a", "chosen": "b c", "rejected": " b  c\n"},
         {"question": "a", "chosen": "\u00e9", "rejected": "e\u0301"}],
+    "a system text beside a chosen answer": [
+        {"image": "a.png", "system": "Be brief.", "question": "a", "chosen": "b", "rejected": "c"}],
+    "it has history": [{"instruction": "a", "output": "b", "history": [["c", "d"]]}],
+    "it has tools": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                      "tools": [{"type": "function"}]}],
+    "not to be learned": [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"} | how]}
+        for how in ({"weight": 0}, {"weight": 0.0}, {"train": False})] + [
+        {"conversations": MORE + [MORE[0], MORE[1] | {"train": False}]}],
     "half a character": [{"instruction": "a", "output": "\ud83d"}],
 }
 
@@ -614,9 +627,14 @@ SAID = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
     ({"images": ["a.png"], "conversations": SEEN}, SEEN, 1), ({"images": "a.png", "conversations": SEEN}, SEEN, 1),
     ({"image": "", "images": ["a.png"] * 2, "conversations": MORE}, MORE, 2),
     ({"image": None, "image_path": "a.png", "conversations": SEEN}, SEEN, 1),
+    ({"system": "Be brief.", "messages": SAID[1:]}, SYSTEM + MORE, 0),
+    ({"system": "Be brief.", "images": ["a.png"], "conversations": SEEN}, SYSTEM + SEEN, 1),
+    ({"system": "Be brief.", "instruction": "And?", "output": "A cat."}, SYSTEM + MORE, 0),
+    ({"images": ["a.png"], "messages": PARTS}, TALK, 1),
+    ({"messages": [SAID[1] | {"weight": 0}, SAID[2] | {"weight": 1, "train": None}]}, MORE, 0),
     ({"messages": SAID}, SYSTEM + MORE, 0), ({"messages": SAID, "images": ["a.png"]}, SYSTEM + MORE, 1)])
 def test_other_words_for_the_same(raw, turns, count, prepare, tmp_path):
-    """`images`, `image_path` and `messages`."""
+    """`images`, `image_path`, `messages`, also in parts, and `system`."""
     code, out, err, made = llava(prepare, tmp_path, [{"conversations": MORE}, raw], "--val_fraction=0")
     assert made["train"][1]["conversations"] == turns and len(images.images_of(made["train"][1])) == count
 
