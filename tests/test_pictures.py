@@ -326,7 +326,8 @@ def test_pictures_that_viewers_open(tmp_path):
 
 @pytest.mark.parametrize("values, gray", [
     (np.float32([0, 0.5, 1, np.nan]), [0, 128, 255, 0]), (np.float32([0, 100, 200, np.nan]), [0, 100, 200, 0]),
-    (np.float32([-np.inf, 0.2, 1, np.inf]), [0, 51, 255, 255]), (np.float32([np.nan] * 4), [0] * 4),
+    (np.float32([-np.inf, 0.2, 1, np.inf]), [0, 51, 255, 255]), (np.float32([-0.02, 0.2, 1, 1.02]), [0, 51, 255, 255]),
+    (np.float32([0, 2, 3, 255]), [0, 2, 3, 255]), (np.float32([np.nan] * 4), [0] * 4),
     (np.uint16([0, 257, 65535, 25700]), [0, 1, 255, 100])])
 def test_deep_gray_becomes_8_bits(values, gray, tmp_path):
     Image.fromarray(values[None]).save(tmp_path / "a.tiff")
