@@ -346,13 +346,16 @@ def build(cfg, shape, records, source):
                 if getattr(cfg, key) not in (None, have):
                     raise config.Mistake(f"{source} was trained with {key}={have}; leave the key out")
         else:
+            if source and adapter.is_adapter(source) and sees(base := adapter.base_of(source)):
+                raise config.Mistake(f"{source} does not see, as its base model {base} does: go on from that one, or "
+                                     "merge the adapter to begin with new eyes")
             pretrained = "encoder" not in STAGES[cfg.stage]
             encoder = vision.make_encoder(cfg.encoder or "vit_b_16", cfg.vit_weights, pretrained)
             add, count = (with_frame, len(FRAME) + 1) if encoder.llama4 else (with_image, 1)
             if source:
                 tok, *ids = add(adapter.load_tokenizer(source))
                 llama = adapter.load(source, torch.float32, **kept)
-                if not cfg.lora_rank:
+                if "llama" not in STAGES[cfg.stage] or encoder.llama4:  # else its adapter, if it has one, goes on
                     lora.merge(llama)
                 llama = adapter.grow(llama.requires_grad_(True), tok.vocab_size)
             else:

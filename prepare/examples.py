@@ -9,7 +9,7 @@ tokens (P), NL for the line's end after it, E for the end, and captions "a b" an
     positions  0   1  2  3  4  5  3  4      so that the second caption does not see the first: `Decoder.masks`
 """
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -118,9 +118,10 @@ def rows_of(record, tok, number):
     preferences is two rows, chosen and rejected. Raises ValueError or `Mistake` for a record that is of no use."""
     talks, rows = images.talks_of(record), []
     pictures = tuple(number.setdefault(p, len(number)) for p in images.images_of(record))
+    captions = tuple(record.get("captions", ()))
     for kind, talk in talks:
         answer = next(text for role, text in talk if role == "assistant")
-        answers = tuple(record["captions"]) if kind == "caption" else (answer,)
+        answers = captions if kind == "caption" else (answer,)
         ids, learn, trunk = lesson(tok, kind, talk, len(pictures))
         rows.append(Row(ids, learn, pictures, answers, kind, trunk))
     return rows
@@ -231,11 +232,10 @@ class Examples:
 
     def questions(self, most=None):
         """One row for each picture and prompt (not one for each of its captions), or as many of them, spread evenly."""
-        seen = {}
-        for rows in self.examples:
-            for row in rows:
-                if row.kind != "rejected":
-                    first = seen.setdefault((row.kind, row.pictures, row.prompt().tobytes()), row)
-                    first.answers = tuple(dict.fromkeys((*first.answers, *row.answers)))
-        rows = list(seen.values())
+        seen = {}  # {question: (its first row, {id of a record's answers: they})}: each record counts once
+        for row in (row for rows in self.examples for row in rows if row.kind != "rejected"):
+            _, records = seen.setdefault((row.kind, row.pictures, row.prompt().tobytes()), (row, {}))
+            records[id(row.answers)] = row.answers
+        rows = [replace(row, answers=tuple(a for some in records.values() for a in some))
+                for row, records in seen.values()]
         return [rows[i] for i in np.linspace(0, len(rows) - 1, min(most or len(rows), len(rows))).astype(int)]

@@ -71,11 +71,12 @@ class Pictures:
         """Have the frozen encoder see every picture once, as float16 in files that later runs find again."""
         from tqdm import tqdm
         shape = self.encoder.grid ** 2, self.encoder.width
-        count = min(len(self.names), int(limit * 2**30 / (2 * shape[0] * shape[1])))
         place = self.folder / "features"
+        barred = not os.access(place if place.is_dir() else self.folder, os.W_OK)
+        count = 0 if barred else min(len(self.names), int(limit * 2**30 / (2 * shape[0] * shape[1])))
         print0(f"features   {count:,} of {len(self.names):,} pictures x {shape[0]} x {shape[1]}, "
                f"{count * shape[0] * shape[1] * 2 / 2**30:.2f} of at most {limit:g} GiB (feature_gb) in {place}"
-               + "; the others are encoded at each use" * (count < len(self.names)))
+               + ", which is read-only" * barred + "; the others are encoded at each use" * (count < len(self.names)))
         if not count:
             self.kept = np.empty((0, *shape))
             return
@@ -121,19 +122,23 @@ def whole(path, shape, dtype):
 
 
 def fingerprint(pictures, *splits):
-    """Stands for the examples of these splits as they are read, in their order, and for the files of their pictures."""
+    """Stands for the examples of these splits as they are read, in their order, for the files of their pictures, and,
+    after a "+", for the pixels of those that are rows of images.npy, whose size tells little."""
     sizes = [pictures.stat(name).st_size for name in pictures.names]
     digest = hashlib.sha256(json.dumps([pictures.names, sizes]).encode())
     for row in (row for data in splits for rows in data.examples for row in rows):
         digest.update(row.ids.tobytes() + row.learn.tobytes() + json.dumps(row.pictures).encode())
-    return digest.hexdigest()
+    rows, pixels = [name for name in pictures.names if isinstance(name, int)], hashlib.sha256()
+    for row in rows:
+        pixels.update(pictures.array[row].tobytes())
+    return digest.hexdigest() + f"+{pixels.hexdigest()}" * bool(rows)
 
 
 def read_references(path, pairs):
     """What a reference model thinks of pairs of answers, as a run saved it. pairs: their `fingerprint`."""
     with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
         saved = torch.load(path, weights_only=True)
-    if not isinstance(saved, dict) or saved.get("pairs") != pairs:
+    if not isinstance(saved, dict) or saved.get("pairs") not in (pairs, pairs.partition("+")[0]):  # once without pixels
         raise config.Mistake(f"{path} belongs to other pairs of answers: go on with the data and the block_size that "
                              "this run began with, or begin anew with another --out_dir")
     return saved["references"]

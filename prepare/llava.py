@@ -6,10 +6,11 @@
     python prepare/llava.py --input llava.json ultrachat.jsonl --images images     # several files are mixed
 
 A record has "conversations", or OpenAI's "messages", or "instruction" and "output", or "question", "chosen" and
-"rejected"; "image", "images" or "image_path", the first that is not empty, name files under the pictures' folder
-(without them, the record is text only). Those whose `<image>` marks do not match their pictures, that say nothing, or
-that are about a video, are counted and left out. Pictures are held out for validation, with all that is said about
-them, by a hash of their files; records without one by a hash of their text.
+"rejected"; a conversation begins with "system", if it is there. "image", "images" or "image_path", the first that is
+not empty, name files under the pictures' folder (without them, the record is text only). Those whose `<image>` marks do
+not match their pictures, that say nothing, that are about a video, or that hold what is not learned here (history,
+tools, answers with "weight": 0 or "train": false), are counted and left out. Pictures are held out for validation, with
+all that is said about them, by a hash of their files; records without one by a hash of their text.
 """
 import json
 import sys
@@ -34,10 +35,25 @@ class Settings:
 FROM = {role: name for name, role in images.ROLES.items()}
 
 
-def turns_of(messages):
-    """LLaVA's conversations of OpenAI's messages."""
-    images.need(isinstance(messages, list) and {*map(type, messages)} == {dict}, "its messages are not a list of turns")
-    return [{"from": FROM.get(str(m.get("role"))), "value": m.get("content")} for m in messages]
+def text_of(content):
+    """The text of a turn's content: a text, or OpenAI's list of parts, in which a mark stands for each picture. What is
+    neither stays as it is."""
+    if not isinstance(content, list) or {*map(type, content)} != {dict}:
+        return content
+    texts = [images.IMAGE + "\n" if part.get("type") in ("image", "image_url") else
+             part.get("text") if part.get("type") == "text" else None for part in content]
+    return "".join(texts) if {*map(type, texts)} == {str} else content
+
+
+def turns_of(raw, key):
+    """LLaVA's turns of a record's conversations or of OpenAI's messages."""
+    turns = raw[key]
+    images.need(isinstance(turns, list) and {*map(type, turns)} == {dict}, f"its {key} are not a list of turns")
+    unlearned = [t.get("from", t.get("role")) for t in turns if 0 in (t.get("weight"), t.get("train"))]  # False is 0
+    images.need("gpt" not in unlearned and "assistant" not in unlearned, "it has answers that are not to be learned")
+    if key == "messages":
+        turns = [{"from": FROM.get(str(m.get("role"))), "value": m.get("content")} for m in turns]
+    return [turn | {"value": text_of(turn.get("value"))} for turn in turns]
 
 
 def record_of(raw, place):
@@ -47,16 +63,18 @@ def record_of(raw, place):
     pictures = images.images_of({"image": next((some for some in named if some not in (None, "", [])), None)})
     pictures = [p for p in pictures if p not in (None, "")]
     images.need(all(isinstance(p, str) and "\0" not in p for p in pictures), "its image is not the name of a file")
-    made = {k: raw[k] for k in ("conversations", "question", "chosen", "rejected") if raw.get(k)}
-    if raw.get("messages") and "conversations" not in made:
-        made["conversations"] = turns_of(raw["messages"])
+    for key in "history", "tools", "functions":
+        images.need(not raw.get(key), f"it has {key}, which are not learned beside pictures")
+    made, system = {k: raw[k] for k in ("question", "chosen", "rejected") if raw.get(k)}, raw.get("system")
     if "chosen" in made:
-        made.pop("conversations", None)
-    elif "conversations" not in made:
-        asked = [text for text in (raw.get("instruction"), raw.get("input")) if text]
-        images.need(all(isinstance(text, str) for text in asked), "one of its texts is empty or no text")
-        made = {"conversations": [{"from": "human", "value": "\n\n".join(asked)},
-                                  {"from": "gpt", "value": raw.get("output")}]}
+        images.need(not system, "it has a system text beside a chosen answer")
+    else:
+        talk = next((turns_of(raw, key) for key in ("conversations", "messages") if raw.get(key)), None)
+        if talk is None:
+            asked = [text for text in (raw.get("instruction"), raw.get("input")) if text]
+            images.need(all(isinstance(text, str) for text in asked), "one of its texts is empty or no text")
+            talk = [{"from": "human", "value": "\n\n".join(asked)}, {"from": "gpt", "value": raw.get("output")}]
+        made["conversations"] = [{"from": "system", "value": system}] * bool(system) + talk
     paths = [str(picture_files.find(place / p).resolve()) for p in pictures]
     return made | ({"image": paths if len(paths) > 1 else paths[0]} if paths else {})
 

@@ -69,7 +69,8 @@ def _rgb(image):
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these instead of scaling them
         x = np.asarray(image, np.float32)
         most = x.max(initial=0, where=np.isfinite(x))
-        top = next(t for t in (1 if image.mode == "F" else 255, 255, 65535, most) if most <= t)
+        small = image.mode == "F" and most <= 2  # from 0 to 1, of which resizing can leave a little more
+        top = 1 if small else next(t for t in (255, 65535, most) if most <= t)
         x = np.where(x == image.info.get("transparency", np.nan), top, np.nan_to_num(x).clip(0, top))
         image = Image.fromarray((x * (255 / top)).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:

@@ -24,6 +24,9 @@ from prepare import llava as llava_script
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 MORE = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "A cat."}]
 SYSTEM = [{"from": "system", "value": "Be brief."}]
+PARTS = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}},
+                                      {"type": "text", "text": "What?"}]},
+         {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}]
 
 
 @pytest.fixture
@@ -143,7 +146,8 @@ BAD = {  # by reason: records that are of no use
     "1 pictures and 2 <image> marks": [
         {"image": "a.png", "conversations": TALK + TALK},
         {"image": "a.png", "question": "<image><image>?", "chosen": "a", "rejected": "b"}],
-    "2 pictures and 1 <image> marks": [{"image": ["a.png", "a.png"], "conversations": TALK}],
+    "2 pictures and 1 <image> marks": [{"image": ["a.png", "a.png"], "conversations": TALK},
+                                       {"image": ["a.png", "a.png"], "messages": PARTS}],
     "0 pictures and 1 <image> marks": [{"conversations": TALK}, {"image": "", "conversations": TALK}],
     "from human to gpt and back": [
         {"conversations": MORE[::-1]}, {"conversations": SYSTEM}, {"conversations": MORE + SYSTEM},
@@ -166,6 +170,15 @@ BAD = {  # by reason: records that are of no use
         {"question": "a", "chosen": "b c", "rejected": "b c"},
         {"question": "a", "chosen": "b c", "rejected": " b  c\n"},
         {"question": "a", "chosen": "\u00e9", "rejected": "e\u0301"}],
+    "a system text beside a chosen answer": [
+        {"image": "a.png", "system": "Be brief.", "question": "a", "chosen": "b", "rejected": "c"}],
+    "it has history": [{"instruction": "a", "output": "b", "history": [["c", "d"]]}],
+    "it has tools": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                      "tools": [{"type": "function"}]}],
+    "not to be learned": [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"} | how]}
+        for how in ({"weight": 0}, {"weight": 0.0}, {"train": False})] + [
+        {"conversations": MORE + [MORE[0], MORE[1] | {"train": False}]}],
     "half a character": [{"instruction": "a", "output": "\ud83d"}],
 }
 
@@ -313,7 +326,8 @@ def test_pictures_that_viewers_open(tmp_path):
 
 @pytest.mark.parametrize("values, gray", [
     (np.float32([0, 0.5, 1, np.nan]), [0, 128, 255, 0]), (np.float32([0, 100, 200, np.nan]), [0, 100, 200, 0]),
-    (np.float32([-np.inf, 0.2, 1, np.inf]), [0, 51, 255, 255]), (np.float32([np.nan] * 4), [0] * 4),
+    (np.float32([-np.inf, 0.2, 1, np.inf]), [0, 51, 255, 255]), (np.float32([-0.02, 0.2, 1, 1.02]), [0, 51, 255, 255]),
+    (np.float32([0, 2, 3, 255]), [0, 2, 3, 255]), (np.float32([np.nan] * 4), [0] * 4),
     (np.uint16([0, 257, 65535, 25700]), [0, 1, 255, 100])])
 def test_deep_gray_becomes_8_bits(values, gray, tmp_path):
     Image.fromarray(values[None]).save(tmp_path / "a.tiff")
@@ -593,11 +607,13 @@ def test_what_an_earlier_preparation_left_is_no_split_of_this_one(tmp_path):
 
 
 def test_answers_of_one_question_in_several_records_count_together(tmp_path):
-    """Five lines of one caption are scored as one line of five; a rejected answer is no reference."""
-    lines = [{"image": "a", "captions": [text]} for text in ("A dog.", "A brown dog.", "A dog.")]
+    """Five captions in one line or in five count alike, equal ones each, as pycocoevalcap averages over all; a rejected
+    answer is no reference."""
+    lines = [{"image": "a", "captions": some} for some in (["A dog."], ["A brown dog.", "A dog."], ["A dog."])]
     data, _ = read_examples(tmp_path, lines, 60)
-    row, = data.questions()
-    assert row.answers == ("A dog.", "A brown dog.")
+    for _ in range(2):  # to ask again changes nothing
+        row, = data.questions()
+        assert row.answers == ("A dog.", "A brown dog.", "A dog.", "A dog.")
     data, _ = read_examples(tmp_path, [{"image": "a", "question": "q", "chosen": "yes", "rejected": "no"}], 60)
     row, = data.questions()
     assert row.kind == "chosen" and row.answers == ("yes",)
@@ -612,9 +628,14 @@ SAID = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
     ({"images": ["a.png"], "conversations": SEEN}, SEEN, 1), ({"images": "a.png", "conversations": SEEN}, SEEN, 1),
     ({"image": "", "images": ["a.png"] * 2, "conversations": MORE}, MORE, 2),
     ({"image": None, "image_path": "a.png", "conversations": SEEN}, SEEN, 1),
+    ({"system": "Be brief.", "messages": SAID[1:]}, SYSTEM + MORE, 0),
+    ({"system": "Be brief.", "images": ["a.png"], "conversations": SEEN}, SYSTEM + SEEN, 1),
+    ({"system": "Be brief.", "instruction": "And?", "output": "A cat."}, SYSTEM + MORE, 0),
+    ({"images": ["a.png"], "messages": PARTS}, TALK, 1),
+    ({"messages": [SAID[1] | {"weight": 0}, SAID[2] | {"weight": 1, "train": None}]}, MORE, 0),
     ({"messages": SAID}, SYSTEM + MORE, 0), ({"messages": SAID, "images": ["a.png"]}, SYSTEM + MORE, 1)])
 def test_other_words_for_the_same(raw, turns, count, prepare, tmp_path):
-    """`images`, `image_path` and `messages`."""
+    """`images`, `image_path`, `messages`, also in parts, and `system`."""
     code, out, err, made = llava(prepare, tmp_path, [{"conversations": MORE}, raw], "--val_fraction=0")
     assert made["train"][1]["conversations"] == turns and len(images.images_of(made["train"][1])) == count
 

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+import unicodedata
 
 import pytest
 
@@ -29,6 +30,8 @@ def test_an_exact_answer_means_the_same(text, answer, same):
 
 @pytest.mark.parametrize("text, answer, same", [
     ("a dog runs", "A dog runs.", True), ("A dog, running!", "a dog running", True), ("a t-shirt", "a t shirt", True),
+    ("a heart \u2764\ufe0f", "A heart \u2764.", True),
+    ("\U0001f468\u200d\U0001f469 a", "a", True), ("a 1\ufe0f\u20e3", "a", False),
     ("a dog runs", "a dog run", False), ("!", "?", False), ("", "...", False),
     ("\u0915\u093f", "\u0915\u0940", False), ("\u72d7\u3002", "\u72d7", True)])  # vowel signs are no punctuation
 def test_captions_keep_their_looser_rule(text, answer, same):
@@ -51,18 +54,26 @@ def test_scores_that_cannot_be_are_said(capsys):
     assert nothing["CIDEr-D"] == 0 and nothing["BLEU-4"] < 1e-3
 
 
+ODD = ["\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902", "\u0e17\u0e35\u0e48\u0e19\u0e35\u0e48",
+       "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd", "cafe\u0301 au lait", "\u201cStop\u201d he said",
+       "\u2018quoted\u2019 words", "a \u2013 b \u2014 c", "\u00ab bonjour \u00bb", "a heart \u2764\ufe0f a\u200bb",
+       "a -5 degree", "+3 .5 $-5 --5 5-6 (-5.5)", "O'Brien's l'\u00e9cole qu'il", "s'il t'aime caption'i Ho'ohu",
+       "slip n'slide", "rock'n'roll", "Slip'n' Slide"]
+
+
 def test_words_are_those_of_pycocoevalcap():
     """Of a thousand photos' captions, its Java tokenizer gives the same words in all but one in a thousand."""
     pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap")
     if not shutil.which("java"):
         pytest.skip("the oracle is a Java program")
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    texts = ["A man (left) and a \"dog\" -- it's 50% of $5.00 & more; they've don't: 10:30 a.m. e-mail...",
+    texts = [*ODD, "A man (left) and a \"dog\" -- it's 50% of $5.00 & more; they've don't: 10:30 a.m. e-mail...",
              "The boys' toys. We cannot see Mr. Smith's t-shirt at 3 o'clock!"]
     source = real_data("flickr8k")
     texts += [t for some in list(flickr8k.captions(source).values.values())[:1000] for t in some]
     texts += [" ".join(a["caption"].split()) for a in
               json.loads((real_data("coco_mini") / "captions_val2017.json").read_text())["annotations"]][:5000]
     theirs = PTBTokenizer().tokenize({i: [{"caption": t}] for i, t in enumerate(texts)})
-    wrong = [(t, theirs[i]) for i, t in enumerate(texts) if [scores.words(t)] != theirs[i]]
-    assert len(wrong) <= 10 and not {0, 1} & {texts.index(t) for t, _ in wrong}, wrong
+    wrong = [(i, t, theirs[i]) for i, t in enumerate(texts)
+             if scores.words(t) != unicodedata.normalize("NFC", theirs[i][0])]
+    assert len(wrong) <= 10 and (not wrong or wrong[0][0] >= len(ODD) + 2), wrong

@@ -160,8 +160,18 @@ def test_references_belong_to_their_pairs(start, tmp_path):
         with pytest.raises(config.Mistake, match="other pairs of answers"):
             vlm.fit(replace(more, block_size=block_size), {})
     data_set(data, pairs)
+    array = np.load(data / "images.npy")
+    np.save(data / "images.npy", 255 - array)
+    with pytest.raises(config.Mistake, match="other pairs of answers"):
+        vlm.fit(more, {})
+    np.save(data / "images.npy", array)
     vlm.fit(more, {})
     assert runs.read_log(tmp_path / "run/log.jsonl")[-1]["step"] == 3
+    path = runs.common_latest(tmp_path / "run") / "reference.pt"
+    saved = torch.load(path)
+    torch.save(saved | {"pairs": saved["pairs"].partition("+")[0]}, path)  # as runs of before have it
+    vlm.fit(replace(more, max_iters=4), {})
+    assert torch.load(runs.common_latest(tmp_path / "run") / "reference.pt")["pairs"] == saved["pairs"]
 
 
 # -- eyes ----------------------------------------------------------------------------------------------------------
@@ -258,6 +268,17 @@ def test_feature_gb_is_for_the_whole_folder(start, tmp_path, capsys):
         for path in place.glob("*"):  # a clock that does not stand still
             os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 10**9))
     assert [seen[number, "new"] for number in range(3)] == [False, True, True]  # 0 stayed, 1 was made twice
+
+
+def test_features_are_not_kept_where_that_cannot_be(start, tmp_path, monkeypatch, capsys):
+    """A data set's folder that one may only read: each use encodes anew, and says why."""
+    data = data_set(tmp_path / "data", [{"image": i, "captions": ["x"]} for i in range(6)])
+    encoder = vlm.Vlm.from_pretrained(start / "run").encoder
+    monkeypatch.setattr(features.os, "access", lambda path, mode: (path, mode) != (data, os.W_OK))  # root may always
+    pictures = features.Pictures(data, list(range(6)), encoder, torch.float32, 1.0)
+    assert "features, which is read-only; the others are encoded at each use" in capsys.readouterr().out
+    assert not (data / "features").exists()
+    assert torch.equal(pictures([5, 2]), pictures.encode([5, 2]))
 
 
 def test_a_save_reads_the_frozen_encoder_and_the_pairs_no_more(start, tmp_path, monkeypatch):
@@ -461,6 +482,16 @@ def test_trace(start, photos, capsys):
         vlm.main(USE | dict(init_from=str(start / "run"), trace=True), {})
 
 
+def plain_llama(folder):
+    """A folder with a Llama that does not see."""
+    torch.manual_seed(0)
+    llama = model.Llama(train.shape_from(model.PRESETS["stories15m"], SHAPE | dict(
+        vocab_size=258, context=64, eos_ids=(257,))))
+    llama.save_pretrained(folder)
+    tokenizer.byte().save(folder)
+    return folder
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_lora(plain, start, tmp_path, photos, capsys):
     """On a Llama that sees, and on a plain one, which gets a token for pictures: the run holds adapter and projector,
@@ -470,13 +501,7 @@ def test_lora(plain, start, tmp_path, photos, capsys):
     base = start / "run"
     shutil.copy(base / "encoder.safetensors", tmp_path / "eyes.safetensors")
     eyes = dict(encoder="vit_tiny", vit_weights=str(tmp_path / "eyes.safetensors")) if plain else dict(encoder=None)
-    if plain:
-        base = tmp_path / "plain"
-        torch.manual_seed(0)
-        llama = model.Llama(train.shape_from(model.PRESETS["stories15m"], SHAPE | dict(
-            vocab_size=258, context=64, eos_ids=(257,))))
-        llama.save_pretrained(base)
-        tokenizer.byte().save(base)
+    base = plain_llama(tmp_path / "plain") if plain else base
     before = {path.name: path.read_bytes() for path in base.glob("*.safetensors")}
     cfg = settings(start / "data", tmp_path / "run", stage="instruct", init_from=str(base), lora_rank=2, **eyes)
     vlm.fit(replace(cfg, learning_rate=0.1, warmup_iters=0), {})
@@ -511,6 +536,29 @@ def test_lora(plain, start, tmp_path, photos, capsys):
     assert torch.allclose(merged(idx)[0], llama(idx)[0], atol=1e-5)
     with pytest.raises(config.Mistake, match="stage align leaves"):
         vlm.main(dict(stage="align", init_from=str(base), lora_rank=2), {})
+
+
+def test_from_an_adapter_that_learned_text(start, tmp_path):
+    """Where the Llama learns, its adapter goes on and its base stays, as without pictures; where not, it is merged; the
+    eyes of its base are not left out in silence."""
+    from safetensors.torch import load_file
+    shutil.copy(start / "run/encoder.safetensors", tmp_path / "eyes.safetensors")
+    eyes = dict(encoder="vit_tiny", vit_weights=str(tmp_path / "eyes.safetensors"))
+    for name, base in ("text", plain_llama(tmp_path / "plain")), ("blind", start / "run"):
+        llama = adapter.load(base, torch.float32, new=(4, 8, base, 0))
+        adapter.save(llama, tmp_path / name)
+    for stage, whole in ("instruct", False), ("together", False), ("align", True):
+        out = tmp_path / stage
+        cfg = settings(start / "data", out, stage=stage, init_from=str(tmp_path / "text"), **eyes)
+        vlm.fit(replace(cfg, learning_rate=0.1, warmup_iters=0), {})
+        assert [(out / f"{name}.safetensors").exists() for name in ("model", "adapter_model")] == [whole, not whole]
+        if not whole:
+            before, after = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "text", out))
+            assert before.keys() == after.keys() and not any(torch.equal(before[n], after[n]) for n in before)
+            vlm.fit(replace(cfg, init_from="resume", max_iters=3), {})
+    with pytest.raises(config.Mistake, match="does not see, as its base model .*run does"):
+        vlm.fit(settings(start / "data", tmp_path / "new", stage="instruct", init_from=str(tmp_path / "blind"), **eyes),
+                {})
 
 
 @pytest.mark.parametrize("keys, said", [
