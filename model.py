@@ -844,10 +844,11 @@ class KVCache:
     def rewind(self, length):
         """Forget all but the first `length` tokens of each row, as a chat does whose text has changed; returns how many
         are kept. With chunks of 4, rows of 6 tokens can go back to 5 or 4, but not to 3: the slots of positions 0 and 1
-        hold 4 and 5 by now, so they go back to where that chunk begins, to 0."""
+        hold 4 and 5 by now, so they go back to where that chunk begins, to 0. So do rows of 4: they may have had more,
+        and have come back to here."""
         longest, chunk = int(self.lengths.max()), self.cfg.chunk
         length = min(length, longest)
-        if 0 < chunk < self.size and length // chunk != (longest - 1) // chunk:
+        if 0 < chunk < self.size and length // chunk != longest // chunk:
             length = length // chunk * chunk
         self.lengths.clamp_(max=length)
         return length

@@ -829,22 +829,25 @@ def test_a_cache_takes_a_text_in_any_pieces(name, changes):
 @torch.no_grad()
 @pytest.mark.parametrize("name, changes", CHUNKED)
 def test_a_cache_that_was_rewound_goes_on_from_there(name, changes):
+    """Also twice in a row: the first may have ended where a chunk begins."""
     cfg, generator = tiny(name, **changes), torch.Generator().manual_seed(0)
     model, texts = build(cfg), [tokens(2, 40, seed=s) for s in range(30)]
     cache, held = KVCache(cfg, 2, 6), texts[0][:, :0]
     for i, text in enumerate(texts):
-        back = held.shape[1] if i % 10 == 9 else 3  # mostly a few tokens, so that it grows
-        wanted = held.shape[1] + 2 - int(torch.randint(back + 3, (), generator=generator))
-        wanted = max(wanted, 0)
-        length = cache.rewind(wanted)
-        chunk = cfg.chunk if cfg.chunk < cache.size else 0
-        least = wanted // chunk * chunk if chunk else wanted  # back to the beginning of a chunk at most
-        assert min(least, held.shape[1]) <= length <= min(wanted, held.shape[1])
-        assert chunk or length == min(wanted, held.shape[1])
+        for _ in range(1 + i % 2):
+            back = held.shape[1] if i % 10 == 9 else 3  # mostly a few tokens, so that it grows
+            wanted = held.shape[1] + 2 - int(torch.randint(back + 3, (), generator=generator))
+            wanted = max(wanted, 0)
+            length = cache.rewind(wanted)
+            chunk = cfg.chunk if cfg.chunk < cache.size else 0
+            least = wanted // chunk * chunk if chunk else wanted  # back to the beginning of a chunk at most
+            assert min(least, held.shape[1]) <= length <= min(wanted, held.shape[1])
+            assert chunk or length == min(wanted, held.shape[1])
+            held = held[:, :length]
         more = int(torch.randint(1, 9, (), generator=generator))
         if length + more > cache.size:
             cache.grow(length + more)
-        held = torch.cat((held[:, :length], text[:, :more]), 1)
+        held = torch.cat((held, text[:, :more]), 1)
         got = model(text[:, :more], cache=cache)[0]
         torch.testing.assert_close(got, model(held)[0][:, length:], atol=1e-5, rtol=1e-5)
     assert cache.size > 20
