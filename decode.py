@@ -115,7 +115,8 @@ class Int4Linear(Int8Linear):
         """weight and scale for a matrix (out, in)."""
         groups = weight.float().unflatten(1, (-1, cls.GROUP))  # (out, n, 32)
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-        scale = ((high - low) / 15).bfloat16().float()  # rounded first, as the kernel has both in bfloat16
+        scale = torch.where(high == low, low.abs() / 8, (high - low) / 15)  # equal weights want some scale too
+        scale = scale.bfloat16().float()  # rounded first, as the kernel has both in bfloat16
         scale = torch.where(scale == 0, 1, scale)
         zero = (low + 8 * scale).bfloat16().float()
         q = ((groups - zero) / scale).round().add(8).clamp(0, 15).flatten(1).to(torch.uint8)  # (out, in)
