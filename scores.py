@@ -68,7 +68,7 @@ def eval_batches(windows, spans):
 
 def bits_per_byte(loss, windows):
     """Nats per token over these windows -> bits per byte of the text, which does not depend on the tokenizer."""
-    return loss / math.log(2) * (np.diff(windows.in_order()) - 1).sum().item() / windows.split.bytes
+    return loss / math.log(2) * windows.targets() / windows.split.bytes
 
 
 # -- HellaSwag ---------------------------------------------------------------------------------------------------

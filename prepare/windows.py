@@ -4,6 +4,7 @@ There is no loader state to save or to lose: resuming is exact, and the order do
 processes, each of which takes its own rows of a step's batch.
 """
 import bisect
+import heapq
 from functools import lru_cache
 
 import numpy as np
@@ -86,7 +87,7 @@ class Windows:
 
     def targets(self):
         """Targets of all windows in order."""
-        return len(self.split) - 1
+        return int((np.diff(self.in_order()) - 1).sum())
 
     def empty(self, count):
         """Inputs and targets of `count` windows without any token, (count, block_size) int64 each."""
@@ -155,15 +156,21 @@ def windows_of(split, cfg, bos_id=None):
 def best_fit(sizes, room):
     """Put things of these sizes into rows of this room: the largest first, each into the fullest row that has room for
     it (best fit decreasing). Returns the numbers of the things in each row, a list of lists."""
-    rows, free = [], []  # free: sorted (room left, row)
+    rows = [[] for _ in sizes]  # more than are needed
+    free, lefts = {room: list(range(len(rows)))}, [room]  # {room left: heap of rows}, sorted keys
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        at = bisect.bisect_left(free, (sizes[i], 0))
-        left, row = free.pop(at) if at < len(free) else (room, len(rows))
-        if row == len(rows):
-            rows.append([])
+        at = bisect.bisect_left(lefts, sizes[i])
+        left = lefts[at]
+        row = heapq.heappop(free[left])
         rows[row].append(i)
-        bisect.insort(free, (left - sizes[i], row))
-    return rows
+        if not free[left]:
+            del free[lefts.pop(at)]
+        left -= sizes[i]
+        if left not in free:
+            free[left] = []
+            bisect.insort(lefts, left)
+        heapq.heappush(free[left], row)
+    return [row for row in rows if row]
 
 
 def document_positions(x, bos_id):

@@ -461,6 +461,21 @@ def test_packing_is_best_fit():
     assert max(fill) <= 64
 
 
+@pytest.mark.parametrize("least, room", [(1, 64), (1, 1), (20, 300), (0, 5)])
+def test_packing_takes_the_fullest_row_with_room_and_the_earliest_of_those(least, room):
+    """The order of the windows hangs on it, so a run goes on with the data that it had only if no row changes."""
+    sizes = np.random.default_rng(room).integers(least, room + 1, 300).tolist()
+    rows, left = [], []
+    for i in sorted(range(300), key=lambda i: -sizes[i]):
+        _, row = min([(n, row) for row, n in enumerate(left) if n >= sizes[i]], default=(room, len(rows)))
+        if row == len(rows):
+            rows.append([])
+            left.append(room)
+        rows[row].append(i)
+        left[row] -= sizes[i]
+    assert best_fit(sizes, room) == rows
+
+
 @pytest.mark.slow  # a quarter of a minute to import TRL
 def test_packing_is_that_of_trl():
     trl = pytest.importorskip("trl", reason="TRL, the oracle of packing, is not installed")

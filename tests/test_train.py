@@ -318,6 +318,7 @@ def test_windows_of_whole_documents(words):
         assert len(ends) == 0 or ends[0] - s > 33 or any(a <= s and b >= ends[0] for a, b in spans)
     assert sorted(map(tuple, windows.epoch(3).tolist())) == sorted(map(tuple, spans.tolist()))
     assert windows.packing_efficiency == pytest.approx(len(targets) / len(spans) / 32)
+    assert windows.targets() == len(targets) < len(ids) - 1
 
 
 def test_evaluation_counts_each_token_once(words):
