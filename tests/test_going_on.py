@@ -78,6 +78,20 @@ def test_going_on_keeps_the_settings(run, monkeypatch, capsys):
     assert capsys.readouterr().out == ""  # its epochs have become max_iters
 
 
+@pytest.mark.parametrize("key, had, other", [
+    ("head_copy", 0.0, 5.0), ("head_copy", 0.25, 0.5), ("model", "stories15m", "smollm2-135m"), ("lora_rank", 0, 4),
+    ("lora_rank", 4, 0)])
+def test_what_a_run_began_with_cannot_change(tmp_path, monkeypatch, key, had, other):
+    """A command of before may be given again; after that it is said that the key does nothing."""
+    settings = {"lora_rank": 0, "model": "stories15m", "head_copy": 0.0, "init_from": "base"} | {key: had}
+    (tmp_path / "run.json").write_text(json.dumps({"command": ["train.py"], "settings": settings, "model": {}}))
+    begun = flags(out_dir=tmp_path, init_from="resume")
+    assert getattr(read_settings(monkeypatch, *begun, f"--{key}={had}")[0], key) == had
+    with pytest.raises(config.Mistake, match=rf"began with {key}={had}, .* leave the key out"):
+        read_settings(monkeypatch, *begun, f"--{key}={other}")
+    assert read_settings(monkeypatch, *begun, f"--{key}={other}", "--eval_only")
+
+
 @pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize("part", ["", "best", "checkpoints/step_00000006"])
 def test_evaluating_a_run_says_what_its_log_says(run, tmp_path, monkeypatch, capsys, part, link):
