@@ -384,7 +384,7 @@ class Batch:
         """Whether a request waits or runs."""
         return any(not request.done for request in (*self.waiting, *self.running))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as `Llama.stream`
     def step(self):
         """[(request, its next token), ...]: the first of each that a row is free for, or else one of each that runs."""
         first = []
@@ -452,7 +452,7 @@ def decode_all(model, prompts, max_new_tokens, rows=16, seed=0, **how):
 
 # -- the likeliest text ------------------------------------------------------------------------------------------
 
-@torch.inference_mode()
+@torch.no_grad()  # as `Llama.stream`
 def beam_search(model, prompt, max_new_tokens, beams, stop_ids=frozenset()):
     """The continuation of a prompt (ids, or embeddings (T, D)) whose tokens have the highest mean log-probability among
     those that a search with so many beams finds: ids with the end token, if it came. As generate(num_beams=...) of

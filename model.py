@@ -685,7 +685,7 @@ class Llama(nn.Module):
         """Append token (B,) to the cache; returns the logits (B, V) of what follows it."""
         return self.lm_head(self.model(token[:, None], cache=cache)[0][:, 0])
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode, autocast would cast every matrix anew for each token
     def stream(self, prompt, max_new_tokens=1, eos_id=None, mask=None, cache=None, **sampling):
         """Yield the next token of every row, (B,) int64, until all rows have ended or the context is full.
 
@@ -729,7 +729,7 @@ class Llama(nn.Module):
         """idx (B, T) with up to max_new_tokens more tokens, (B, T + new). Arguments as for `stream` and `Sampling`."""
         new = list(self.stream(idx, max_new_tokens, eos_id, mask, temperature=temperature, top_k=top_k, top_p=top_p,
                                min_p=min_p, seed=seed))
-        torch.clear_autocast_cache()  # torch 2.10 keeps casts made in inference mode, of no use to a backward pass
+        torch.clear_autocast_cache()  # torch 2.10 keeps casts made without gradients, of no use to a backward pass
         return torch.cat((idx, torch.stack(new, 1)), 1) if new else idx
 
     # -- files: see checkpoint.py ------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def with_run(given, shape, keys=KEYS, prefix="", directory=None, only=None):
         need_script(directory, keys)
         for key in given.keys() & {"model", "lora_rank", "head_copy"}:  # heeded where a run begins
             if given[key] != (had := settings.get(key, given[key])):
-                raise config.Mistake(f"{directory} began with {key}={had}, which going on does not change: leave the key out")
+                raise config.Mistake(f"{directory} began with {key}={had}, and goes on with it: leave the key out")
     own = {"init_from", "out_dir", "eval_only", "eval", "split", "caption", "ask", "chat", "json"}  # of each call
     own |= {"head_copy", "epochs"}  # done once, in the weights; what max_iters was made of
     own |= {"hellaswag"} if given.get("eval_only") else set()

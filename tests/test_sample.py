@@ -5,10 +5,12 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
 import decode
@@ -369,6 +371,32 @@ def test_a_request_ends_where_it_is_asked_to_or_where_its_row_is_full():
     assert decode_all(model, [], 5) == []
 
 
+class Casts(TorchDispatchMode):
+    """How often each matrix of a model is cast, as autocast does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        casts = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to)  # the latter in inference mode
+        if casts and isinstance(args[0], torch.nn.Parameter) and args[0].dim() > 1:
+            self.counts[args[0]] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("way", [
+    lambda model: list(model.stream(torch.tensor([[1, 2, 3]]), 4)), lambda model: decode_all(model, [[1, 2, 3]], 4),
+    lambda model: decode.beam_search(model, [1, 2, 3], 4, 2)], ids=("stream", "batch", "beams"))
+def test_autocast_casts_each_matrix_once_for_all_tokens(way, packed):
+    model = build(tiny("llama-3.2-1b"))
+    model = to_decode(model) if packed else model
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        way(model)
+    assert len(casts.counts) > 10 and set(casts.counts.values()) == {1}
+
+
 def test_decode_all_takes_ids_and_embeddings_and_a_seed_for_each():
     """A text with pictures is embeddings."""
     model, prompts = build(tiny("llama4-tiny")), [ids for ids, _ in some_prompts()]
@@ -379,7 +407,7 @@ def test_decode_all_takes_ids_and_embeddings_and_a_seed_for_each():
     assert decode_all(model, embeds, 9, rows=4, seed=5, top_p=0.9) == want
     assert decode_all(model, [torch.tensor(ids) for ids in prompts], 9, rows=3, seed=5, top_p=0.9) == want
     idx = torch.tensor([prompts[0]])
-    model(idx, idx)[1].backward()  # nothing of inference mode is left in the model
+    model(idx, idx)[1].backward()  # nothing of decoding is left in the model
 
 
 @pytest.mark.parametrize("packed", [False, True])

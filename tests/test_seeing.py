@@ -20,6 +20,7 @@ import sample
 import train
 import vision
 import vlm
+from test_sample import Casts
 from prepare import features, images, picture_files, tokenizer
 
 SHAPE = dict(n_layer=1, n_head=2, n_kv_head=1, dim=32, head_dim=16, ffn_dim=48, vocab_size=300)
@@ -458,6 +459,22 @@ def test_sampling(start, photos, capsys):
         captions(temperature=1.0, num_beams=2)
     assert captions(num_beams=1) == greedy and captions(num_beams=3).count("\n") == 3
     vlm.main(USE | dict(init_from=str(start / "run"), ask=("what?", str(photos / "a.png")), temperature=1.5), {})
+
+
+def test_in_half_precision_nothing_of_the_llama_is_cast_at_a_token(start, photos):
+    """It is as near to what float32 computes as float32 weights under autocast are."""
+    how = USE | dict(init_from=str(start / "run"), dtype="bfloat16")
+    run, whole = (vlm.load(vlm.VlmConfig(**how), pack=pack) for pack in (True, False))
+    seen, canvas = vlm.look(run, str(photos / "a.png"))
+    with Casts() as casts:
+        run.texts([vlm.caption_prompt(run.tok)], seen, [canvas])
+    assert not {*casts.counts} & {*run.vlm.llama.parameters()}
+    idx = torch.tensor([[256, *run.vlm.picture_ids(), 10]])
+    with torch.no_grad():
+        exact = whole.vlm(idx, pictures=seen.float())[0]
+        with run.autocast:
+            errors = [(each.vlm(idx, pictures=seen)[0] - exact).norm() / exact.norm() for each in (run, whole)]
+    assert errors[0] < 1.5 * errors[1] < 0.02, errors
 
 
 def test_trace(start, photos, capsys):
