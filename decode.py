@@ -15,7 +15,7 @@ import torch.nn as nn
 import checkpoint
 import config
 from common import pick_dtype
-from model import KVCache, Linear, Llama, RMSNorm, Sampling, product_dtype
+from model import KVCache, Linear, Llama, RMSNorm, Sampling, product_dtype, without_gradients
 
 LEAST_BITS = {"router": 32, "lm_head": 8, "v_proj": 8, "down_proj": 8}  # with fewer the loss rises most, for little
 
@@ -384,7 +384,7 @@ class Batch:
         """Whether a request waits or runs."""
         return any(not request.done for request in (*self.waiting, *self.running))
 
-    @torch.no_grad()  # as `Llama.stream`
+    @without_gradients
     def step(self):
         """[(request, its next token), ...]: the first of each that a row is free for, or else one of each that runs."""
         first = []
@@ -452,7 +452,7 @@ def decode_all(model, prompts, max_new_tokens, rows=16, seed=0, **how):
 
 # -- the likeliest text ------------------------------------------------------------------------------------------
 
-@torch.no_grad()  # as `Llama.stream`
+@without_gradients
 def beam_search(model, prompt, max_new_tokens, beams, stop_ids=frozenset()):
     """The continuation of a prompt (ids, or embeddings (T, D)) whose tokens have the highest mean log-probability among
     those that a search with so many beams finds: ids with the end token, if it came. As generate(num_beams=...) of

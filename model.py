@@ -17,6 +17,7 @@ Sources: LLaMA (arXiv:2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), R
 meta-llama/llama-models `models/llama4` and transformers `modeling_llama4.py`.
 """
 import copy
+import functools
 import hashlib
 import math
 from dataclasses import dataclass, field, fields, replace
@@ -348,6 +349,17 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def without_gradients(function):
+    """The function in inference mode, whose steps take up to a tenth less time; but under autocast in `no_grad`, since
+    inference mode keeps no casts, and every matrix would be cast anew for each token."""
+    modes = torch.inference_mode()(function), torch.no_grad()(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return modes[any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps")))](*args, **kwargs)
+    return call
 
 
 def product_dtype(x):
@@ -685,7 +697,7 @@ class Llama(nn.Module):
         """Append token (B,) to the cache; returns the logits (B, V) of what follows it."""
         return self.lm_head(self.model(token[:, None], cache=cache)[0][:, 0])
 
-    @torch.no_grad()  # in inference mode, autocast would cast every matrix anew for each token
+    @without_gradients
     def stream(self, prompt, max_new_tokens=1, eos_id=None, mask=None, cache=None, **sampling):
         """Yield the next token of every row, (B,) int64, until all rows have ended or the context is full.
 

@@ -777,7 +777,8 @@ def test_generation_is_seeded_and_bounded():
 
 @pytest.mark.parametrize("new", (0, 3))
 def test_what_was_generated_can_be_trained_on(new):
-    """Generation runs without gradients; none of its tensors, nor of autocast's copies of weights, may hinder any."""
+    """Generation runs in inference mode, whose tensors autograd refuses, or without gradients; none of its tensors may
+    come out of it, nor autocast's copies of weights."""
     for autocast in False, True:
         model = build(tiny("llama-3.2-1b"))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
