@@ -1,6 +1,6 @@
-"""Last of four stages on a laptop: of a caption's two orders, which instruct leaves open, reading order is preferred.
+"""Last of four stages on a laptop: of a caption's two kinds, which instruct leaves open, the plain one is preferred.
 
-    python prepare/shapes.py --stage=prefer --images=5000 && python vlm.py config/shapes_prefer.py
+    python prepare/shapes.py --stage=prefer --images=2500 && python vlm.py config/shapes_prefer.py
 """
 dataset = "shapes_prefer"
 out_dir = "out/shapes_prefer"

@@ -10,8 +10,8 @@ only, training scenes of the others only. So a model that answers about them has
 together; it cannot have seen the object. Where, how large, how turned and on what background an object
 is drawn varies a little, as do the colors themselves.
 
-In which order two objects are named is left open where stages follow each other: captions come in both orders, and
-preferences are for reading order.
+Where stages follow each other, captions come plain and with "there is" in front, half each, and preferences are for the
+plain ones.
 
 `meta.json` has the chance level: how often the best guess without looking is right, for each kind of question.
 The pictures are rows of one images.npy (N, 48, 48, 3), read through a memory map: no files to open and nothing
@@ -97,8 +97,8 @@ def describe(objects):
 
 
 def captions(objects):
-    """The captions of a scene whose objects come in reading order: that one first and, of two, the other order."""
-    return list(dict.fromkeys((describe(objects), describe(objects[::-1]))))
+    """The two captions of a scene, plain and with words in front."""
+    return [describe(objects), "there is " + describe(objects)]
 
 
 def questions(objects, rng):
@@ -149,7 +149,7 @@ def talk(question, answer):
 def texts(objects, asked, rng):
     """Conversations without a picture: a scene made up, one said again in any order, and each question about one."""
     def said():
-        return describe(rng.sample(objects, len(objects)))
+        return rng.choice(captions(rng.sample(objects, len(objects))))
     return [talk("Make up a picture.", said()), talk(said(), said()),
             *(talk(f"{said()}\n{question}", answer) for question, answer in asked)]
 
@@ -157,7 +157,7 @@ def texts(objects, asked, rng):
 def told(stage, row, objects, asked, rng):
     """The records about a scene whose picture is this row of images.npy, as images.py has them, by the stage that
     learns them: "text" a Llama without pictures; "align" captions; "instruct" captions, questions and some text, lest
-    it be forgotten; "prefer" two captions; "together" a caption in reading order and questions."""
+    it be forgotten; "prefer" two captions; "together" the plain caption and questions."""
     caption, pair = {"image": row, "captions": captions(objects)}, dict(zip(("chosen", "rejected"), captions(objects)))
     about = [{"image": row} | talk(f"<image>\n{question}", answer) for question, answer in asked]
     if stage == "text":
@@ -165,7 +165,7 @@ def told(stage, row, objects, asked, rng):
     if stage == "align":
         return [caption]
     if stage == "prefer":
-        return [{"image": row, "question": "<image>"} | pair] * (len(pair) == 2)
+        return [{"image": row, "question": "<image>"} | pair]
     if stage == "instruct":
         return [caption, *about, *rng.sample(texts(objects, asked, rng), rng.random() < 0.25)]
     return [{"image": row, "captions": caption["captions"][:1]}, *about]
