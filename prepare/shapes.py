@@ -158,17 +158,18 @@ def told(stage, row, objects, asked, rng):
     """The records about a scene whose picture is this row of images.npy, as images.py has them, by the stage that
     learns them: "text" a Llama without pictures; "align" captions; "instruct" captions, questions and some text, lest
     it be forgotten; "prefer" two captions; "together" the plain caption and questions."""
-    caption, pair = {"image": row, "captions": captions(objects)}, dict(zip(("chosen", "rejected"), captions(objects)))
+    plain, longer = captions(objects)
+    caption = {"image": row, "captions": [plain, longer]}
     about = [{"image": row} | talk(f"<image>\n{question}", answer) for question, answer in asked]
     if stage == "text":
         return texts(objects, asked, rng)
     if stage == "align":
         return [caption]
     if stage == "prefer":
-        return [{"image": row, "question": "<image>"} | pair]
+        return [{"image": row, "question": "<image>", "chosen": plain, "rejected": longer}]
     if stage == "instruct":
         return [caption, *about, *rng.sample(texts(objects, asked, rng), rng.random() < 0.25)]
-    return [{"image": row, "captions": caption["captions"][:1]}, *about]
+    return [{"image": row, "captions": [plain]}, *about]
 
 
 # -- the script --------------------------------------------------------------------------------------------------

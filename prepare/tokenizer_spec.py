@@ -165,7 +165,7 @@ def bytes_of_tokens(spec, vocab):
         raise ValueError(f"its decoder {sorted(steps)} is none of ByteLevel, Replace, ByteFallback, Metaspace and Fuse")
     if "Strip" in steps and "Fuse" not in [*steps][:[*steps].index("Strip")]:
         raise ValueError("its decoder has no Fuse before Strip, which then strips each token")
-    if steps.get("Strip", STRIP) | {"start": 1} != STRIP or steps.get("Strip", STRIP)["start"] > 1:
+    if steps.get("Strip", STRIP) not in (STRIP, STRIP | {"start": 0}):
         raise ValueError(f"its decoder strips {steps['Strip']}")
     if steps.get("Metaspace", {}).get("replacement", "▁") != "▁":
         raise ValueError(f"its decoder has {steps['Metaspace']['replacement']!r} for spaces")
