@@ -37,7 +37,7 @@ class TrainConfig:
     dataset: str = "tales"  # folder under data/ (or a path) made by a prepare script; tales needs no download
     out_dir: str | None = None  # where the run is kept; None: out/<dataset>
     init_from: str = "scratch"  # "scratch", "resume", or a directory or hub name to fine-tune
-    head_copy: float = 0.0  # [0, 10] fine-tuning: add this much of the embedding to the head, which then copies sooner
+    head_copy: float = 0.0  # [0, 10] begin with this much of the embedding added to the head, which then copies sooner
     # -- LoRA
     lora_rank: int = 0  # [0, inf) learn a change of this rank of each matrix (lora.py), often 16; 0: the weights learn
     lora_alpha: int = 32  # [1, inf) LoRA's change counts lora_alpha/lora_rank; 32 lets the rank vary at one rate
@@ -84,8 +84,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank: LoRA changes a model that is there, which --init_from names")
-        if self.head_copy and (self.lora_rank or self.init_from == "scratch"):
-            raise ValueError("head_copy changes the head of a model that is there, all of whose weights learn")
+        if self.head_copy and self.lora_rank:
+            raise ValueError("head_copy changes the head, which LoRA leaves as it is")
         if self.replicas > 1 and not self.shard:
             raise ValueError("replicas counts split models: it needs --shard=True")
 
@@ -477,14 +477,20 @@ def start_from(cfg, shape, out, place):
     llama, tok = load_llama(cfg, shape, cfg.init_from, place)
     if cfg.eval_only:  # as it is
         return llama, tok
-    if cfg.head_copy and hasattr(llama, "adapter"):
-        raise config.Mistake("head_copy changes the head, which an adapter leaves as it is: merge it first")
-    if cfg.head_copy:  # a word that attention copies then raises its own logit, before the head has learned to
-        if llama.config.tie_embeddings:
-            raise config.Mistake(f"head_copy: the head of {cfg.init_from} is its embedding already")
-        with torch.no_grad():
-            llama.lm_head.weight.add_(llama.model.embed_tokens.weight, alpha=cfg.head_copy)
+    copy_to_head(llama, cfg.head_copy)
     return llama, tok
+
+
+def copy_to_head(llama, share):
+    """Add this share of the embedding to the head: a word that attention copies then raises its own logit, before the
+    head has learned to."""
+    if share and hasattr(llama, "adapter"):
+        raise config.Mistake("head_copy changes the head, which an adapter leaves as it is: merge it first")
+    if share and llama.config.tie_embeddings:
+        raise config.Mistake("head_copy: the head is the embedding already (tie_embeddings)")
+    if share:
+        with torch.no_grad():
+            llama.lm_head.weight.add_(llama.model.embed_tokens.weight, alpha=share)
 
 
 def build_model(cfg, shape, splits, tok, out, place):
@@ -493,7 +499,9 @@ def build_model(cfg, shape, splits, tok, out, place):
     if cfg.init_from == "scratch":
         c = new_shape(cfg, shape, tok, splits[0].vocab_size)
         need_fit(c, cfg, splits[0].vocab_size)
-        return place.new(c, cfg.seed)
+        llama = place.new(c, cfg.seed)
+        copy_to_head(llama, cfg.head_copy)
+        return llama
     llama, its_tok = start_from(cfg, shape, out, place)
     if its_tok.fingerprint != tok.fingerprint:
         source = out if cfg.init_from == "resume" else cfg.init_from

@@ -353,9 +353,21 @@ def test_head_copy_changes_the_head_once(stories, tmp_path, monkeypatch, capsys)
     assert train.evaluate_run(cfg, shape) is None and cfg.head_copy == 0
     train.main(*read_settings(monkeypatch, *flags(out_dir=new, init_from="resume", max_iters=2)))
     assert same(Llama.from_pretrained(new).state_dict(), want) and log_of(new)[-1]["val_loss"] == first
-    for keys in dict(init_from="scratch"), dict(init_from=base, lora_rank=2):
-        with pytest.raises(config.Mistake, match="head_copy changes the head of a model"):
-            read_settings(monkeypatch, *flags(head_copy=0.1, **keys))
+    with pytest.raises(config.Mistake, match="head_copy changes the head, which LoRA leaves"):
+        read_settings(monkeypatch, *flags(head_copy=0.1, init_from=base, lora_rank=2))
+
+
+def test_head_copy_of_new_weights(stories, tmp_path, monkeypatch):
+    heads = []
+    for share in 0.0, 0.25:
+        keys = dict(dataset=stories, out_dir=tmp_path / str(share), max_iters=1, learning_rate=0.0, head_copy=share)
+        train.main(*read_settings(monkeypatch, *flags(**FLAGS | keys | dict(tie_embeddings=False))))
+        heads.append(Llama.from_pretrained(tmp_path / str(share)).state_dict())
+    plain, copied = heads
+    assert torch.equal(copied["lm_head.weight"], plain["lm_head.weight"] + 0.25 * plain["model.embed_tokens.weight"])
+    assert torch.equal(copied["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+    with pytest.raises(config.Mistake, match="head_copy: the head is the embedding already"):
+        train.main(*read_settings(monkeypatch, *flags(**FLAGS | keys | dict(tie_embeddings=True))))
 
 
 def test_a_run_json_of_no_use_is_one_line(run, monkeypatch):
