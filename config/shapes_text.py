@@ -10,6 +10,7 @@ n_head = 4
 dim = 128
 ffn_dim = 256
 tie_embeddings = False  # a word's own direction stands out from the start
+head_copy = 0.05  # as in config/tales.py: a word that attention copies is said sooner
 context = 160  # of the stages to come
 block_size = 64
 batch_size = 32
