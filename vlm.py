@@ -66,7 +66,7 @@ STAGES = {  # what learns in each; the loss is that of the assistant's words, in
     "see": ("encoder", "projector"),  # to see what those words are about
     "instruct": ("projector", "llama"),  # to answer what is asked about it
     "prefer": ("projector", "llama"),  # to give the better of two answers
-    "together": ("encoder", "projector", "llama")}  # everything, from scratch
+    "together": ("encoder", "projector", "llama")}  # everything, as where nothing was learned before
 
 
 # -- the model ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Third of four stages on a laptop: projector and Llama learn to answer questions about the shapes.
+"""Third of four stages on a laptop: encoder, projector and Llama learn to answer questions about the shapes.
 
     python prepare/shapes.py --stage=instruct && python vlm.py config/shapes_instruct.py
 """
