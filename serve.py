@@ -194,7 +194,8 @@ def make_app(engine, cfg):
     v1.include_router(api)
     app.mount("/v1", v1)  # or the page would answer for what is not there
     if cfg.host in ("127.0.0.1", "localhost", "::1"):  # or the web could read answers, by a name that leads here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+        here = ["127.0.0.1", "localhost", "[::1]", "["]  # the last: how Starlette up to 1.0 reads any IPv6 address
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=here)
     if cfg.page:
         add_page(app, engine, cfg.body)
     return app
