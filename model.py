@@ -788,11 +788,11 @@ class KVCache:
     def __init__(self, cfg, batch, size, device=None, dtype=None):
         self.cfg, self.size = cfg, size
         self.in_use = 0  # attention reads only so many slots
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
         shapes = [(batch, self.slots(cfg.chunk_of(i)), cfg.n_kv_head, cfg.head_dim) for i in range(cfg.n_layer)]
         self.keys = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]  # (B, S, K, d) of each layer
         self.values = [torch.zeros(s, device=device, dtype=dtype) for s in shapes]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # last: the largest fail first
+        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
 
     def part(self, rows):
         """A cache of these rows alone (a slice). Its tensors are views: what it stores is stored here too."""
