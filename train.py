@@ -85,7 +85,7 @@ class TrainConfig:
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank: LoRA changes a model that is there, which --init_from names")
         if self.head_copy and self.lora_rank:
-            raise ValueError("head_copy changes the head, which LoRA leaves as it is")
+            raise ValueError("head_copy changes the head, which LoRA leaves as it is: take --head_copy=0")
         if self.replicas > 1 and not self.shard:
             raise ValueError("replicas counts split models: it needs --shard=True")
 
@@ -484,13 +484,14 @@ def start_from(cfg, shape, out, place):
 def copy_to_head(llama, share):
     """Add this share of the embedding to the head: a word that attention copies then raises its own logit, before the
     head has learned to."""
-    if share and hasattr(llama, "adapter"):
+    if not share:
+        return
+    if hasattr(llama, "adapter"):
         raise config.Mistake("head_copy changes the head, which an adapter leaves as it is: merge it first")
-    if share and llama.config.tie_embeddings:
-        raise config.Mistake("head_copy: the head is the embedding already (tie_embeddings)")
-    if share:
-        with torch.no_grad():
-            llama.lm_head.weight.add_(llama.model.embed_tokens.weight, alpha=share)
+    if llama.config.tie_embeddings:
+        raise config.Mistake("head_copy: the head is the embedding already (tie_embeddings): take --head_copy=0")
+    with torch.no_grad():
+        llama.lm_head.weight.add_(llama.model.embed_tokens.weight, alpha=share)
 
 
 def build_model(cfg, shape, splits, tok, out, place):
