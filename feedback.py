@@ -11,6 +11,7 @@ is no reference model. Letters in shapes: B rows, T positions, M tokens that are
 Sources: GRPO, DeepSeekMath (arXiv:2402.03300); the mean over tokens, DAPO (2503.14476); DPO (2305.18290).
 """
 import copy
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -35,7 +36,7 @@ from common import RANK, WORLD, print0
 from decode import decode_all
 from prepare import chat, sources
 from prepare.quiz import grade
-from prepare.windows import order, rng_for
+from prepare.windows import Continuations, order, rng_for, stack
 
 
 @dataclass
@@ -107,27 +108,22 @@ def read_questions(folder, split):
 
 # -- objectives --------------------------------------------------------------------------------------------------
 
-def row_losses(llama, idx, targets):
-    """The summed nats of each row's targets, (B,), for idx (B, T), or embeddings (B, T, D), and targets (B, T)."""
-    place = (targets.flatten() != -100).nonzero().squeeze(1)  # (M,)
-    nats = llama.losses(idx, None, place, targets.flatten()[place])  # (M,)
-    return torch.zeros(len(idx), device=idx.device).index_add(0, place // idx.shape[1], nats)
-
-
 class Answers(nn.Module):
-    """A Llama and what its answers are to become: loss_of(nats of each (B,), what belongs to them) -> (any, loss)."""
+    """A Llama and what its answers are to become: loss_of(nats of each (n,), what belongs to them) -> (any, loss)."""
 
     def __init__(self, llama, loss_of):
         super().__init__()
         self.llama, self.loss_of = llama, loss_of
 
-    def forward(self, idx, targets, given=None):
-        """idx, targets (B, T), -100 where nothing is learned."""
-        return self.loss_of(row_losses(self.llama, idx, targets), given)
+    def forward(self, idx, positions, source, target, sizes, given=None):
+        """Arguments from `stack`: prompts, each followed by answers to it."""
+        nats = self.llama.losses(idx, positions, source, target)  # (M,)
+        answer = torch.arange(len(sizes), device=idx.device).repeat_interleave(sizes)  # (M,) to which a token belongs
+        return self.loss_of(torch.zeros(len(sizes), device=idx.device).index_add(0, answer, nats), given)
 
 
 def policy_loss(nats, weights):
-    """The policy gradient's loss, for weights (B,): advantage / all tokens drawn in the micro-batch."""
+    """The policy gradient's loss, for weights (n,): advantage / all tokens drawn in the micro-batch."""
     return None, (nats * weights).sum()
 
 
@@ -209,19 +205,18 @@ class Feedback:
         return ids[len(prompt):max((n + 1 for n, learn in enumerate(learned) if learn), default=0)]
 
     def rows(self, prompts, answers):
-        """idx, targets (B, T) int64 of prompts and answers, lists of ids: of the answers alone is learned."""
-        T = max(len(p) + len(a) for p, a in zip(prompts, answers)) - 1
-        idx, targets = np.zeros((len(prompts), T), np.int64), np.full((len(prompts), T), -100)
-        for row, (p, a) in enumerate(zip(prompts, answers)):
-            idx[row, :len(p) + len(a) - 1] = (p + a)[:-1]
-            targets[row, len(p) - 1:len(p) + len(a) - 1] = a
-        return idx, targets
+        """`Continuations` of each prompt (ids), for answers to each."""
+        rows = []
+        for prompt, its_answers in zip(prompts, answers):
+            rows.append(Continuations())
+            rows[-1].add(prompt, its_answers)
+        return rows
 
     def answer(self, prompts, temperature, seed=0):
         """Answers (ids with their end) to these prompts."""
         self.llama.eval()
         with self.autocast:
-            answers = decode_all(self.llama, prompts, self.cfg.answer_tokens, rows=64, seed=seed,
+            answers = decode_all(self.llama, prompts, self.cfg.answer_tokens, len(prompts), seed,
                                  temperature=temperature, stop_ids=self.tok.stop_ids)
         self.llama.train()
         return answers
@@ -234,17 +229,16 @@ class Feedback:
     def knows(self, questions):
         """Of each question, whether every token of its answer, as the template writes it, is the likeliest after those
         before it: then greedy decoding gives it. One pass over all, without decoding."""
-        pairs = [(self.prompt(q), self.ids_of(q, q.answer)) for q in questions]
-        known = np.ones(len(pairs), bool)
+        rows = self.rows(map(self.prompt, questions), ([self.ids_of(q, q.answer)] for q in questions))
+        known = np.ones(len(rows), bool)
         self.llama.eval()
-        by_length = np.argsort([len(p) + len(a) for p, a in pairs])
-        for i in range(0, len(pairs), 32):
+        by_length = np.argsort([len(row.ids) for row in rows])
+        for i in range(0, len(rows), 32):
             some = by_length[i:i + 32]
-            idx, targets = common.to_device(self.device, *self.rows(*zip(*(pairs[n] for n in some))))
-            row, place = (targets != -100).nonzero(as_tuple=True)
+            idx, _, source, target, _ = common.to_device(self.device, *stack([rows[n] for n in some]))
             with self.autocast:
-                likeliest = self.llama.lm_head(self.llama.model(idx)[0][row, place]).argmax(-1)
-            known[some[row[likeliest != targets[row, place]].cpu()]] = False
+                likeliest = self.llama.lm_head(self.llama.model(idx)[0].flatten(0, 1)[source]).argmax(-1)
+            known[some[(source[likeliest != target] // idx.shape[1]).cpu()]] = False
         self.llama.train()
         return known
 
@@ -275,10 +269,10 @@ class Rewards(Feedback):
         return Answers(self.llama, policy_loss)
 
     def micro_batch(self, questions, number):
-        """(tokens, (idx, targets, weights)) of a group of answers to each; those of no advantage only count."""
+        """(tokens, arrays for `Answers`) of a group of answers to each; those of no advantage only count."""
         cfg = self.cfg
-        asked = [q for q in questions for _ in range(cfg.group)]
-        prompts = [ids for ids in map(self.prompt, questions) for _ in range(cfg.group)]
+        asked, prompts = ([one for one in some for _ in range(cfg.group)]
+                          for some in (questions, map(self.prompt, questions)))
         answers = self.answer(prompts, temperature=1.0, seed=int(rng_for(cfg.seed, 3, number).integers(2**62)))
         if cfg.reward == "random":
             rewards = rng_for(cfg.seed, 4, number).integers(2, size=len(asked)).astype(np.float32)
@@ -286,11 +280,13 @@ class Rewards(Feedback):
             rewards = np.array([grade(self.text(a), q.answer) for a, q in zip(answers, asked)], np.float32)
         self.mean_reward = float(rewards.mean())
         groups = rewards.reshape(-1, cfg.group)  # (questions, group)
-        advantages = (groups - groups.mean(1, keepdims=True) if cfg.baseline == "mean" else groups).flatten()
-        teach = np.flatnonzero(advantages) if advantages.any() else np.arange(1)
+        advantages = groups - groups.mean(1, keepdims=True) if cfg.baseline == "mean" else groups
+        teach = advantages != 0
+        teach[0, 0] |= not teach.any()
+        rows = self.rows(prompts[::cfg.group], (itertools.compress(answers[i * cfg.group:], taught)
+                                                for i, taught in enumerate(teach)))
         count = sum(map(len, answers))
-        idx, targets = self.rows([prompts[i] for i in teach], [answers[i] for i in teach])
-        return count, (idx, targets, advantages[teach] / np.float32(count))
+        return count, (*stack([row for row in rows if row.sizes]), advantages[teach] / np.float32(count))
 
     def evaluate(self, model):
         """{"val_loss": the share of wrong answers, ...} for the log."""
@@ -310,16 +306,16 @@ class Preferences(Feedback):
         else:  # another model, or on a resume what the run began with
             place = train.Place(self.cfg, self.device, self.dtype)
             frozen, _ = train.load_llama(replace(self.cfg, lora_rank=0), {}, self.cfg.reference, place)
-        self.frozen = Answers(frozen.to(self.device).eval(), lambda nats, _: -nats.view(2, -1))
-        return Answers(self.llama, lambda nats, reference: preference(-nats.view(2, -1), reference, self.cfg.beta))
+        self.frozen = Answers(frozen.to(self.device).eval(), lambda nats, _: -nats.view(-1, 2).mT)
+        return Answers(self.llama, lambda nats, reference: preference(-nats.view(-1, 2).mT, reference, self.cfg.beta))
 
     def micro_batch(self, questions, number=0):
-        """(pairs, (idx, targets, reference)): the chosen answers, then the rejected."""
-        answers = [self.ids_of(q, q.answer) for q in questions] + [self.ids_of(q, q.wrong) for q in questions]
-        idx, targets = self.rows([*map(self.prompt, questions)] * 2, answers)
+        """(pairs, arrays for `Answers`): to each question the chosen answer, then the rejected."""
+        arrays = stack(self.rows(map(self.prompt, questions),
+                                 ([self.ids_of(q, text) for text in (q.answer, q.wrong)] for q in questions)))
         with torch.no_grad(), self.autocast:
-            reference = self.frozen(*common.to_device(self.device, idx, targets))
-        return len(questions), (idx, targets, reference)
+            reference = self.frozen(*common.to_device(self.device, *arrays))
+        return len(questions), (*arrays, reference)
 
     @torch.no_grad()
     def evaluate(self, model):

@@ -10,6 +10,7 @@ import torch
 
 from common import RANK, WORLD, IdleThreads, all_reduce_sum, print0, to_device
 from prepare import hellaswag
+from prepare.windows import stack
 
 
 # -- loss --------------------------------------------------------------------------------------------------------
@@ -90,13 +91,8 @@ def log_likelihoods(model, rows, device, tokens):
     for number in track(mine, "HellaSwag", len(mine)):
         batch = batches[number % len(batches)]
         part = [rows[i] for i in batch]
-        T = len(part[0].ids)
-        ids = [row.ids + [0] * (T - len(row.ids)) for row in part]  # (B, T)
-        positions = [row.positions + [0] * (T - len(row.ids)) for row in part]  # (B, T): padding sees itself alone
-        source = [i * T + place for i, row in enumerate(part) for place in row.source]  # (M,)
-        target = [token for row in part for token in row.target]  # (M,)
-        tensors = (torch.tensor(values, device=device) for values in (ids, positions, source, target))
-        nats = model.losses(*tensors).cpu().double().split([size for row in part for size in row.sizes])
+        *arrays, sizes = stack(part)
+        nats = model.losses(*to_device(device, *arrays)).cpu().double().split(sizes.tolist())
         sums = iter([-ending.sum().item() for ending in nats])
         if number < len(batches):  # else a batch that was repeated, to have as many as the others
             for i, row in zip(batch, part):

@@ -51,7 +51,7 @@ import sample
 import train
 import vision
 from common import RANK, WORLD, print0
-from feedback import preference, row_losses
+from feedback import preference
 from prepare import images, picture_files, tokenizer
 from prepare.examples import (
     FRAME, PATCH, Examples, caption_prompt, new_tokenizer, with_frame, with_image)
@@ -125,12 +125,14 @@ class Vlm(nn.Module):
         embeds = self.embed(idx, pictures)
         if reference is None:
             return self.llama(embeds=embeds, targets=targets, positions=positions)
-        return preference(-row_losses(self, embeds, targets).view(2, -1), reference, self.beta)
+        return preference(-self.row_nats(embeds, targets).view(2, -1), reference, self.beta)
 
-    def losses(self, embeds, positions, source, target):
-        """`Llama.losses` of embeddings (B, T, D), for `feedback.row_losses`."""
-        x = self.llama.model(embeds=embeds, positions=positions)[0].flatten(0, 1)[source]  # (M, D)
-        return self.llama.lm_head(x, target)
+    def row_nats(self, embeds, targets):
+        """The summed nats of each row's targets, (B,), for embeddings (B, T, D) and targets (B, T)."""
+        place = (targets.flatten() != -100).nonzero().squeeze(1)  # (M,)
+        x = self.llama.model(embeds=embeds)[0].flatten(0, 1)[place]  # (M, D)
+        nats = self.llama.lm_head(x, targets.flatten()[place])  # (M,)
+        return torch.zeros(len(embeds), device=x.device).index_add(0, place // embeds.shape[1], nats)
 
     # -- pictures in a text --------------------------------------------------------------------------------------
 
@@ -423,7 +425,7 @@ class Runner:
         for places in track(parts(mine, self.cfg.batch_size), "pairs", delay=2):
             x, y, seen, _ = common.to_device(self.device, *self.batch(data, which[places]))
             with self.autocast:
-                nats = row_losses(self.vlm, self.vlm.embed(x, seen), y)
+                nats = self.vlm.row_nats(self.vlm.embed(x, seen), y)
             found[:, places] = -nats.view(2, -1).float().cpu()
         self.vlm.train(was)
         if WORLD > 1:

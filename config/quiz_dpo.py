@@ -1,6 +1,6 @@
 """Preferences instead of answers: pairs of a right answer to a question of the quiz and a wrong one.
 
-    python train.py config/quiz.py --max_iters=150 --out_dir=out/quiz_half
+    python train.py config/quiz.py --max_iters=110 --out_dir=out/quiz_half
     python feedback.py config/quiz_dpo.py
 """
 objective = "dpo"

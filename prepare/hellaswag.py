@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config
 from prepare import shards, sources
+from prepare.windows import Continuations
 
 OFFLINE = "give HellaSwag's own files, say hellaswag_val.jsonl, with --input"
 FOLDER = config.ROOT / "data/hellaswag"  # where train.py looks
@@ -77,38 +78,15 @@ def load(limit=0):
         return [json.loads(line) for line in itertools.islice(f, limit or None)]
 
 
-class Row:
-    """An item as one row of tokens: its context once, then each ending but for its last token, which predicts nothing.
-
-    ids, positions: (T,); positions jump back where another ending begins (see `Decoder.masks` in model.py).
-    source, target: where each token of the endings is predicted, and that token. sizes: tokens of each ending.
-    """
-
-    def __init__(self):
-        self.ids, self.positions, self.source, self.target, self.sizes = [], [], [], [], []
-
-    def add(self, context, endings):
-        """Append a context, and endings that share it."""
-        last = len(self.ids) + len(context) - 1
-        self.ids += context
-        self.positions += range(len(context))
-        for ending in endings:
-            self.source += [last, *range(len(self.ids), len(self.ids) + len(ending) - 1)][:len(ending)]
-            self.target += ending
-            self.sizes.append(len(ending))
-            self.ids += ending[:-1]
-            self.positions += range(len(context), len(context) + len(ending) - 1)
-
-
 def rows(items, tok, longest):
-    """A `Row` for each item. Where context and ending exceed `longest` positions the context loses its beginning; as
-    the endings then keep different parts of it, each gets its own."""
+    """`Continuations` for each item. Where context and ending exceed `longest` positions the context loses its
+    beginning; as the endings then keep different parts of it, each gets its own."""
     texts = []
     for item in items:  # spaces that end the context go to the endings, since words begin with them
         texts += [item["query"].rstrip(), *(f"{item['query']} {ending}" for ending in item["endings"])]
     encoded, made = iter(tok.encode_batch(texts, bos=tok.adds_bos)), []
     for item in items:
-        context, row = next(encoded), Row()
+        context, row = next(encoded), Continuations()
         endings = [next(encoded)[len(context):] for _ in item["endings"]]
         most = max(map(len, endings))
         if most > longest:

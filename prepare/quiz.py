@@ -2,6 +2,7 @@
 
     python prepare/tales.py && python prepare/quiz.py       # writes data/quiz: no download, a minute
     python prepare/quiz.py --names=False --excerpts=1 --conversations=8000 --out=data/quiz_begin      # to begin with
+    python prepare/quiz.py --two_tales=1 --out=data/quiz_two    # harder: which of two tales is meant?
 
 A conversation begins with one tale or two, told by the grammar; the answer to every question is in them. Every seventh
 combination of hero, helper and what the helper wears is held out (see `combinations`): validation tells of these only,
@@ -11,7 +12,8 @@ is right who has not read it, exact from the grammar; kinds of questions where t
 The quick start's model copies names, which tales repeat. What a tale tells once, as where a hat was, it has never
 copied: none of its heads looks for it, and its outputs hardly tell such words apart. Neither is learned without the
 other, and beside questions for names, which are easy, it is not learned at all. So data/quiz_begin asks for no names,
-and about a sentence or two, where there are few words to look among.
+and about a sentence or two, where there are few words to look among. Which of two tales a question means is not learned
+in as many steps either: of those half are right.
 
 train.jsonl, val.jsonl: the conversations as {"messages": [...], "wrong": [...]}, for any model and its chat template.
 meta.json, shards: the same in the ids of the tales' tokenizer, with marks of what is learned (see prepare/chat.py). It
@@ -184,7 +186,7 @@ def questions(tales, asked, rng):
     return [one for one in found if times[one[0]] == 1]
 
 
-def conversation(asked, rng, held_out, most, two_tales=0.2, excerpts=0.0):
+def conversation(asked, rng, held_out, most, two_tales=0.0, excerpts=0.0):
     """{"messages": [...], "wrong": [a wrong answer to each]}: at most so many questions about an excerpt of a tale in a
     share of the conversations, in a share of the others about two tales, else about one. No answer comes twice: most
     ask for a name, which would repeat what was just said."""
@@ -221,7 +223,7 @@ class Settings:
     val_conversations: int = 6000  # [1, inf) of held-out combinations, a question each: 95 % has an error of 0.3 points
     questions: int = 20  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
     names: bool = True  # False: no questions for the name of a hero or a helper
-    two_tales: float = 0.2  # [0, 1] share of the conversations about whole tales that have two, which are learned last
+    two_tales: float = 0.0  # [0, 1] share of those about whole tales that have two: not learned as soon
     excerpts: float = 0.0  # [0, 1] share of the training conversations that are about a sentence or two
     tokenizer: str | None = None  # file or folder, of the model that is to learn; None: data/tales, the quick start's
     seed: int = 1337  # [0, inf) the same seed gives the same files

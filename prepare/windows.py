@@ -177,3 +177,41 @@ def document_positions(x, bos_id):
     """Positions (B, T) that begin again at 0 with each document of x (at each BOS, and at the window's start)."""
     at = np.arange(x.shape[1])
     return at - np.maximum.accumulate(np.where(x == bos_id, at, 0), axis=1)
+
+
+# -- texts that begin alike --------------------------------------------------------------------------------------
+
+class Continuations:
+    """A text and continuations of it as one row of tokens: the text once, then each continuation but for its last
+    token, which predicts nothing.
+
+    ids, positions: (T,); positions jump back where another continuation begins (see `Decoder.masks` in model.py).
+    source, target: where each token of the continuations is predicted, and that token. sizes: their numbers of tokens.
+    """
+
+    def __init__(self):
+        self.ids, self.positions, self.source, self.target, self.sizes = [], [], [], [], []
+
+    def add(self, text, continuations):
+        """Append a text (ids), and continuations that share it."""
+        last = len(self.ids) + len(text) - 1
+        self.ids += text
+        self.positions += range(len(text))
+        for ids in continuations:
+            self.source += [last, *range(len(self.ids), len(self.ids) + len(ids) - 1)][:len(ids)]
+            self.target += ids
+            self.sizes.append(len(ids))
+            self.ids += ids[:-1]
+            self.positions += range(len(text), len(text) + len(ids) - 1)
+
+
+def stack(rows):
+    """Some `Continuations` as `Llama.losses` takes them: ids, positions (B, T), source, target (M,) int64; and the
+    sizes of all continuations."""
+    T = max(len(row.ids) for row in rows)
+    ids, positions = np.zeros((2, len(rows), T), np.int64)  # padding sees itself alone
+    for i, row in enumerate(rows):
+        ids[i, :len(row.ids)], positions[i, :len(row.ids)] = row.ids, row.positions
+    source = [i * T + place for i, row in enumerate(rows) for place in row.source]
+    target, sizes = ([n for row in rows for n in getattr(row, name)] for name in ("target", "sizes"))
+    return ids, positions, *(np.array(numbers, np.int64) for numbers in (source, target, sizes))

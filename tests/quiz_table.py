@@ -2,7 +2,7 @@
 
     python prepare/tales.py && python train.py config/tales.py && python prepare/quiz.py
     python prepare/quiz.py --names=False --excerpts=1 --conversations=8000 --out=data/quiz_begin
-    python tests/quiz_table.py                                      # all rows; two cores: 40 minutes
+    python tests/quiz_table.py                                      # all rows; two cores: 50 minutes
     python tests/quiz_table.py half grpo --device=cpu               # some, with keys for all of them
 
 Each row is a run in out/quiz_table/, made after those that it needs, which then answers all validation questions
@@ -27,8 +27,10 @@ ROWS = {  # name: (what is learned, the command, where it begins)
     "begin": ("to copy", "train.py config/quiz_begin.py", "out/tales"),
     "sft": ("then the answers (SFT)", "train.py config/quiz.py", "begin"),
     "lora": ("then the answers, with LoRA", "train.py config/quiz.py --lora_rank=16", "begin"),
-    "half": ("SFT, stopped early", "train.py config/quiz.py --max_iters=150", "begin"),
+    "half": ("SFT, stopped early", "train.py config/quiz.py --max_iters=110", "begin"),
     "grpo": ("rewards (GRPO)", "feedback.py config/quiz_grpo.py", "half"),
+    "grpo2": ("the same, another seed", "feedback.py config/quiz_grpo.py --seed=1338", "half"),
+    "grpo3": ("the same, another seed", "feedback.py config/quiz_grpo.py --seed=1339", "half"),
     "rank1": ("rewards, LoRA of rank 1", "feedback.py config/quiz_grpo.py --lora_rank=1", "half"),
     "rejection": ("its own right answers (rejection sampling)", "feedback.py config/quiz_grpo.py --baseline=zero",
                   "half"),

@@ -16,6 +16,7 @@ import runs
 import train
 from model import Llama, LlamaConfig
 from prepare import chat, quiz, tokenizer
+from prepare.windows import Continuations, stack
 
 CPU = torch.device("cpu")
 
@@ -48,20 +49,27 @@ def settings(place, out, **more):
 
 
 def test_policy_gradient_is_that_of_the_formula():
-    """The sum over answers of weight times log-probability, with all logits in float64."""
+    """The sum over answers of weight times log-probability, each answer in a row of its own, with all logits in
+    float64; ours have answers to one prompt in one row."""
     torch.manual_seed(1)
-    llama = Llama(LlamaConfig(vocab_size=19, n_layer=2, n_head=2, dim=16, ffn_dim=32, context=16)).double()
-    idx, targets = torch.randint(19, (3, 9)), torch.randint(19, (3, 9))
-    targets[0, :5] = targets[1, :2] = targets[2, 7:] = -100
-    weights = torch.tensor([0.5, -0.25, 0.0], dtype=torch.float64)
-    feedback.Answers(llama, feedback.policy_loss)(idx, targets, weights)[1].backward()
-    found = {name: p.grad.clone() for name, p in llama.named_parameters()}
-    llama.zero_grad()
-    log_p = llama(idx)[0].log_softmax(-1)
-    picked = log_p.gather(2, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == -100, 0).sum(1)
-    (-picked * weights).sum().backward()
-    for name, p in llama.named_parameters():
-        assert torch.allclose(found[name], p.grad, rtol=1e-4, atol=1e-7), name
+    for more in ({}, dict(arch="llama4", chunk=4, nope_every=2)):
+        cfg = LlamaConfig(vocab_size=19, n_layer=2, n_head=2, dim=16, ffn_dim=32, context=16, **more)
+        llama, weights = Llama(cfg).double(), torch.tensor([0.5, -0.25, 0.0, 1.0], dtype=torch.float64)
+        prompts, answers = [[3, 1, 4, 1, 5], [9, 2]], [[[6, 5, 3], [5], [8, 9, 7, 9]], [[3, 2]]]
+        rows = [Continuations(), Continuations()]
+        for row, prompt, to_it in zip(rows, prompts, answers):
+            row.add(prompt, to_it)
+        arrays = [torch.from_numpy(a) for a in stack(rows)]
+        feedback.Answers(llama, feedback.policy_loss)(*arrays, weights)[1].backward()
+        found = {name: p.grad.clone() for name, p in llama.named_parameters()}
+        llama.zero_grad()
+        pairs = [(prompt, answer) for prompt, to_it in zip(prompts, answers) for answer in to_it]
+        for weight, (prompt, answer) in zip(weights, pairs):
+            log_p = llama(torch.tensor([prompt + answer]))[0][0].log_softmax(-1)
+            picked = log_p[torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1), answer]
+            (-weight * picked.sum()).backward()
+        for name, p in llama.named_parameters():
+            assert torch.allclose(found[name], p.grad, rtol=1e-4, atol=1e-7), name
 
 
 def test_preference_is_dpo():
@@ -77,15 +85,18 @@ def test_advantages(place, tmp_path, monkeypatch):
     left, right = task.questions[:2]
     ids = {word: task.ids_of(left, word) for word in ("left", "right")}
     monkeypatch.setattr(task, "answer", lambda prompts, **how: [ids["left"]] * 3 + [ids["right"]] + [ids["left"]] * 4)
-    count, (idx, targets, weights) = task.micro_batch([left, right], 0)
-    assert count == 7 * len(ids["left"]) + len(ids["right"]) and len(idx) == 4  # the second group is all wrong
+    count, (idx, _, source, target, sizes, weights) = task.micro_batch([left, right], 0)
+    assert count == 7 * len(ids["left"]) + len(ids["right"]) and len(idx) == 1  # the second group is all wrong
     assert (weights * count).tolist() == pytest.approx([0.25, 0.25, 0.25, -0.75])
-    assert [[i for i in row if i != -100] for row in targets.tolist()] == [ids["left"]] * 3 + [ids["right"]]
+    assert target.tolist() == ids["left"] * 3 + ids["right"] and len(sizes) == 4
     prompt = task.prompt(left)
-    assert idx[0, :len(prompt)].tolist() == prompt and targets[0, len(prompt) - 1] == ids["left"][0]
+    assert idx[0, :len(prompt)].tolist() == prompt and source[0] == source[sizes[0]] == len(prompt) - 1
     zero = feedback.Rewards(settings(place, tmp_path / "zero", baseline="zero"), {}, tmp_path / "zero", CPU)
     monkeypatch.setattr(zero, "answer", task.answer)
-    assert len(zero.micro_batch([left, right], 0)[1][0]) == 3  # right answers alone
+    assert len(zero.micro_batch([left, right], 0)[1][-1]) == 3  # right answers alone
+    monkeypatch.setattr(zero, "answer", lambda prompts, **how: [ids["right"]] * 4 + [ids["left"]] * 4)
+    _, (*_, sizes, weights) = zero.micro_batch([left, right], 0)
+    assert len(sizes) == 1 and not weights.any()  # nothing to learn, but all processes take the step
 
 
 def test_answers_come_from_the_model_as_it_is(place, tmp_path):
@@ -243,8 +254,8 @@ def test_what_is_known_is_what_greedy_decoding_says(place, tmp_path):
         right = [feedback.grade(text, q.answer) for text, q in zip(texts, task.val)]
         assert task.knows(task.val).tolist() == right
         shares.add(sum(right) / len(right))
-        idx, targets = task.rows([task.prompt(q) for q in task.val], [task.ids_of(q, q.answer) for q in task.val])
-        task.llama(torch.from_numpy(idx), torch.from_numpy(targets))[1].backward()
+        arrays = stack(task.rows(map(task.prompt, task.val), ([task.ids_of(q, q.answer)] for q in task.val)))
+        task.llama.losses(*map(torch.from_numpy, arrays[:4])).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert {0, 1} < shares
