@@ -472,20 +472,12 @@ def load_llama(cfg, shape, source, place):
 
 def start_from(cfg, shape, out, place):
     """(Llama, tokenizer) of the checkpoint that cfg.init_from names: for "resume" the newest of the run in `out`."""
-    if cfg.init_from == "resume":
-        return load_llama(cfg, shape, runs.common_latest(out), place)
-    llama, tok = load_llama(cfg, shape, cfg.init_from, place)
-    if cfg.eval_only:  # as it is
-        return llama, tok
-    copy_to_head(llama, cfg.head_copy)
-    return llama, tok
+    return load_llama(cfg, shape, runs.common_latest(out) if cfg.init_from == "resume" else cfg.init_from, place)
 
 
 def copy_to_head(llama, share):
     """Add this share of the embedding to the head: a word that attention copies then raises its own logit, before the
     head has learned to."""
-    if not share:
-        return
     if hasattr(llama, "adapter"):
         raise config.Mistake("head_copy changes the head, which an adapter leaves as it is: merge it first")
     if llama.config.tie_embeddings:
@@ -500,9 +492,7 @@ def build_model(cfg, shape, splits, tok, out, place):
     if cfg.init_from == "scratch":
         c = new_shape(cfg, shape, tok, splits[0].vocab_size)
         need_fit(c, cfg, splits[0].vocab_size)
-        llama = place.new(c, cfg.seed)
-        copy_to_head(llama, cfg.head_copy)
-        return llama
+        return place.new(c, cfg.seed)
     llama, its_tok = start_from(cfg, shape, out, place)
     if its_tok.fingerprint != tok.fingerprint:
         source = out if cfg.init_from == "resume" else cfg.init_from
@@ -548,6 +538,8 @@ class Text:
             self.place = Place(cfg, device, self.dtype)
             self.llama = self.model = build_model(cfg, shape, (self.data, self.val), self.tok, out,
                                                  self.place).train()
+            if cfg.head_copy and cfg.init_from != "resume" and not cfg.eval_only:
+                copy_to_head(self.llama, cfg.head_copy)
             self.llama.model.checkpointing = cfg.checkpointing
             self.llama.few_targets = bool(self.data.marks)  # of conversations only the answers count
             self.sharded = self.place.mesh is not None

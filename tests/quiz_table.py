@@ -7,30 +7,36 @@
 
 Each row is a run in out/quiz_table/, made after those that it needs, which then answers all validation questions
 greedily; one that is complete is not made again. Those after "grpo" begin where it does and take its steps, "more" as
-many seconds: equal compute.
+many seconds: equal compute. All rows together are kept in quiz_table.json, and written into README.md.
 """
 import json
 import math
-import platform
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import bench
+import records
+
 import config
 import runs
 
 OUT = ROOT / "out/quiz_table"
+KEPT = ROOT / "tests/quiz_table.json"
+MARKS = "<!-- quiz: written by tests/quiz_table.py -->\n", "<!-- end of the quiz -->\n"
 ROWS = {  # name: (what is learned, the command, where it begins)
     "begin": ("to copy", "train.py config/quiz_begin.py", "out/tales"),
     "sft": ("then the answers (SFT)", "train.py config/quiz.py", "begin"),
-    "lora": ("then the answers, with LoRA", "train.py config/quiz.py --lora_rank=16", "begin"),
+    "lora": ("then the answers, with LoRA", "train.py config/quiz.py --lora_rank=16 --learning_rate=3e-3",
+             "begin"),
     "half": ("SFT, stopped early", "train.py config/quiz.py --max_iters=110", "begin"),
     "grpo": ("rewards (GRPO)", "feedback.py config/quiz_grpo.py", "half"),
-    "grpo2": ("the same, another seed", "feedback.py config/quiz_grpo.py --seed=1338", "half"),
-    "grpo3": ("the same, another seed", "feedback.py config/quiz_grpo.py --seed=1339", "half"),
+    "grpo2": ("rewards (GRPO)", "feedback.py config/quiz_grpo.py --seed=1338", "half"),
+    "grpo3": ("rewards (GRPO)", "feedback.py config/quiz_grpo.py --seed=1339", "half"),
     "rank1": ("rewards, LoRA of rank 1", "feedback.py config/quiz_grpo.py --lora_rank=1", "half"),
     "rejection": ("its own right answers (rejection sampling)", "feedback.py config/quiz_grpo.py --baseline=zero",
                   "half"),
@@ -69,22 +75,45 @@ def make(name, keys):
     python(*command.split(), f"--init_from={OUT / start if start in ROWS else start}", f"--out_dir={OUT / name}", *keys)
 
 
-def row(name, keys):
-    """The line of the table for one row."""
+def measure(name, keys):
+    """{steps, seconds, share of right answers, questions} of one row."""
     make(name, keys)
     said = python("feedback.py", "--eval_only", "--dataset=quiz", f"--init_from={OUT / name}")
     share, count = re.search(r"val accuracy (\S+) of (\S+)", said).groups()
-    error = math.sqrt(float(share) * (1 - float(share)) / int(count.replace(",", "")))
-    end, (what, command, _) = last(name), ROWS[name]
-    return (f"| {what} | `{command}` | {end['step']:,} | {end['seconds']:.0f} | {100 * float(share):.1f} ± "
-            f"{100 * error:.1f} |")
+    end = last(name)
+    return {"steps": end["step"], "seconds": end["seconds"], "share": float(share), "of": int(count.replace(",", ""))}
+
+
+def table(found):
+    """{name: what was measured} as a table; rows of one kind are seeds of it."""
+    lines = ["| what learns | command | steps | seconds | right, % |", "|---|---|---|---|---|"]
+    for what in dict.fromkeys(ROWS[name][0] for name in found):
+        names = [name for name in found if ROWS[name][0] == what]
+        shares, first = [100 * found[name]["share"] for name in names], found[names[0]]
+        error = statistics.stdev(shares) if len(names) > 1 else 100 * math.sqrt(
+            first["share"] * (1 - first["share"]) / first["of"])
+        lines.append(f"| {what} | `{ROWS[names[0]][1]}` | {first['steps']:,} | {first['seconds']:.0f} | "
+                     f"{statistics.mean(shares):.1f} ± {error:.1f}{f', {len(names)} seeds' * (len(names) > 1)} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme(kept):
+    """What README says of quiz_table.json."""
+    machine, count = kept["machine"], max(row["of"] for row in kept["rows"].values())
+    return (f"{table(kept['rows'])}\nOf {count:,} questions about held-out combinations; ± is the deviation of seeds, "
+            f"or the standard error. On {records.machine(machine)}, {machine['date'].split()[0]}.\n")
 
 
 def main():
     names, keys = config.names_first(sys.argv[1:], ROWS, "row")
-    lines = [row(name, keys) for name in names or ROWS]
-    print(f"\n{platform.processor() or platform.machine()}\n\n| learned | command | steps | seconds | right, % |\n"
-          "|---|---|---|---|---|", *lines, sep="\n")
+    found = {name: measure(name, keys) for name in names or ROWS}
+    print("\n" + table(found), end="")
+    if not sys.argv[1:]:
+        machine = bench.hardware("cpu")
+        kept = {"machine": {key: machine[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")},
+                "rows": found}
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        records.write_readme(readme(kept), MARKS)
 
 
 if __name__ == "__main__":

@@ -359,8 +359,17 @@ def test_rows_of_the_quiz_table_follow_each_other(tmp_path, monkeypatch):
         return "val accuracy 0.5000 of 10,000 questions\n"
     monkeypatch.setattr(quiz_table, "python", python)
     monkeypatch.setattr(quiz_table, "OUT", tmp_path)
-    assert quiz_table.row("more", ()).endswith("| 150 | 60 | 50.0 ± 0.5 |")
+    found = quiz_table.measure("more", ())
+    assert quiz_table.table({"more": found}).endswith("| 110 | 60 | 50.0 ± 0.5 |\n")
     assert trained == ["begin", "half", "grpo", "more"]
-    for name in quiz_table.ROWS:
-        quiz_table.row(name, ())
+    found = {name: quiz_table.measure(name, ()) | {"share": 0.9 + 0.01 * (name == "grpo3")} for name in quiz_table.ROWS}
     assert sorted(trained) == sorted(quiz_table.ROWS)
+    assert "| 90.3 ± 0.6, 3 seeds |" in quiz_table.table(found)
+
+
+def test_readme_says_what_the_quiz_table_found():
+    kept = json.loads(quiz_table.KEPT.read_text())
+    marks = quiz_table.MARKS
+    text = (config.ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.partition(marks[0])[2].partition(marks[1])[0] == quiz_table.readme(kept)
+    assert list(kept["rows"]) == list(quiz_table.ROWS)

@@ -23,7 +23,8 @@ A = "(?:a|an)"
 @pytest.fixture(scope="module")
 def records():
     """{split: 1,500 conversations with as many questions as they can have}."""
-    return {split: [quiz.conversation(KINDS, random.Random(f"{split} {i}"), split == "val", 99) for i in range(1500)]
+    return {split: [quiz.conversation(KINDS, random.Random(f"{split} {i}"), split == "val", 99, two_tales=0.2)
+                    for i in range(1500)]
             for split in ("train", "val")}
 
 
@@ -284,7 +285,8 @@ def test_script(tok, tmp_path, monkeypatch, capsys):
     assert [len(first[split]) for split in ("train", "val")] == [40, 30]
     assert {len(record["messages"]) for record in first["val"]} == {2}
     assert max(len(record["messages"]) for record in first["train"]) > 8
-    for records in first.values():
+    assert {len(read(record)[0]) for records in first.values() for record in records} == {1}
+    for records in run(monkeypatch, tmp_path / "c", f"--tokenizer={tmp_path / 'tok'}", "--two_tales=0.5").values():
         assert {len(read(record)[0]) for record in records} == {1, 2}
     assert run(monkeypatch, tmp_path / "b", f"--tokenizer={tmp_path / 'tok'}") == first
     assert run(monkeypatch, tmp_path / "a", f"--tokenizer={tmp_path / 'tok'}", "--seed=2") != first
