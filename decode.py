@@ -405,28 +405,36 @@ class Batch:
     def read(self, prompts, rows):
         """Put each prompt into a row of the cache, which begins anew; returns the logits (n, V) of what follows them.
 
-        Some of similar lengths are read together, and one that several requests share is read once."""
-        logits, different = [None] * len(prompts), sorted({id(p): p for p in prompts}.values(), key=len)
+        Prompts of similar lengths are read together, and one (the same object) that several requests share once."""
+        logits, places = [None] * len(prompts), {}
+        for n, prompt in enumerate(prompts):
+            places.setdefault(id(prompt), []).append(n)
+        different = sorted((prompts[first] for first, *_ in places.values()), key=len)
         while different:
-            count = max(self.TOGETHER // len(different[-1]), 1)
-            part, different = different[-count:], different[:-count]
-            cache, following = self.prefill(part)
-            for i, prompt in enumerate(part):
-                for n in (n for n, p in enumerate(prompts) if p is prompt):
-                    logits[n], self.cache.lengths[rows[n]] = following[i], len(prompt)
-                    for to, read in zip((*self.cache.keys, *self.cache.values), (*cache.keys, *cache.values)):
-                        to[rows[n], :read.shape[1]] = read[i]
+            longest = len(different[-1])
+            part = [p for p in different[-max(self.TOGETHER // longest, 1):] if 2 * len(p) > longest]
+            del different[-len(part):]
+            row = rows[places[id(part[0])][0]]
+            in_place = len(part) == 1  # a long prompt takes no second cache
+            cache = self.cache.part(slice(row, row + 1)) if in_place else new_cache(self.model, len(part), longest)
+            for i, (prompt, following) in enumerate(zip(part, self.prefill(part, cache))):
+                for n in places[id(prompt)]:
+                    logits[n] = following
+                if to := [rows[n] for n in places[id(prompt)] if not in_place or rows[n] != row]:
+                    self.cache.lengths[to] = len(prompt)
+                    for mine, read in zip((*self.cache.keys, *self.cache.values), (*cache.keys, *cache.values)):
+                        mine[to, :len(prompt)] = read[i, :len(prompt)].clone()  # it may be a view of the same tensor
         return torch.stack(logits)
 
-    def prefill(self, prompts):
-        """A cache with these prompts, and the logits (n, V) of what follows each."""
+    def prefill(self, prompts, cache):
+        """Put these prompts into a cache, which begins anew; returns the logits (n, V) of what follows them."""
         embeds = [p if torch.is_tensor(p) and p.is_floating_point() else self.model.model.embed_tokens(
-            torch.as_tensor(p, device=self.cache.lengths.device)) for p in prompts]  # (T, D) each
-        cache = new_cache(self.model, len(prompts), max(map(len, prompts)))
-        lengths = torch.tensor([len(p) for p in prompts], device=cache.lengths.device)
+            torch.as_tensor(p, device=cache.lengths.device)) for p in prompts]  # (T, D) each
         x = nn.utils.rnn.pad_sequence(embeds, batch_first=True)  # (n, T, D)
+        lengths = torch.tensor([len(p) for p in prompts], device=x.device)
+        cache.lengths.zero_()
         hidden = self.model.model(embeds=x, cache=cache, lengths=lengths)[0]  # (n, T, D)
-        return cache, self.model.lm_head(hidden[torch.arange(len(x), device=x.device), lengths - 1])
+        return self.model.lm_head(hidden[torch.arange(len(x), device=x.device), lengths - 1])
 
     def close_up(self):
         """Forget those that are done, and move the last ones into their rows: a step takes no others."""

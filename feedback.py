@@ -6,7 +6,7 @@
 
 GRPO, on policy: for each question the model draws a group of answers; one that earns more than the mean of its group
 becomes likelier, one that earns less becomes rarer. Each answer is used once, so nothing has to be clipped, and there
-is no reference model. Letters in shapes: B rows, T positions, M tokens that are learned.
+is no reference model. Letters in shapes: B rows, T positions, n answers, M tokens that are learned.
 
 Sources: GRPO, DeepSeekMath (arXiv:2402.03300); the mean over tokens, DAPO (2503.14476); DPO (2305.18290).
 """
@@ -118,7 +118,8 @@ class Answers(nn.Module):
     def forward(self, idx, positions, source, target, sizes, given=None):
         """Arguments from `stack`: prompts, each followed by answers to it."""
         nats = self.llama.losses(idx, positions, source, target)  # (M,)
-        answer = torch.arange(len(sizes), device=idx.device).repeat_interleave(sizes)  # (M,) to which a token belongs
+        answer = torch.arange(len(sizes), device=idx.device).repeat_interleave(
+            sizes, output_size=len(source))  # (M,) the answer that a token belongs to
         return self.loss_of(torch.zeros(len(sizes), device=idx.device).index_add(0, answer, nats), given)
 
 
@@ -205,19 +206,23 @@ class Feedback:
         return ids[len(prompt):max((n + 1 for n, learn in enumerate(learned) if learn), default=0)]
 
     def rows(self, prompts, answers):
-        """`Continuations` of each prompt (ids), for answers to each."""
+        """`Continuations` of each prompt (ids), for answers to each: in one row where the prompt is longer than they
+        are together; else each has its own, which then has less to attend to."""
         rows = []
-        for prompt, its_answers in zip(prompts, answers):
-            rows.append(Continuations())
-            rows[-1].add(prompt, its_answers)
+        for prompt, some in zip(prompts, map(list, answers)):
+            shared = len(prompt) > sum(map(len, some))
+            for together in [some] if shared else [[answer] for answer in some]:
+                rows.append(Continuations())
+                rows[-1].add(prompt, together)
         return rows
 
     def answer(self, prompts, temperature, seed=0):
         """Answers (ids with their end) to these prompts."""
         self.llama.eval()
+        rows = max(64, 2**16 // (max(map(len, prompts)) + self.cfg.answer_tokens))  # at a time: so much cache
         with self.autocast:
-            answers = decode_all(self.llama, prompts, self.cfg.answer_tokens, len(prompts), seed,
-                                 temperature=temperature, stop_ids=self.tok.stop_ids)
+            answers = decode_all(self.llama, prompts, self.cfg.answer_tokens, rows, seed, temperature=temperature,
+                                 stop_ids=self.tok.stop_ids)
         self.llama.train()
         return answers
 
@@ -271,9 +276,9 @@ class Rewards(Feedback):
     def micro_batch(self, questions, number):
         """(tokens, arrays for `Answers`) of a group of answers to each; those of no advantage only count."""
         cfg = self.cfg
-        asked, prompts = ([one for one in some for _ in range(cfg.group)]
-                          for some in (questions, map(self.prompt, questions)))
-        answers = self.answer(prompts, temperature=1.0, seed=int(rng_for(cfg.seed, 3, number).integers(2**62)))
+        prompts, asked = [*map(self.prompt, questions)], [q for q in questions for _ in range(cfg.group)]
+        answers = self.answer([ids for ids in prompts for _ in range(cfg.group)], temperature=1.0,
+                              seed=int(rng_for(cfg.seed, 3, number).integers(2**62)))
         if cfg.reward == "random":
             rewards = rng_for(cfg.seed, 4, number).integers(2, size=len(asked)).astype(np.float32)
         else:
@@ -282,9 +287,9 @@ class Rewards(Feedback):
         groups = rewards.reshape(-1, cfg.group)  # (questions, group)
         advantages = groups - groups.mean(1, keepdims=True) if cfg.baseline == "mean" else groups
         teach = advantages != 0
-        teach[0, 0] |= not teach.any()
-        rows = self.rows(prompts[::cfg.group], (itertools.compress(answers[i * cfg.group:], taught)
-                                                for i, taught in enumerate(teach)))
+        teach[0, 0] |= not teach.any()  # every process takes the step
+        rows = self.rows(prompts, (itertools.compress(answers[i:i + cfg.group], taught)
+                                   for i, taught in zip(range(0, len(answers), cfg.group), teach)))
         count = sum(map(len, answers))
         return count, (*stack([row for row in rows if row.sizes]), advantages[teach] / np.float32(count))
 

@@ -656,7 +656,7 @@ class Llama(nn.Module):
     def losses(self, idx, positions, source, target):
         """Nats of each target (M,), predicted at the places source (M,) of idx (B, T) laid flat: (M,), float32.
 
-        For scoring, where few of the places count: no other logits are made. positions as in `forward`."""
+        Where few of the places count, as in scores and answers: no other logits are made. positions as in `forward`."""
         x = self.model(idx, positions=positions)[0].flatten(0, 1)[source]  # (M, D)
         return self.lm_head(x, target)
 

@@ -5,10 +5,10 @@
 """
 dataset = "quiz"
 init_from = "out/quiz_begin"
-context = 448  # the tales' is 120; the longest conversation has 333 tokens
+context = 448  # the tales' is 120; the longest conversation has 183 tokens, with two tales 333
 block_size = 448
 batch_size = 5  # sequences of conversations, about 2,200 tokens
-max_iters = 600  # twice as many gained half a point
+max_iters = 600  # a minute or two; 200 end at 90 % of the answers, these at 97
 learning_rate = 1e-2  # as high as in pretraining: copying what a tale tells once is new to it
 warmup_iters = 30
 schedule = "wsd"

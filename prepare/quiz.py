@@ -4,16 +4,17 @@
     python prepare/quiz.py --names=False --excerpts=1 --conversations=8000 --out=data/quiz_begin      # to begin with
     python prepare/quiz.py --two_tales=1 --out=data/quiz_two    # harder: which of two tales is meant?
 
-A conversation begins with one tale or two, told by the grammar; the answer to every question is in them. Every seventh
-combination of hero, helper and what the helper wears is held out (see `combinations`): validation tells of these only,
-training of the others only. So a model that answers about validation has read the tale. `best_guess` is how often one
-is right who has not read it, exact from the grammar; kinds of questions where that is more than half are not asked.
+A conversation begins with a tale (with --two_tales one or two), told by the grammar, which has the answer to every
+question. Every seventh combination of hero, helper and what the helper wears is held out (see `combinations`):
+validation tells of these only, training of the others only. So a model that answers about validation has read the
+tale. `best_guess` is how often one is right who has not read it, exact from the grammar; kinds of questions where that
+is more than half are not asked.
 
 The quick start's model copies names, which tales repeat. What a tale tells once, as where a hat was, it has never
 copied: none of its heads looks for it, and its outputs hardly tell such words apart. Neither is learned without the
 other, and beside questions for names, which are easy, it is not learned at all. So data/quiz_begin asks for no names,
-and about a sentence or two, where there are few words to look among. Which of two tales a question means is not learned
-in as many steps either: of those half are right.
+and about a sentence or two, where there are few words to look among. Which of two tales a question means it does not
+learn: half of its answers are right.
 
 train.jsonl, val.jsonl: the conversations as {"messages": [...], "wrong": [...]}, for any model and its chat template.
 meta.json, shards: the same in the ids of the tales' tokenizer, with marks of what is learned (see prepare/chat.py). It
@@ -212,18 +213,18 @@ def grade(text, answer):
 
 # -- the script --------------------------------------------------------------------------------------------------
 
-LONGEST = 1024  # tokens in a conversation: the longest has a third of them in the tokens of the tales
+LONGEST = 1024  # tokens in a conversation: the longest has a fifth of them in the tales' tokens, of two tales a third
 FILES = rf"{shards.DATA_FILES}|(train|val)\.jsonl(\.\d+\.tmp)?"  # those of this data set
 
 
 @dataclass
 class Settings:
     """How many conversations, and where they go."""
-    conversations: int = 20000  # [1, inf) to learn from, 4 million tokens: more than a laptop reads in five minutes
+    conversations: int = 20000  # [1, inf) to learn from, 3 million tokens: more than a laptop reads in five minutes
     val_conversations: int = 6000  # [1, inf) of held-out combinations, a question each: 95 % has an error of 0.3 points
     questions: int = 20  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
     names: bool = True  # False: no questions for the name of a hero or a helper
-    two_tales: float = 0.0  # [0, 1] share of those about whole tales that have two: not learned as soon
+    two_tales: float = 0.0  # [0, 1] share of those about whole tales that have two: which is meant is not learned
     excerpts: float = 0.0  # [0, 1] share of the training conversations that are about a sentence or two
     tokenizer: str | None = None  # file or folder, of the model that is to learn; None: data/tales, the quick start's
     seed: int = 1337  # [0, inf) the same seed gives the same files

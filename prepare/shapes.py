@@ -147,9 +147,12 @@ def talk(question, answer):
 
 
 def texts(objects, asked, rng):
-    """Conversations without a picture: a scene made up, one said again in any order, and each question about one."""
+    """Conversations without a picture: a scene made up, one said again in any order, and each question about one. A
+    third form has other words behind the color: so "Which shape is red?" asks for more than the word behind "red"."""
     def said():
-        return rng.choice(captions(rng.sample(objects, len(objects))))
+        some = rng.sample(objects, len(objects))
+        turned = " and ".join(f"a {shape}, {size} and {color}, at the {place}" for color, shape, size, place in some)
+        return rng.choice([*captions(some), turned])
     return [talk("Make up a picture.", said()), talk(said(), said()),
             *(talk(f"{said()}\n{question}", answer) for question, answer in asked)]
 
@@ -168,7 +171,7 @@ def told(stage, row, objects, asked, rng):
     if stage == "prefer":
         return [{"image": row, "question": "<image>", "chosen": plain, "rejected": longer}]
     if stage == "instruct":
-        return [caption, *about, *rng.sample(texts(objects, asked, rng), rng.random() < 0.25)]
+        return [caption, *about, *rng.sample(texts(objects, asked, rng), rng.random() < 0.5)]
     return [{"image": row, "captions": [plain]}, *about]
 
 

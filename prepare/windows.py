@@ -1,4 +1,5 @@
-"""How a split is cut into windows and in which order they are drawn: a pure function of the seed and a counter.
+"""How a split is cut into windows and in which order they are drawn: a pure function of the seed and a counter. In the
+end, how continuations of one text share a row.
 
 There is no loader state to save or to lose: resuming is exact, and the order does not depend on the number of
 processes, each of which takes its own rows of a step's batch.
@@ -182,8 +183,8 @@ def document_positions(x, bos_id):
 # -- texts that begin alike --------------------------------------------------------------------------------------
 
 class Continuations:
-    """A text and continuations of it as one row of tokens: the text once, then each continuation but for its last
-    token, which predicts nothing.
+    """A text and continuations of it as one row of tokens (or several such, one after the other): the text once, then
+    each continuation but for its last token, which predicts nothing.
 
     ids, positions: (T,); positions jump back where another continuation begins (see `Decoder.masks` in model.py).
     source, target: where each token of the continuations is predicted, and that token. sizes: their numbers of tokens.

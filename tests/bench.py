@@ -671,12 +671,13 @@ def check_graphs(model):
     import torch
 
     from model import KVCache, Llama
-    from decode import pinned
     weight, idx, found = model.lm_head.weight, torch.arange(12), []
     idx = idx.to(weight.device)
     with torch.inference_mode():
         for step in model.decode_one_token, partial(Llama.decode_one_token, model):
-            cache, logits = pinned(KVCache(model.config, 1, 256, weight.device, weight.dtype)), []
+            cache, logits = KVCache(model.config, 1, 256, weight.device, weight.dtype), []
+            for tensor in (cache.lengths, *cache.keys, *cache.values):
+                torch._dynamo.mark_static_address(tensor)
             model(idx[None, :4], cache=cache)
             for token in idx[4:]:
                 logits.append(step(token[None], cache).float().cpu())

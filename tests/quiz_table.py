@@ -7,7 +7,8 @@
 
 Each row is a run in out/quiz_table/, made after those that it needs, which then answers all validation questions
 greedily; one that is complete is not made again. Those after "grpo" begin where it does and take its steps, "more" as
-many seconds: equal compute. All rows together are kept in quiz_table.json, and written into README.md.
+many seconds: equal compute; "dpo" takes its own. Without arguments the table is kept in quiz_table.json, and written
+into README.md.
 """
 import json
 import math
@@ -22,8 +23,11 @@ sys.path.insert(0, str(ROOT))
 import bench
 import records
 
+import common
 import config
+import feedback
 import runs
+import train
 
 OUT = ROOT / "out/quiz_table"
 KEPT = ROOT / "tests/quiz_table.json"
@@ -66,13 +70,16 @@ def make(name, keys):
     _, command, start = ROWS[name]
     for needed in ["grpo"] * (name == "more") + [start] * (start in ROWS):
         make(needed, keys)
-    if last(name):
-        wanted = json.loads((OUT / name / "run.json").read_text(encoding="utf-8"))["settings"]["max_iters"]
-        if last(name)["step"] >= wanted:
-            return
+    script, *words = command.split()
     if name == "more":
-        keys = [*keys, f"--max_iters={round(last('grpo')['seconds'] * last('half')['step'] / last('half')['seconds'])}"]
-    python(*command.split(), f"--init_from={OUT / start if start in ROWS else start}", f"--out_dir={OUT / name}", *keys)
+        words += [f"--max_iters={round(last('grpo')['seconds'] * last('half')['step'] / last('half')['seconds'])}"]
+    wanted, _ = config.load({"train.py": train.KEYS, "feedback.py": feedback.KEYS}[script], words, train.SHAPE_KEYS)
+    ours = {key: value for key, value in wanted.items() if key not in ("init_from", "out_dir", "dataset")}
+    if last(name):
+        has = json.loads((OUT / name / "run.json").read_text(encoding="utf-8"))["settings"]
+        if last(name)["step"] == ours["max_iters"] and {key: has.get(key) for key in ours} == ours:
+            return
+    python(script, *words, f"--init_from={OUT / start if start in ROWS else start}", f"--out_dir={OUT / name}", *keys)
 
 
 def measure(name, keys):
@@ -109,7 +116,7 @@ def main():
     found = {name: measure(name, keys) for name in names or ROWS}
     print("\n" + table(found), end="")
     if not sys.argv[1:]:
-        machine = bench.hardware("cpu")
+        machine = bench.hardware(common.pick_device("auto").type)
         kept = {"machine": {key: machine[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")},
                 "rows": found}
         KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -86,11 +86,13 @@ def test_advantages(place, tmp_path, monkeypatch):
     ids = {word: task.ids_of(left, word) for word in ("left", "right")}
     monkeypatch.setattr(task, "answer", lambda prompts, **how: [ids["left"]] * 3 + [ids["right"]] + [ids["left"]] * 4)
     count, (idx, _, source, target, sizes, weights) = task.micro_batch([left, right], 0)
-    assert count == 7 * len(ids["left"]) + len(ids["right"]) and len(idx) == 1  # the second group is all wrong
+    assert count == 7 * len(ids["left"]) + len(ids["right"]) and len(idx) == 4  # the second group is all wrong
     assert (weights * count).tolist() == pytest.approx([0.25, 0.25, 0.25, -0.75])
     assert target.tolist() == ids["left"] * 3 + ids["right"] and len(sizes) == 4
     prompt = task.prompt(left)
-    assert idx[0, :len(prompt)].tolist() == prompt and source[0] == source[sizes[0]] == len(prompt) - 1
+    assert idx[0, :len(prompt)].tolist() == prompt and source[0] == len(prompt) - 1
+    assert len(task.rows([9 * prompt], [ids.values()])) == 1  # a long prompt is there once, a short one for each answer
+    assert len(task.rows([prompt], [ids.values()])) == 2
     zero = feedback.Rewards(settings(place, tmp_path / "zero", baseline="zero"), {}, tmp_path / "zero", CPU)
     monkeypatch.setattr(zero, "answer", task.answer)
     assert len(zero.micro_batch([left, right], 0)[1][-1]) == 3  # right answers alone
@@ -353,7 +355,7 @@ def test_rows_of_the_quiz_table_follow_each_other(tmp_path, monkeypatch):
             out = tmp_path / trained[-1]
             assert str(cfg.init_from) == "out/tales" or runs.read_log(tmp_path / cfg.init_from / "log.jsonl")
             out.mkdir()
-            (out / "run.json").write_text(json.dumps({"settings": {"max_iters": cfg.max_iters}}))
+            (out / "run.json").write_text(json.dumps({"settings": vars(cfg)}))
             lines = [{"step": cfg.max_iters, "seconds": 60.0, "train_loss": 1.0}, {"step": cfg.max_iters}]
             (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return "val accuracy 0.5000 of 10,000 questions\n"

@@ -350,8 +350,8 @@ def test_a_step_reads_prompts_or_decodes_the_rows_that_run_and_no_others():
     for T, new in (5, 1), (9, 4), (3, 2), (4, 6), (7, 3):
         batch.add(list(range(T)), new, temperature=0)
     run_all(batch)
-    # four prompts together; the first request ends with its first token, and its row goes to the last one
-    assert read == [(4, 9), (1, 7), (4, 1), (3, 1), (2, 1), (1, 1), (1, 1)]
+    # prompts of similar lengths together; the first request ends with its first token, and its row goes to the last one
+    assert read == [(2, 9), (2, 4), (1, 7), (4, 1), (3, 1), (2, 1), (1, 1), (1, 1)]
 
 
 def test_a_request_ends_where_it_is_asked_to_or_where_its_row_is_full():
@@ -399,14 +399,19 @@ def test_autocast_casts_each_matrix_once_for_all_tokens(way, packed):
 
 @pytest.mark.parametrize("more", [{}, dict(arch="llama4", chunk=4, nope_every=2)])
 def test_a_prompt_that_many_share_is_read_once(more, monkeypatch):
-    """Its continuations are those of copies that are read one by one, also where a free row takes another."""
+    """Its continuations are those of copies that are read one by one, also where a free row takes another, and those of
+    its embeddings."""
     model = Llama(LlamaConfig(vocab_size=24, n_layer=2, n_head=2, dim=16, ffn_dim=32, context=32, **more), seed=2)
     a, b = [1, 2, 3, 4, 5, 6], [7, 8]
-    want = decode_all(model, [[*a], [*a], [*a], [*b], [*b], [*a]], 9, rows=4, seed=3, stop_ids={0, 1})
+    with monkeypatch.context() as one_by_one:
+        one_by_one.setattr(Batch, "TOGETHER", 1)
+        want = decode_all(model, [[*a], [*a], [*a], [*b], [*b], [*a]], 9, rows=4, seed=3, stop_ids={0, 1})
     prefill, read = Batch.prefill, []
-    monkeypatch.setattr(Batch, "prefill", lambda self, prompts: read.extend(prompts) or prefill(self, prompts))
+    monkeypatch.setattr(Batch, "prefill", lambda self, some, cache: read.extend(some) or prefill(self, some, cache))
     assert decode_all(model, [a, a, a, b, b, a], 9, rows=4, seed=3, stop_ids={0, 1}) == want
     assert len(read) < 6
+    x = model.model.embed_tokens(torch.tensor(a)).detach()
+    assert decode_all(model, [x, a, x, b, b, a], 9, rows=6, seed=3, stop_ids={0, 1}) == want
     monkeypatch.setattr(Batch, "TOGETHER", 6)  # as if they were too long to be read together
     assert decode_all(model, [a, a, a, b, b, a], 9, rows=4, seed=3, stop_ids={0, 1}) == want
 
