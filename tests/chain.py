@@ -1,11 +1,14 @@
-r"""The four stages on the built-in shapes, and a table of what each gains and costs: two cores, 20 minutes.
+"""The four stages on the built-in shapes, and a table of what each gains and costs: two cores, 20 minutes.
 
     python tests/chain.py                 # prepares the data, trains what is not there yet, prints the table
     python tests/chain.py --seed=1        # another run of all stages, in out/shapes_*_1
 
-Captions, answers and preferences are about the test pictures, which show held-out combinations only; a caption may be
-plain or begin with "there is". The text loss is that of conversations without a picture.
+What is found is kept for each seed in chain.json, and the means are written into README.md. Captions, answers and
+preferences are about the test pictures, which show held-out combinations only; a caption may be plain or begin with
+"there is". The text loss is that of conversations without a picture.
 """
+import json
+import statistics
 import subprocess
 import sys
 import time
@@ -29,17 +32,22 @@ if __name__ == "__main__":  # a typo is told before torch is imported
 import numpy as np
 import torch
 
+import bench
+import records
+
 import common
 import runs
 import train
 import vlm
-from prepare import images
+from prepare import images, shards
 from prepare.shapes import SIDE
 from scores import agree
 
 SCENES = {"text": 8000, "align": 16000, "instruct": 16000, "prefer": 2500}  # to learn from in each stage, in order
-COLUMNS = ("stage", "minutes", "captions", "answers", "blank", "wrong picture", "pairs", "margin", "plain",
-           "text loss")
+FORMS = {"minutes": ".1f", "margin": ".2f", "text loss": ".4f"}  # of other columns: a share, in per cent
+COLUMNS = "minutes", "captions", "answers", "blank", "wrong picture", "pairs", "margin", "plain", "text loss"
+KEPT = ROOT / "tests/chain.json"
+MARKS = "<!-- chain: written by tests/chain.py -->\n", "<!-- end of the chain -->\n"
 
 
 def train_stages(seed):
@@ -94,16 +102,41 @@ def text_loss(directory, device):
     return task.val_loss(task.model)
 
 
+def table(seeds):
+    """[{stage: {column: number}}, ...], one of each seed, as a table of means and deviations."""
+    lines = ["| stage | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for stage in SCENES:
+        cells = []
+        for column in COLUMNS:
+            values, form = [found[stage][column] for found in seeds if column in found[stage]], FORMS.get(column, ".1%")
+            deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 and column != "minutes" else ""
+            cells.append(f"{statistics.mean(values):{form}}{deviation}" if values else "")
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def readme(kept):
+    """What README says of chain.json."""
+    machine, count = kept["machine"], len(kept["seeds"])
+    return (f"{table([*kept['seeds'].values()])}\nMean ± deviation of {count} seeds, on {records.machine(machine)}, "
+            f"{machine['date'].split()[0]}.\n")
+
+
 def main(cfg):
     device, begin = common.pick_device("auto"), time.monotonic()
     done = train_stages(cfg.seed)
     print(f"{(time.monotonic() - begin) / 60:.1f} minutes for what was not there yet")
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    found = {}
     for stage, (out, minutes) in done.items():
-        found = {"minutes": minutes, "text loss": text_loss(out, device)}
-        found |= see(out, device) if stage != "text" else {}
-        shown = [stage, *(f"{found[column]:.4f}" if column in found else "" for column in COLUMNS[1:])]
-        print("| " + " | ".join(shown) + " |", flush=True)
+        found[stage] = {"minutes": minutes, "text loss": text_loss(out, device)}
+        found[stage] |= {} if stage == "text" else see(out, device)
+        found[stage] = {column: float(number) for column, number in found[stage].items()}
+    print("\n" + table([found]), end="")
+    kept, machine = json.loads(KEPT.read_text()) if KEPT.exists() else {"seeds": {}}, bench.hardware(device.type)
+    kept["machine"] = {key: machine[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")}
+    kept["seeds"][str(cfg.seed)] = found
+    shards.write_text(KEPT, json.dumps(kept, indent=1) + "\n")
+    records.write_readme(readme(kept), MARKS)
 
 
 if __name__ == "__main__":

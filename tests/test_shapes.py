@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import chain
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import config
@@ -313,3 +315,12 @@ def test_each_stage_goes_on_from_the_one_before_and_changes_its_parts_alone(monk
                             eval_only=True, device="cpu", dtype="float32")
     task = train.Text(cfg, {}, tmp_path / "prefer", torch.device("cpu"))
     assert 0 < task.val_loss(task.model) < 10
+
+
+def test_readme_says_what_the_chain_found():
+    kept, marks = json.loads(chain.KEPT.read_text()), chain.MARKS
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.partition(marks[0])[2].partition(marks[1])[0] == chain.readme(kept)
+    one = {stage: {"captions": 0.5, "minutes": 2.0} for stage in chain.SCENES}
+    two = {stage: {"captions": 0.7, "minutes": 3.0} for stage in chain.SCENES}
+    assert "| align | 2.5 | 60.0% ± 14.1% |  |" in chain.table([one, two])
