@@ -171,7 +171,7 @@ def told(stage, row, objects, asked, rng):
     if stage == "prefer":
         return [{"image": row, "question": "<image>", "chosen": plain, "rejected": longer}]
     if stage == "instruct":
-        return [caption, *about, *rng.sample(texts(objects, asked, rng), rng.random() < 0.5)]
+        return [caption, *about, *rng.sample(texts(objects, asked, rng), rng.random() < 0.25)]
     return [{"image": row, "captions": [plain]}, *about]
 
 

@@ -118,7 +118,8 @@ def table(seeds):
 def readme(kept):
     """What README says of chain.json."""
     machine, count = kept["machine"], len(kept["seeds"])
-    return (f"{table([*kept['seeds'].values()])}\nMean ± deviation of {count} seeds, on {records.machine(machine)}, "
+    what = f"Mean ± deviation of {count} seeds" if count > 1 else "One seed"
+    return (f"{table([*kept['seeds'].values()])}\n{what}, on {records.machine(machine)}, "
             f"{machine['date'].split()[0]}.\n")
 
 
