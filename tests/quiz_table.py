@@ -108,7 +108,7 @@ def readme(kept):
     """What README says of quiz_table.json."""
     machine, count = kept["machine"], max(row["of"] for row in kept["rows"].values())
     return (f"{table(kept['rows'])}\nOf {count:,} questions about held-out combinations; ± is the deviation of seeds, "
-            f"or the standard error. On {records.machine(machine)}, {machine['date'].split()[0]}.\n")
+            f"or the standard error.\nOn {records.machine(machine)}, {machine['date'].split()[0]}.\n")
 
 
 def main():
