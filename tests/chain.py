@@ -32,7 +32,6 @@ if __name__ == "__main__":  # a typo is told before torch is imported
 import numpy as np
 import torch
 
-import bench
 import records
 
 import common
@@ -133,8 +132,8 @@ def main(cfg):
         found[stage] |= {} if stage == "text" else see(out, device)
         found[stage] = {column: float(number) for column, number in found[stage].items()}
     print("\n" + table([found]), end="")
-    kept, machine = json.loads(KEPT.read_text()) if KEPT.exists() else {"seeds": {}}, bench.hardware(device.type)
-    kept["machine"] = {key: machine[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")}
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"seeds": {}}
+    kept["machine"] = records.facts_of_machine(device.type)
     kept["seeds"][str(cfg.seed)] = found
     shards.write_text(KEPT, json.dumps(kept, indent=1) + "\n")
     records.write_readme(readme(kept), MARKS)

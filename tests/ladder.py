@@ -33,7 +33,6 @@ import torch
 from safetensors.torch import save_model
 
 import before_llama as before
-import bench
 import model
 import records
 import runs
@@ -184,8 +183,8 @@ def readme(kept):
 
 def keep(found, device):
     """Write ladder.json, and what README says of it."""
-    machine, figures = bench.hardware(device), ("parameters", "active", "bits", "seconds", "cache")
-    kept = {"machine": {key: machine[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")},
+    figures = "parameters", "active", "bits", "seconds", "cache"
+    kept = {"machine": records.facts_of_machine(device),
             "rungs": {name: {key: facts[key] for key in figures} for name, facts in found.items()}}
     KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     records.write_readme(readme(kept), MARKS)

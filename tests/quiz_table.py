@@ -20,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import bench
 import records
 
 import common
@@ -116,9 +115,7 @@ def main():
     found = {name: measure(name, keys) for name in names or ROWS}
     print("\n" + table(found), end="")
     if not sys.argv[1:]:
-        machine = bench.hardware(common.pick_device("auto").type)
-        kept = {"machine": {key: machine[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")},
-                "rows": found}
+        kept = {"machine": records.facts_of_machine(common.pick_device("auto").type), "rows": found}
         KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         records.write_readme(readme(kept), MARKS)
 

@@ -161,11 +161,16 @@ def from_runs(name, directories):
 def summary(name, scores, minutes, device):
     """{"figures": {unit: values}, "minutes": of one training, commit, command, machine and so on}."""
     commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    facts = hardware(device)
     return {"figures": {unit: [found[unit] for found in scores] for unit in scores[0]},
             "minutes": round(statistics.median(minutes), 1), "commit": commit.stdout.strip(),
             "command": " && ".join(" ".join(["python", RECORDS[name].script, stage]) for stage in RECORDS[name].stages)
-            } | {key: facts[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")}
+            } | facts_of_machine(device)
+
+
+def facts_of_machine(device):
+    """What is kept with figures of what they were measured on, now."""
+    facts = hardware(device)
+    return {key: facts[key] for key in ("processor", "units", "cores", "gpu", "torch", "date")}
 
 
 def machine(record):
