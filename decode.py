@@ -406,25 +406,24 @@ class Batch:
         """Put each prompt into a row of the cache, which begins anew; returns the logits (n, V) of what follows them.
 
         Prompts of similar lengths are read together, and one (the same object) that several requests share once."""
-        logits, places = [None] * len(prompts), {}
-        for n, prompt in enumerate(prompts):
-            places.setdefault(id(prompt), []).append(n)
-        different = sorted((prompts[first] for first, *_ in places.values()), key=len)
+        rows_of, logits = {}, {}  # by the prompt's id()
+        for prompt, row in zip(prompts, rows):
+            rows_of.setdefault(id(prompt), []).append(row)
+        different = sorted({id(p): p for p in prompts}.values(), key=len)
         while different:
             longest = len(different[-1])
             part = [p for p in different[-max(self.TOGETHER // longest, 1):] if 2 * len(p) > longest]
             del different[-len(part):]
-            row = rows[places[id(part[0])][0]]
+            row = rows_of[id(part[0])][0]
             in_place = len(part) == 1  # a long prompt takes no second cache
             cache = self.cache.part(slice(row, row + 1)) if in_place else new_cache(self.model, len(part), longest)
             for i, (prompt, following) in enumerate(zip(part, self.prefill(part, cache))):
-                for n in places[id(prompt)]:
-                    logits[n] = following
-                if to := [rows[n] for n in places[id(prompt)] if not in_place or rows[n] != row]:
+                logits[id(prompt)] = following
+                if to := [other for other in rows_of[id(prompt)] if not (in_place and other == row)]:
                     self.cache.lengths[to] = len(prompt)
                     for mine, read in zip((*self.cache.keys, *self.cache.values), (*cache.keys, *cache.values)):
                         mine[to, :len(prompt)] = read[i, :len(prompt)].clone()  # it may be a view of the same tensor
-        return torch.stack(logits)
+        return torch.stack([logits[id(prompt)] for prompt in prompts])
 
     def prefill(self, prompts, cache):
         """Put these prompts into a cache, which begins anew; returns the logits (n, V) of what follows them."""

@@ -22,10 +22,8 @@ import vlm
 from prepare import examples, images, shapes, shards, tokenizer
 
 CAPTION = re.compile(r"a (small|large) (\w+) (\w+) at the (\w+(?: (?:left|right))?)(?: and |$)")
-CELL = shapes.SIDE // 3  # pixels of a place
-
-
 TURNED = re.compile(r"a (\w+), (\w+) and (\w+), at the")
+CELL = shapes.SIDE // 3  # pixels of a place
 
 
 def read(caption):
