@@ -150,6 +150,8 @@ def lone_sentencepiece(data):
     names = {"bos_token": None, "eos_token": None} | {
         f"{end}_token": getattr(trainer, f"{end}_piece") for end in ("bos", "eos", "unk")
         if getattr(trainer, f"{end}_id") >= 0}
+    if not prefix:
+        names["add_prefix_space"] = False  # for llama.cpp, which adds one unless this is said
     whole = [re.escape(t) for t, p in zip(pieces, proto.pieces) if p.type == USER_DEFINED]  # never cut, never merged
     ranks = {t: (-p.score, i) for i, (t, p) in enumerate(zip(pieces, proto.pieces)) if p.type == NORMAL}
     model = bpe({t: i for i, t in enumerate(pieces)}, merges_of(ranks, lambda left, right: (left, right)),

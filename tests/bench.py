@@ -2,7 +2,7 @@
 
     python tests/bench.py                               # every row
     python tests/bench.py tokenize hellaswag            # some rows
-    python tests/bench.py hellaswag --device=cuda --out=bench.json
+    python tests/bench.py --keep                        # kept in bench.json, and README's tables written from it
 
 A row is a function that yields `Pair`s: two callables that do the same work. They run in turn, so that whatever else
 the machine does falls on both; compared are the medians. A goal is met when theirs / ours is at least as large.
@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("EVERYLLAMA_DATA", ROOT.parent / "shared" / "data"))  # no part of the project
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common
 import config
 
@@ -37,7 +37,7 @@ import config
 class Settings:
     """What can be chosen beside the rows."""
     device: str = "cpu"  # where models run
-    out: str | None = None  # JSON file to write; None: only the table
+    keep: bool = False  # keep what is found in bench.json and write README's tables from it
     nanogpt: str | None = None  # a clone of nanoGPT; None: rows that need it are left out
     runs: int = 0  # times that each side runs; 0: what the row asks for
 
@@ -63,6 +63,8 @@ class Skip(Exception):
 
 
 ROWS = {}
+KEPT = ROOT / "tests/bench.json"
+MARKS = "<!-- bench: written by tests/bench.py -->\n", "<!-- end of the bench -->\n"
 
 
 def row(function):
@@ -104,6 +106,29 @@ def hardware(device):
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d %H:%M")}
 
 
+def remember(name, results, facts):
+    """Keep the Pairs of a row, one list of `measure` for each kind of machine, and write them into README.md."""
+    import records
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    kind = kept.setdefault(records.machine(facts), {})
+    kind |= {"machine": records.facts_of_machine("cuda" if facts["gpu"] else "cpu"), name: results}
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    records.write_readme(readme(kept), MARKS)
+
+
+def readme(kept):
+    """What README says of bench.json: a table for each kind of machine."""
+    tables = []
+    for kind, rows in kept.items():
+        torch, date = rows["machine"]["torch"].split("+")[0], rows["machine"]["date"].split()[0]
+        lines = [f"On {kind}, torch {torch}, {date}:\n", "| row | what | ours | theirs | ratio |", "|---" * 5 + "|"]
+        for name in ROWS:
+            lines += [f"| `{name}` | {pair['what']} | {pair['ours']:.3g} {pair['unit']} | {pair['theirs']:.3g} "
+                      f"{pair['unit']} | {pair['ratio']:.2f} |" for pair in rows.get(name, ())]
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
 def forget(device):
     """Free the models that are gone, and what the compiler has learned from their shapes."""
     gc.collect()
@@ -119,18 +144,17 @@ def main(argv):
     facts = hardware(cfg.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     print(f"\n{'row':<12} {'ours':>10} {'theirs':>10} {'ratio':>7} {'goal':>6}")
-    results, failed = [], []
+    failed = []
     for name in names or ROWS:
         forget(cfg.device)
+        results = []
         try:
             for pair in ROWS[name](cfg):
-                found = {"row": name} | measure(pair, cfg.runs)
+                found = measure(pair, cfg.runs)
                 results.append(found)
                 print(f"{name:<12} {found['ours']:>9.4g}{pair.unit} {found['theirs']:>9.4g}{pair.unit} "
                       f"{found['ratio']:>6.2f}x {pair.goal:>5.2f}x  "
                       f"{'' if found['met'] else 'NOT MET: '}{pair.what}", flush=True)
-                if cfg.out:  # after each, so that nothing that was measured is lost
-                    Path(cfg.out).write_text(json.dumps({"hardware": facts, "rows": results}, indent=1) + "\n")
                 del pair
                 gc.collect()  # the pair's models
         except Skip as e:
@@ -139,6 +163,8 @@ def main(argv):
             traceback.print_exc()
             print(f"{name:<12} FAILED", flush=True)
             failed.append(name)
+        if cfg.keep and results:  # after each row, so that nothing that was measured is lost
+            remember(name, results, facts)
     sys.exit(1 if failed else 0)
 
 

@@ -1,8 +1,9 @@
-"""tests/records.py: commands that the scripts accept, a figure at their end, and README's table."""
+"""tests/records.py and bench.py: commands that the scripts accept, a figure at their end, and README's table."""
 import dataclasses
 import json
 import shutil
 
+import bench
 import pytest
 import records
 
@@ -30,6 +31,14 @@ def test_readme_says_what_was_measured():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.count(records.MARKS[0]) == 1
     assert records.table(kept) == readme.partition(records.MARKS[0])[2].partition(records.MARKS[1])[0]
+
+
+def test_readme_says_what_the_bench_found():
+    kept, readme = json.loads(bench.KEPT.read_text()), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert bench.readme(kept) == readme.partition(bench.MARKS[0])[2].partition(bench.MARKS[1])[0]
+    for rows in kept.values():
+        assert rows.keys() <= {"machine", *bench.ROWS}
+        assert all(pair["ratio"] == pair["theirs"] / pair["ours"] for name in bench.ROWS for pair in rows.get(name, ()))
 
 
 def test_mean_and_deviation():

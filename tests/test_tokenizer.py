@@ -292,6 +292,7 @@ def test_training_gives_exactly_the_size_asked_for(size):
     assert t.vocab_size == size == len(t.vocab) and (t.bos_id, t.eos_id) == (1, 2)
     assert t.decode(t.encode(SOURCE)) == SOURCE and len(t.encode(SOURCE)) < len(SOURCE)
     assert t.encode("   x") and t.encode("12") != t.encode("1") + t.encode("3")
+    assert t.settings["add_prefix_space"] is False  # llama.cpp's converter copies this, and else has it add a space
 
 
 def test_training_is_deterministic_even_across_processes():

@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, real_data
 
+import adapter
 import config
 from model import PRESETS, Llama, LlamaConfig
 from prepare import hellaswag, stories15m, tokenizer, weights
@@ -324,13 +325,45 @@ def converter():
     return script
 
 
+def to_gguf(run, path):
+    """A run directory as llama.cpp's own script converts it."""
+    subprocess.run([sys.executable, converter(), run, "--outtype", "f32", "--outfile", path], check=True)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_merged_adapter_chats_in_llama_cpp(chatty, tmp_path):
+    """By its own template, word for word as here, and stops where we stop."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which pip builds in about 5 minutes")
+    model, tok = Llama.from_pretrained(chatty, dtype=torch.float32), tokenizer.load(chatty)
+    adapter.begin(model, 8, 16, str(chatty), seed=0)
+    for _, _, module in adapter.places(model):
+        torch.nn.init.normal_(module.lora_B, std=0.01, generator=torch.Generator().manual_seed(0))
+    adapter.save(model, tmp_path / "adapter")
+    adapter.main(adapter.MergeConfig(merge=str(tmp_path / "adapter"), out=str(tmp_path / "merged"), dtype="float32"))
+    theirs = llama_cpp.Llama(to_gguf(tmp_path / "merged", tmp_path / "model.gguf"), n_ctx=256, verbose=False,
+                             type_k=0, type_v=0)  # f32 caches
+    plain = Llama.from_pretrained(chatty, dtype=torch.float32)
+    said = {}
+    for question in "What is the capital of France?", "Tell me a very short story.":
+        talk = [{"role": "user", "content": question}]
+        got = theirs.create_chat_completion(talk, max_tokens=40, temperature=0.0, repeat_penalty=1.0)
+        for name, llama in ("adapted", model), ("plain", plain):
+            ids = tok.chat(talk)
+            new = llama.generate(torch.tensor([ids]), 40, temperature=0, eos_id=tok.stop_ids)[0, len(ids):].tolist()
+            said[question, name] = tok.decode([i for i in new if i not in tok.stop_ids])
+        assert got["choices"][0]["message"]["content"] == said[question, "adapted"]
+        ended = got["choices"][0]["finish_reason"] == "stop"
+        assert ended == (len(tok.encode(said[question, "adapted"])) < 40)
+    assert any(said[question, "adapted"] != said[question, "plain"] for question, _ in said)  # it does change what is said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run, prompt", [("stories", "Once upon a time"), ("trained", "once upon a time")])
 def test_llama_cpp_tells_the_same_story(run, prompt, request, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which pip builds in about 5 minutes")
-    run, script = request.getfixturevalue(run), converter()
-    subprocess.run([sys.executable, script, run, "--outtype", "f32", "--outfile", tmp_path / "model.gguf"], check=True)
-    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, verbose=False, type_k=0, type_v=0)  # f32 caches
+    run = request.getfixturevalue(run)
+    theirs = llama_cpp.Llama(to_gguf(run, tmp_path / "model.gguf"), n_ctx=128, verbose=False, type_k=0, type_v=0)  # f32
     model, tok = Llama.from_pretrained(run), tokenizer.load(run)
     ids = tok.encode(prompt, bos=True)
     assert theirs.tokenize(prompt.encode()) == ids
