@@ -39,9 +39,9 @@ import torch.nn as nn
 
 import checkpoint
 import lora
-from common import RANK, atomic_write
+from common import RANK
 from model import put
-from prepare import tokenizer
+from prepare import shards, tokenizer
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # not the router: peft cannot
 EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
@@ -52,7 +52,6 @@ HARMLESS = {"task_type", "auto_mapping", "inference_mode", "layers_pattern", "lo
             "ensure_weight_tying"}  # of modules_to_save; they change no logits
 DEFAULTS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), "revision": ("main",)}
 LAYOUT = "0.21.2"  # the release of peft as which A and B are written
-RUN = "train.py:TrainConfig", "model.py:LlamaConfig"  # what its run.json holds
 BASE = "base.sha256"  # what `digest` said of the base model when the adapter was saved
 
 
@@ -70,12 +69,12 @@ def begin(llama, rank, alpha, base, seed):
                      "r": rank, "lora_alpha": alpha, "use_rslora": False, "target_modules": MATRICES,
                      "target_parameters": EXPERTS if llama.config.n_experts else None, "bias": "none",
                      "lora_dropout": 0.0, "inference_mode": True, "peft_version": LAYOUT}
-    lora.attach(llama, paths(llama, llama.adapter))
+    lora.attach(llama, ranks(llama, llama.adapter))
     if not llama.lm_head.weight.is_meta:
         lora.draw(llama, seed)
 
 
-def paths(llama, settings):
+def ranks(llama, settings):
     """{name: (rank, scale)} of the matrices that settings, an adapter_config.json, choose."""
     layers, found = settings.get("layers_to_transform"), {}
     layers = [layers] if isinstance(layers, int) else layers
@@ -157,22 +156,26 @@ def load(name, dtype=None, device="cpu", split=None, new=None, **overrides):
     context: an adapter has its run's, which may be longer than its base model's."""
     directory = checkpoint.find_checkpoint(name)
     settings = read_settings(directory) if is_adapter(directory) else None
+    base = base_of(directory) if settings else directory
     if settings and (context := context_of(directory)):
         overrides = {"context": context} | overrides
 
     def prepare(llama):
         if settings:
             try:
-                lora.attach(llama, paths(llama, settings))
+                lora.attach(llama, ranks(llama, settings))
             except (re.error, TypeError) as e:
                 raise ValueError(f"{directory / 'adapter_config.json'}: target_modules and patterns must be lists of "
                                  f"names or regular expressions: {e}") from None
             llama.adapter = settings | {"peft_version": LAYOUT}  # however its files were, it is written anew
+            name = Path(settings["base_model_name_or_path"]).as_posix()
+            if base.as_posix().endswith(f"/{name}"):  # it lies beside this adapter, but the next one may be elsewhere
+                llama.adapter["base_model_name_or_path"] = portable(base)
         if new:
             begin(llama, *new)
         if split:
             split(llama)
-    llama = checkpoint.load(base_of(directory) if settings else directory, dtype, device, prepare, **overrides)
+    llama = checkpoint.load(base, dtype, device, prepare, **overrides)
     if settings:
         read_tensors(llama, directory / "adapter_model.safetensors", settings)
         if not split and (directory / "vlm.json").is_file():  # its base model may have no token for pictures
@@ -198,7 +201,7 @@ def grow(llama, vocab_size):
 
 def context_of(directory):
     """The longest text, in tokens, for which the run of an adapter was made; None without a run."""
-    return config.of_run(directory, *RUN)[1].get("context")
+    return config.of_run(directory, "train.py:TrainConfig")[1].get("context")
 
 
 def is_adapter(directory):
@@ -300,13 +303,11 @@ def save(llama, directory):
     if RANK > 0:  # of processes that share the model
         return
     directory.mkdir(parents=True, exist_ok=True)
-    with atomic_write(directory / "adapter_model.safetensors") as path:
+    with config.atomic_write(directory / "adapter_model.safetensors") as path:
         checkpoint.write_tensors(tensors, path)
     if base:
-        with atomic_write(directory / BASE) as path:  # metadata of safetensors have no fixed order
-            path.write_text(base + "\n")
-    with atomic_write(directory / "adapter_config.json") as path:
-        path.write_text(json.dumps(llama.adapter, indent=2) + "\n")
+        shards.write_text(directory / BASE, base + "\n")  # metadata of safetensors have no fixed order
+    shards.write_text(directory / "adapter_config.json", json.dumps(llama.adapter, indent=2) + "\n")
 
 
 def name_ends(llama, tok):

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from common import RANK, WORLD, first_line, together
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, put
 
 
 def load(name, dtype=None, device="cpu", prepare=None, **overrides):
@@ -350,7 +350,7 @@ def read_json(path):
     return value
 
 
-def _weight_files(directory):
+def weight_files(directory):
     """The safetensors files of a checkpoint: the whole or, where there is none, the parts that an index names."""
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.exists():
@@ -367,7 +367,7 @@ def _weight_files(directory):
 def read_tensors(path, prefixes=("",)):
     """{name: tensor} of a safetensors file, or of all those of a checkpoint, whose names begin with one of prefixes."""
     tensors = {}
-    for part in _weight_files(path) if path.is_dir() else [path]:
+    for part in weight_files(path) if path.is_dir() else [path]:
         with opened(part) as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
     return tensors
@@ -387,7 +387,7 @@ def _find_tensors(directory, cfg, shapes):
     """{name here: (path, name in the file, dtype, shape)} of exactly the names of `shapes` ({name: shape}), by the
     headers of a directory's safetensors files: what is wrong with them is found before anything is read."""
     found, head, embedding = {}, "lm_head.weight", "model.embed_tokens.weight"
-    for path in _weight_files(directory):
+    for path in weight_files(directory):
         with opened(path) as file:
             for name in file.keys():
                 ours, part = _our_name(name, cfg, shapes), file.get_slice(name)
@@ -440,20 +440,9 @@ def _fill(llama, places):
     parameters = {name.replace(".base_layer", ""): p for name, p in llama.named_parameters()}  # of an adapted one
     for path in {path for path, *_ in places.values()}:
         with opened(path) as file:
-            for ours, (place, name, *_) in places.items():
-                if place == path:
-                    _fill_one(parameters[ours], file.get_tensor(name))  # nothing of it is read before it is copied
-
-
-def _fill_one(p, t):
-    """Copy t into p, or the part of it that this process has."""
-    if not hasattr(p, "placements"):
-        p.copy_(t)
-        return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    size, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    if all(size):  # the last processes may have nothing of a small one
-        p.to_local().copy_(t[tuple(slice(a, a + n) for a, n in zip(start, size))])
+            for ours, (where, name, *_) in places.items():
+                if where == path:
+                    put(parameters[ours], file.get_tensor(name))  # nothing of it is read before it is copied
 
 
 # -- tensors by name, of a run that goes on -------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import threading
 import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,6 +44,14 @@ def all_reduce_sum(*numbers):
     return sums.tolist()
 
 
+def gather(value):
+    """[the value of each process]."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def together():
     """A block that all processes run, and that all leave alike: where an error ends it on some, these raise it and the
@@ -54,10 +61,7 @@ def together():
         yield
     except Exception as e:
         error = e
-    lines = [error and first_line(error)]
-    if WORLD > 1:
-        lines = lines * WORLD
-        dist.all_gather_object(lines, lines[0])
+    lines = gather(error and first_line(error))
     if error or any(lines):
         raise error or OSError(next(line for line in lines if line))
 
@@ -248,22 +252,3 @@ def to_device(device, *arrays):
         pins = device.type == "cuda" and t.device.type == "cpu"  # what is on the GPU already cannot be pinned
         return t.pin_memory().to(device, non_blocking=True) if pins else t.to(device)
     return [a if a is None else move(a) for a in arrays]
-
-
-# -- files -------------------------------------------------------------------------------------------------------
-
-@contextmanager
-def atomic_write(path):
-    """A temporary path that takes the place of `path` once the block ends well: `with atomic_write(path) as tmp`."""
-    path = Path(path)
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        tmp.touch()
-        mode = tmp.stat().st_mode
-        yield tmp
-        with open(tmp, "rb+") as f:  # Windows syncs no file that is open only for reading
-            os.fsync(f.fileno())
-        os.chmod(tmp, mode)  # safetensors lets nobody else read its files
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)

@@ -175,8 +175,8 @@ def kind_for(name, shape, bits):
 
 
 def pack(model, bits=32):
-    """Replace norms and matrices of a float32 model on a CPU, which then neither learns nor is saved. bits 8 or 4:
-    matrices are rounded, but for routed experts."""
+    """Replace norms and matrices of a float32 model on a CPU, which then learns no more, and which `save_quantized`
+    alone can save. bits 8 or 4: matrices are rounded, but for routed experts."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
@@ -211,7 +211,7 @@ def save_quantized(model, bits, directory):
 
 
 def bits_of(directory):
-    """Of how many bits the weights in a directory are that `save_quantized` has written; 0 where it was not that."""
+    """The bits of the weights that `save_quantized` wrote into a directory; 0 where it wrote none."""
     file = Path(directory) / "config.json"
     how = checkpoint.read_json(file).get("quantization_config") if file.exists() else None
     return how.get("bits") if isinstance(how, dict) and how.get("quant_method") == checkpoint.METHOD else 0
@@ -318,10 +318,9 @@ def seconds_of_step(model, rows):
 
 
 def dtype_to_decode(name, device):
-    """(torch.dtype to read weights in, why), as `pick_dtype`, for a model that only generates."""
-    if name == "auto" and device.type == "cpu":
-        return torch.float32, "to be packed, or made bfloat16 where that is faster"
-    return pick_dtype(name, device)
+    """The torch.dtype to read weights in for decoding alone: on a CPU float32, to be packed or, where faster, halved.
+    """
+    return torch.float32 if name == "auto" and device.type == "cpu" else pick_dtype(name, device)[0]
 
 
 def new_cache(model, rows, size):
@@ -338,8 +337,8 @@ class Request:
     """A prompt to continue, how, and its continuation so far."""
     prompt: object  # ids, or a tensor (T, D) of embeddings, as a text with pictures has
     max_new_tokens: int
-    stop_ids: frozenset = frozenset()  # a token of these is the last
-    sampling: Sampling = Sampling(seed=0)  # same seed, same tokens, whatever runs beside it (but for rounding)
+    stop_ids: frozenset  # a token of these is the last
+    sampling: Sampling  # same seed, same tokens, whatever runs beside it (but for rounding)
     new: list = field(default_factory=list)  # ids so far, with the one of stop_ids
     done: bool = False
 
@@ -364,12 +363,11 @@ class Batch:
 
     def add(self, prompt, max_new_tokens, stop_ids=frozenset(), seed=0, **sampling):
         """Queue a `Request`, with fields of `Sampling`. Raises ValueError for a prompt that leaves it no room."""
-        request = Request(prompt, max_new_tokens, stop_ids, Sampling(seed=seed, **sampling))
-        if not 0 < len(request.prompt) < self.size:
-            raise ValueError(f"a prompt of {len(request.prompt)} tokens: it takes 1 to {self.size - 1} here")
-        request.max_new_tokens = min(request.max_new_tokens, self.size - len(request.prompt))
+        if not 0 < len(prompt) < self.size:
+            raise ValueError(f"a prompt of {len(prompt)} tokens: it takes 1 to {self.size - 1} here")
+        new = min(max_new_tokens, self.size - len(prompt))
+        request = Request(prompt, new, stop_ids, Sampling(seed=seed, **sampling), done=new < 1)
         request.generator = request.sampling.generator(self.cache.lengths.device)
-        request.done = request.max_new_tokens < 1
         if not request.done:
             self.waiting.append(request)
         return request
@@ -387,7 +385,8 @@ class Batch:
 
     @without_gradients
     def step(self):
-        """[(request, its next token), ...]: the first of each that a row is free for, or else one of each that runs."""
+        """[(request, its next token), ...]. Where rows are free and requests wait: the first token of each that takes
+        one. Else the next token of each that runs."""
         fresh = []  # rows that take the next in line
         for row in range(self.rows):
             if self.waiting and (row == len(self.running) or self.running[row].done):
@@ -405,7 +404,7 @@ class Batch:
     def read(self, prompts, rows):
         """Put each prompt into a row of the cache, which begins anew; returns the logits (n, V) of what follows them.
 
-        Prompts of similar lengths are read together, and one (the same object) that several requests share once."""
+        Prompts of similar lengths are read together. One that several requests share (the same object) is read once."""
         rows_of, logits = {}, {}  # by the prompt's id()
         for prompt, row in zip(prompts, rows):
             rows_of.setdefault(id(prompt), []).append(row)

@@ -55,7 +55,7 @@ def parts_of(said, info):
 
 class Message(BaseModel):
     """A turn of a chat."""
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[list[Annotated[Text | Picture, Field(discriminator="type")]], BeforeValidator(parts_of),
                        Field(validate_default=True)] = None
 
@@ -97,9 +97,15 @@ class Asked(BaseModel):
     bad_words: list = Field([], max_length=0)
     use_beam_search: Literal[False] = False
     modalities: list[Literal["text"]] = []
-    grammar: None = Field(None, validation_alias=AliasChoices(
+    add_generation_prompt: Literal[True] = True
+    continue_final_message: Literal[False] = False
+    include_stop_str_in_output: Literal[False] = False
+    mirostat: Literal[0] = 0
+    dry_multiplier: float = Field(0, ge=0, le=0)
+    xtc_probability: float = Field(0, ge=0, le=0)
+    unknown: None = Field(None, validation_alias=AliasChoices(
         "grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
-        "guided_grammar"))
+        "guided_grammar", "allowed_token_ids", "chat_template", "documents", "truncate_prompt_tokens", "n_predict"))
 
     @model_validator(mode="before")
     @classmethod
@@ -139,15 +145,15 @@ class Engine:
     @config.mistakes(torch.OutOfMemoryError, prefix="try a smaller model, or --device=cpu: ")
     def load(cls, cfg):
         """That of a serve.ServeConfig."""
-        machine = {key: getattr(cfg, key) for key in ("init_from", "device", "dtype", "quantize")}
         directory = sample.find(cfg.init_from)
-        machine["init_from"] = str(directory)
+        machine = {"init_from": str(directory), "device": cfg.device, "dtype": cfg.dtype}
         local = cfg.init_from is None or Path(cfg.init_from).is_dir()
         name = directory.resolve().name if local else cfg.init_from  # owner/model, of the hub
         if not vlm.sees(directory):
-            model, tok, _ = sample.load(config.make(sample.SampleConfig, machine), cfg.rows)
+            how = config.make(sample.SampleConfig, machine | {"quantize": cfg.quantize})
+            model, tok, _ = sample.load(how, cfg.rows)
             return cls(name, model, tok, cfg.rows, cfg.context)
-        if machine.pop("quantize") != "none":
+        if cfg.quantize != "none":
             raise config.Mistake("--quantize is for runs that read text alone; this one sees")
         eyes = vlm.load(config.make(vlm.VlmConfig, machine))
         return cls(name, eyes.vlm.llama, eyes.tok, cfg.rows, cfg.context, eyes)
@@ -198,7 +204,7 @@ class Engine:
         if not files:
             return ids
         features, canvases = zip(*(vlm.look(run, file) for file in files))
-        ids = self.fitting(torch.from_numpy(sees.spread(ids, iter(canvases))), room)
+        ids = self.fitting(torch.from_numpy(sees.spread(ids, canvases)), room)
         with torch.no_grad(), self.autocast:
             return sees.embed(ids[None].to(run.device), torch.cat(features))[0]
 

@@ -11,6 +11,7 @@ is no reference model. Letters in shapes: B rows, T positions, n answers, M toke
 Sources: GRPO, DeepSeekMath (arXiv:2402.03300); the mean over tokens, DAPO (2503.14476); DPO (2305.18290).
 """
 import copy
+import hashlib
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import config
 KEYS = "feedback.py:FeedbackConfig"
 
 if __name__ == "__main__":  # before torch is imported: a typo answers at once
-    settings = config.run(config.load, KEYS, None, "model.py:LlamaConfig")
+    settings = config.run(config.load, KEYS, None, config.SHAPE)
 
 import numpy as np
 import torch
@@ -52,12 +53,7 @@ class FeedbackConfig(train.TrainConfig):
     eval_questions: int = 1000  # [1, inf) validation questions answered greedily at each evaluation
     beta: float = 0.1  # (0, 1000] DPO's strength of the tie to the reference model; its authors'
     reference: str | None = None  # DPO's reference model; None: what the run starts from
-    unused = "block_size", "shard"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.epochs or self.doc_mask or self.whole_docs or self.hellaswag or self.head_copy:
-            raise ValueError("epochs, doc_mask, whole_docs, hellaswag and head_copy are for train.py")
+    unused, text_only = ("block_size", "shard"), train.TEXT_ONLY
 
 
 class Question(NamedTuple):
@@ -84,6 +80,8 @@ def question_of(record):
     n = learn.index(True) if any(learn) else None
     if n is None or not turns[n].get("content", "").strip():
         raise ValueError("it has no answer in words")
+    if turns[n].get("tool_calls"):
+        raise ValueError("its first answer calls a tool, too: here words alone are learned")
     if not "".join(turn.get("content", "") for turn in turns[:n][-1:]).strip():
         raise ValueError("nothing is asked before its first answer")
     wrong = record.get("wrong")
@@ -98,7 +96,7 @@ def read_questions(folder, split):
     """The first question of each line of <split>.jsonl."""
     path, questions = folder / f"{split}.jsonl", []
     with config.mistakes(OSError, prefix=f"cannot read {path}: "):
-        for _, place, record in sources.Files([path], (), None).read():
+        for _, place, record in sources.Files([path]).read():
             with config.mistakes(ValueError, TypeError, AttributeError, prefix=f"{place}: "):
                 questions.append(question_of(record)._replace(place=place))
     if not questions:
@@ -109,7 +107,8 @@ def read_questions(folder, split):
 # -- objectives --------------------------------------------------------------------------------------------------
 
 class Answers(nn.Module):
-    """A Llama and what its answers are to become: loss_of(nats of each (n,), what belongs to them) -> (any, loss)."""
+    """A Llama and what becomes of its answers: `forward` returns loss_of(nats of each answer (n,), what belongs to
+    them), which is (any, loss) where it learns."""
 
     def __init__(self, llama, loss_of):
         super().__init__()
@@ -154,8 +153,9 @@ class Feedback:
         for question in (*map(self.question, range(drawn)), *self.val[:cfg.eval_questions]):
             self.check_room(question)
         self.flops_per_token = self.llama.flops_per_token(len(self.prompt(self.questions[0])))
-        self.train_fingerprint = [len(self.questions)]
-        self.val_fingerprint = [len(self.val), cfg.eval_questions, cfg.objective]
+        self.train_fingerprint, digest = (hashlib.sha256((self.folder / f"{split}.jsonl").read_bytes()).hexdigest()
+                                          for split in ("train", "val"))
+        self.val_fingerprint = [digest, cfg.eval_questions, cfg.objective]
         self.model = self.objective()
 
     def describe(self):
@@ -271,6 +271,10 @@ class Rewards(Feedback):
     """GRPO."""
 
     def objective(self):
+        sizes = map(len, self.tok.encode_batch([question.answer for question in self.questions]))
+        if long := sum(size >= self.cfg.answer_tokens for size in sizes):  # an end comes after them
+            print0(f"answers    {long:,} of {len(self.questions):,} are longer than answer_tokens="
+                   f"{self.cfg.answer_tokens}, and earn no reward")
         return Answers(self.llama, policy_loss)
 
     def micro_batch(self, questions, number):
@@ -306,11 +310,14 @@ class Preferences(Feedback):
     def objective(self):
         if any(q.wrong is None for q in (*self.questions, *self.val)):
             raise config.Mistake(f"{self.folder} has no wrong answers to compare with: DPO takes pairs")
+        if same := [q.place for q in (*self.questions, *self.val) if grade(q.wrong, q.answer)]:
+            raise config.Mistake(f"{same[0]}: the wrong answer is the right one (so in {len(same):,} of all)")
         if self.cfg.reference == self.cfg.init_from:
             frozen = copy.deepcopy(self.llama)
         else:  # another model, or on a resume what the run began with
             place = train.Place(self.cfg, self.device, self.dtype)
-            frozen, _ = train.load_llama(replace(self.cfg, lora_rank=0), {}, self.cfg.reference, place)
+            frozen, _ = train.load_llama(replace(self.cfg, lora_rank=0), {}, self.cfg.reference, place,
+                                         narrow=hasattr(self.llama, "adapter"))
         self.frozen = Answers(frozen.to(self.device).eval(), lambda nats, _: -nats.view(-1, 2).mT)
         return Answers(self.llama, lambda nats, reference: preference(-nats.view(-1, 2).mT, reference, self.cfg.beta))
 

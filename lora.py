@@ -67,18 +67,12 @@ class LoraExperts(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
-    def product(self, name, x, ends):
-        """x (N, in) times the matrices of this name -> (N, out)."""
-        weight = getattr(self.base_layer, name)
-        if hasattr(self, name):
-            return getattr(self, name)(x, weight, ends)
-        dtype = product_dtype(x)
-        return grouped_mm(x.to(dtype), weight.to(dtype), ends)
+    forward = Experts.forward
 
-    def forward(self, x, ends):
-        """As `Experts.forward`."""
-        gate, up = self.product("gate_up_proj", x, ends).chunk(2, -1)
-        return self.product("down_proj", F.silu(gate) * up, ends)
+    def product(self, name, x, ends):
+        """As `Experts.product`, by both paths where this matrix is adapted."""
+        base = self.base_layer
+        return getattr(self, name)(x, getattr(base, name), ends) if hasattr(self, name) else base.product(name, x, ends)
 
 
 # -- around a whole model --------------------------------------------------------------------------------------------
@@ -92,10 +86,10 @@ def matrices(llama):
             yield name
 
 
-def attach(llama, paths):
-    """Freeze a Llama, and put a second path, zero as yet, beside each matrix in paths: {name: (rank, scale)}."""
+def attach(llama, ranks):
+    """Freeze a Llama, and put a second path, zero as yet, beside each matrix in ranks: {name: (rank, scale)}."""
     llama.requires_grad_(False)
-    for name, (rank, scale) in paths.items():
+    for name, (rank, scale) in ranks.items():
         parent, _, last = name.rpartition(".")
         holder = llama.get_submodule(parent)
         if isinstance(holder, Experts):

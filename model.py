@@ -305,7 +305,7 @@ VARLEN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # in 2.10
 
 def takes_starts(x, head_dim):
     """Whether `attend` can take `Decoder.starts` for x: on GPUs from Ampere on, in 16 bits."""
-    return (VARLEN and x.is_cuda and product_dtype(x).itemsize == 2 and head_dim % 8 == 0
+    return (VARLEN and x.is_cuda and product_dtype(x).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256
             and torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
@@ -329,7 +329,7 @@ class Attention(nn.Module):
         if not self.nope:
             q, k = (rotate(t, rope, interleaved=cfg.arch == "llama4") for t in (q, k))
         if cfg.qk_norm and not self.nope:
-            q, k = (F.rms_norm(t, t.shape[-1:], eps=cfg.norm_eps) for t in (q, k))
+            q, k = (F.rms_norm(t, t.shape[-1:], eps=cfg.norm_eps).type_as(v) for t in (q, k))  # CUDA's autocast widens
         if cfg.attn_scale and self.nope:
             q = (q * query_scale(cfg, positions)).type_as(q)
         if cache is not None:
@@ -387,12 +387,15 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(n_experts, dim, 2 * width))
         self.down_proj = nn.Parameter(torch.empty(n_experts, width, dim))
 
+    def product(self, name, x, ends):
+        """x (N·k, inputs) sorted by expert, times each expert's matrix of this name -> (N·k, outputs)."""
+        dtype = product_dtype(x)  # grouped_mm is not on autocast's list
+        return grouped_mm(x.to(dtype), getattr(self, name).to(dtype), ends)
+
     def forward(self, x, ends):
         """x (N·k, D) sorted by expert, ends (E,) int32 the end of each expert's rows -> (N·k, D)."""
-        dtype = product_dtype(x)  # grouped_mm is not on autocast's list
-        x, gate_up, down = (t.to(dtype) for t in (x, self.gate_up_proj, self.down_proj))
-        gate, up = grouped_mm(x, gate_up, ends).chunk(2, -1)  # (N·k, F) each
-        return grouped_mm(F.silu(gate) * up, down, ends)
+        gate, up = self.product("gate_up_proj", x, ends).chunk(2, -1)  # (N·k, F) each
+        return self.product("down_proj", F.silu(gate) * up, ends)
 
 
 class MoE(nn.Module):
@@ -636,13 +639,14 @@ class Llama(nn.Module):
 
         idx (B, T) int64, or embeds (B, T, D) in its place. targets (B, T): the token that follows each position,
         -100 if it does not count. positions (B, T): restart at 0 with each document, which then sees no earlier one;
-        without targets, as `Decoder.masks` says. cache: a KVCache; the new tokens continue those in it and are
-        appended. lengths (B,): the real lengths of right-padded prompts, for an empty cache only. Raises ValueError if
-        the tokens do not fit the cache.
+        with embeds, or without targets, as `Decoder.masks` says. cache: a KVCache; the new tokens continue those in it
+        and are appended. lengths (B,): the real lengths of right-padded prompts, for an empty cache only. Raises
+        ValueError if the tokens do not fit the cache.
         The loss is the mean over the targets that count, in nats, 0 if none does. In training, router_aux times the
         balancing loss is added.
         """
-        x, balance = self.model(idx, embeds, positions, cache, lengths, documents=targets is not None)
+        documents = targets is not None and embeds is None
+        x, balance = self.model(idx, embeds, positions, cache, lengths, documents)
         if targets is None:
             return self.lm_head(x), None
         x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, D), (B·T,)
@@ -766,11 +770,14 @@ def draw_normal(shape, std, seed, name, device):
 
 
 def put(p, whole):
-    """Copy a whole tensor into p, which may be a DTensor: each process then takes its own part and asks no other."""
-    if hasattr(p, "placements"):
-        from torch.distributed.tensor import distribute_tensor
-        whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-    p.copy_(whole)
+    """Copy a whole tensor into p, or the part of it that this process has where p is a DTensor; asks no other."""
+    if not hasattr(p, "placements"):
+        p.copy_(whole)
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    size, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    if all(size):  # the last processes may have nothing of a small one
+        p.to_local().copy_(whole[tuple(slice(a, a + n) for a, n in zip(start, size))])
 
 
 # -- generation --------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@
     out/<run>/checkpoints/step_00000250/ ...    the newest few: weights, tokenizer, train_state.json, optimizer/
 """
 import gc
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import torch
 import adapter
 import checkpoint
 import config
-from common import RANK, WORLD, all_reduce_sum, atomic_write, first_line, print0, together
+from common import RANK, WORLD, all_reduce_sum, first_line, gather, print0, together
 from prepare import shards
 
 
@@ -121,8 +120,8 @@ def save_checkpoint(out, write, state, tensors, shared, keep):
         shutil.rmtree(old, ignore_errors=True)
 
 
-STATE = ("step", "sequences", "tokens", "seconds", "best", "improved", "train_fingerprint", "val_fingerprint",
-         "scaler")
+NEW = {"step": 0, "sequences": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}  # the loop of a run that begins
+STATE = *NEW, "improved", "train_fingerprint", "val_fingerprint", "scaler"
 
 
 def read_state(path):
@@ -177,7 +176,7 @@ def plot(curves, path, title, floor=None):
 
 def write_figure(figure, path):
     """Write a matplotlib figure as a PNG, whole or not at all, and free it."""
-    with atomic_write(path) as tmp, warnings.catch_warnings():
+    with config.atomic_write(path) as tmp, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for what no font has
         figure.savefig(tmp, format="png")
     figure.clear()
@@ -295,12 +294,13 @@ def start_directory(out, facts, log):
     held(out).close()  # by a process that began at the same time, when neither had a run.json yet
     with config.mistakes(OSError, prefix="cannot write the run directory: "):
         if facts["settings"]["init_from"] != "resume" and latest(out):
-            aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{i}")).exists())
-            out.rename(aside)
+            real = Path(os.path.realpath(out))  # a link to another disk stays one
+            aside = next(p for i in range(1, 10**6) if not (p := real.with_name(f"{real.name}.{i}")).exists())
+            real.rename(aside)
             print0(f"{out} held an earlier run, which is now {aside}")
         new = not out.exists()
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)
             shards.write_text(out / "run.json", json.dumps(facts, indent=1) + "\n")
             log.start()
         except OSError:
@@ -321,9 +321,5 @@ def command_to_resume(out):
 
 
 def torchrun_agents():
-    """A number for the torchrun of each process, [] without one. It outlives processes that it starts again."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return []
-    name = f"{platform.node()} {os.getppid()}".encode()
-    mine = int.from_bytes(hashlib.blake2b(name, digest_size=6).digest(), "big")  # 48 bits: exact as a float
-    return [int(n) for n in all_reduce_sum(*(mine if rank == RANK else 0 for rank in range(WORLD)))]
+    """A name for the torchrun of each process, [] without one. A torchrun outlives processes that it starts again."""
+    return gather(f"{platform.node()} {os.getppid()}") if "TORCHELASTIC_RUN_ID" in os.environ else []

@@ -53,7 +53,7 @@ class SampleConfig:
             raise ValueError("--trace follows one --start through plain weights: leave --quantize and --compile out")
         if self.chat and (self.start or self.trace):
             raise ValueError(f"--chat asks for what you say: leave {'--start' if self.start else '--trace'} out")
-        if self.system and not self.chat:
+        if self.system is not None and not self.chat:
             raise ValueError("--system is for --chat")
 
 
@@ -111,7 +111,7 @@ def load(cfg, rows=1):
             model = decode.load_quantized(directory)
         else:
             can_compile(cfg, device)
-            dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
+            dtype = decode.dtype_to_decode(cfg.dtype, device)
             model = adapter.load(directory, dtype, device)
             if dtype == torch.float32:  # a narrower one would round away much of what an adapter changes
                 lora.merge(model)
@@ -147,10 +147,10 @@ def fitting(ids, model):
     return ids
 
 
-def write(model, tok, ids, cfg, seed, cache=None, held=0):
-    """Generate after ids and print each piece as it comes; returns the new ids. cache: has the first `held` ids."""
+def write(model, tok, ids, cfg, seed, cache=None):
+    """Generate after ids and print each piece as it comes; returns the new ids. cache: has the first of ids."""
     text, new, stops = tok.stream(after=ids), [], tok.stop_ids | set(model.config.eos_ids)
-    idx = torch.tensor([ids[held:]], device=model.lm_head.weight.device)
+    idx = torch.tensor([ids[0 if cache is None else int(cache.lengths):]], device=model.lm_head.weight.device)
     for token in model.stream(idx, cfg.max_new_tokens, stops, cache=cache, temperature=cfg.temperature, top_k=cfg.top_k,
                               top_p=cfg.top_p, min_p=cfg.min_p, seed=seed):
         new.append(token.item())
@@ -190,11 +190,11 @@ class Conversation:
 
     def reply(self, tok, ids, cfg, seed):
         """`write` after the conversation ids, as they are now; returns the new ids."""
-        held = self.cache.rewind(len(os.path.commonprefix([self.ids, ids[:-1]])))
+        self.cache.rewind(len(os.path.commonprefix([self.ids, ids[:-1]])))
         size = min(len(ids) + cfg.max_new_tokens, self.model.config.context)
         if size > self.cache.size:
             self.cache.grow(decode.power_of_two(size))  # seldom, and never back
-        new = write(self.model, tok, ids, cfg, seed, self.cache, held)
+        new = write(self.model, tok, ids, cfg, seed, self.cache)
         self.ids = (ids + new)[:-1]  # the last one was never read
         return new
 
@@ -205,7 +205,7 @@ def chat(model, tok, cfg, title):
         raise config.Mistake("this model has no chat template; use --start, or a chat model such as "
                              "`python prepare/smollm2.py`")
     print(title, file=sys.stderr)
-    system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    system = [{"role": "system", "content": cfg.system}] if cfg.system is not None else []
     turns, conversation, context = [], Conversation(model), model.config.context
     while True:
         try:

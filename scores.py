@@ -7,6 +7,7 @@ import unicodedata
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from common import RANK, WORLD, IdleThreads, all_reduce_sum, print0, to_device
 from prepare import hellaswag
@@ -17,7 +18,6 @@ from prepare.windows import stack
 
 def track(batches, what, total=None, delay=0):
     """The batches, with a bar on the first process, once they take longer than `delay` seconds."""
-    from tqdm import tqdm
     return tqdm(batches, what, total, unit="batch", leave=False, delay=delay, disable=RANK > 0)
 
 
@@ -162,11 +162,8 @@ def strictly(text):
 
 def agrees(text, row):
     """Is the text one of the row's answers?"""
-    for answer in row.answers:
-        form = loosely if row.kind == "caption" and loosely(answer) else strictly
-        if form(text) == form(answer):
-            return True
-    return False
+    forms = [loosely if row.kind == "caption" and loosely(answer) else strictly for answer in row.answers]
+    return any(form(text) == form(answer) for form, answer in zip(forms, row.answers))
 
 
 def agree(texts, rows):
@@ -182,7 +179,7 @@ def caption_scores(pairs):
     except ImportError:
         print0("for CIDEr-D and BLEU-4: pip install pycocoevalcap")
         return {}
-    scored = [(words(text), [words(a) for a in row.answers if words(a)]) for text, row in pairs]
+    scored = [(words(text), list(filter(None, map(words, row.answers)))) for text, row in pairs]
     scored = [(text, answers) for text, answers in scored if answers]
     if len(scored) < len(pairs):
         print0(f"{len(pairs) - len(scored):,} of {len(pairs):,} pictures have no caption with words to compare with")

@@ -79,9 +79,11 @@ class TrainConfig:
     device: str = "auto"  # "auto" takes cuda, then mps, then cpu
     dtype: str = "auto"  # {auto, float32, bfloat16, float16} of matrix products; auto takes what is fast here
     compile: bool | None = None  # torch.compile; None: on CUDA only, elsewhere compiling costs more than it saves
-    unused = ()  # which of these keys another script, whose settings begin with these, does not heed
+    unused = text_only = ()  # keys that a script whose settings extend these does not heed; those that it refuses
 
     def __post_init__(self):
+        if any(getattr(self, key) for key in self.text_only):
+            raise ValueError(f"{', '.join(self.text_only[:-1])} and {self.text_only[-1]} are for train.py")
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank: LoRA changes a model that is there, which --init_from names")
         if self.head_copy and self.lora_rank:
@@ -91,8 +93,9 @@ class TrainConfig:
 
 
 TRAINING_ONLY = ("dropout", "router_noise", "router_aux")  # fields of LlamaConfig that no checkpoint carries
+TEXT_ONLY = "epochs", "doc_mask", "whole_docs", "hellaswag", "head_copy"  # keys of TrainConfig for train.py alone
 SCRIPTS = "train.py", "feedback.py", "vlm.py"  # that train
-KEYS, SHAPE_KEYS = "train.py:TrainConfig", "model.py:LlamaConfig"
+KEYS = "train.py:TrainConfig"
 
 
 def run_directory(out_dir, dataset, prefix=""):
@@ -117,7 +120,7 @@ def with_run(given, shape, keys=KEYS, prefix="", directory=None, only=None):
         dataset = given.get("dataset", config.keys_of(keys)["dataset"].default)
         directory = run_directory(given.get("out_dir"), dataset, prefix)
         given = given | {"out_dir": str(directory)}
-    settings, model = config.of_run(directory, keys, SHAPE_KEYS)
+    settings, model = config.of_run(directory, keys)
     if given.get("init_from") == "resume" and not given.get("eval_only"):
         need_script(directory, keys)
         for key in given.keys() & {"model", "lora_rank", "head_copy"}:  # heeded where a run begins
@@ -137,7 +140,7 @@ def with_run(given, shape, keys=KEYS, prefix="", directory=None, only=None):
 
 def read_settings():
     """(TrainConfig, shape of the model) that the command line asks for."""
-    given, shape = config.load(KEYS, also=SHAPE_KEYS)
+    given, shape = config.load(KEYS, also=config.SHAPE)
     if given.get("epochs") and "max_iters" in list(given)[list(given).index("epochs"):]:  # what is said last counts
         raise config.Mistake(f"epochs={given['epochs']:g} says how long to train: with --max_iters give --epochs=0")
     source = given.get("init_from", "scratch")
@@ -192,7 +195,7 @@ def fit(task, cfg, out):
     scaler = torch.amp.GradScaler(device.type, enabled=task.dtype == torch.float16)
     if RANK == 0:
         runs.check_writable(cfg, out)
-    state = {"step": 0, "sequences": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
+    state = dict(runs.NEW)
     if cfg.init_from == "resume":
         state = resume(task, cfg, out, optimizers, scaler)
     log = runs.Log(out, state["step"], cfg.tensorboard)
@@ -246,7 +249,7 @@ def fit(task, cfg, out):
                 bad_steps += 1
                 print0(f"step {done}: the gradient is {norm}; step skipped")
             for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
             load = llama.pop_expert_load()
 
             elapsed = time.perf_counter() - began
@@ -330,12 +333,13 @@ def resume(task, cfg, out, optimizers, scaler):
         checkpoint.load_tensors(optim.make_states(task.model, optimizers, names), folder / "optimizer")
     if state["scaler"]:  # empty unless the run was in float16
         scaler.load_state_dict(state["scaler"])
-    return {key: state[key] for key in ("step", "sequences", "tokens", "seconds", "best")}
+    return {key: state[key] for key in runs.NEW}
 
 
 def made_otherwise(cfg, folder):
-    """Which settings that decide what optimizers hold were others when a checkpoint was made, as people read it."""
-    before, _ = config.of_run(folder, type(cfg), SHAPE_KEYS)
+    """For a message: which of the settings that shape the optimizers' state have changed since a checkpoint was made;
+    "" if none."""
+    before, _ = config.of_run(folder, type(cfg))
     keys = [key for key in ("stage", "lora_rank", "optimizer") if key in before and before[key] != getattr(cfg, key)]
     names = " and ".join(keys), " and ".join(f"--{key}" for key in keys)
     return "was made by another {} (leave {} out), or ".format(*names) if keys else ""
@@ -410,6 +414,8 @@ def memory_advice(cfg, device, dtype):
 def print_schedule(task, per_epoch):
     """Print for how many steps a task learns from so many examples an epoch, at what rate, and on what."""
     cfg, epochs = task.cfg, task.cfg.max_iters * sequences_per_step(task.cfg) / per_epoch
+    if hasattr(task.llama, "adapter"):
+        print0(f"lora       {adapter.describe(task.llama)}")
     if cfg.warmup_iters >= cfg.max_iters:
         print0(f"warmup     ends after step {cfg.warmup_iters}, training after step {cfg.max_iters}: give a smaller "
                "--warmup_iters, or smaller steps")
@@ -446,7 +452,7 @@ def need_shape(c, shape):
             raise config.Mistake(f"the checkpoint has {key}={getattr(c, key)}, not {value}; leave the key out")
 
 
-def need_fit(c, cfg, vocab_size):
+def need_room(c, cfg, vocab_size):
     """Refuse a LlamaConfig that is too small for block_size or the data's ids."""
     if cfg.block_size > c.context:
         raise config.Mistake(f"block_size={cfg.block_size} is beyond the model's context={c.context}: "
@@ -455,14 +461,14 @@ def need_fit(c, cfg, vocab_size):
         raise config.Mistake(f"the data set has ids up to {vocab_size - 1}, the model only vocab_size={c.vocab_size}")
 
 
-def load_llama(cfg, shape, source, place):
+def load_llama(cfg, shape, source, place, narrow=False):
     """(Llama, tokenizer) of a checkpoint, a directory or a hub name, where `place` says (`shard.Place`). Weights that
-    learn are float32, those that LoRA freezes may be bfloat16."""
+    learn are float32, those that LoRA freezes, or of which narrow says so, are bfloat16 if products are."""
     with config.mistakes(ValueError, OSError):
         directory = find_checkpoint(source)
         kept = {k: v for k, v in shape.items() if k in (*TRAINING_ONLY, "context")}  # RoPE has no longest position
         new = (cfg.lora_rank, cfg.lora_alpha, source, cfg.seed) if cfg.lora_rank else None
-        narrow = place.dtype == torch.bfloat16 and (new or adapter.is_adapter(directory))
+        narrow = place.dtype == torch.bfloat16 and (narrow or new or adapter.is_adapter(directory))
         llama = adapter.load(directory, torch.bfloat16 if narrow else torch.float32, place.device, place.split, new,
                              **kept)
         if narrow:
@@ -491,7 +497,7 @@ def build_model(cfg, shape, splits, tok, out, place):
     is there may lack tokens that its tokenizer has and the data have not."""
     if cfg.init_from == "scratch":
         c = new_shape(cfg, shape, tok, splits[0].vocab_size)
-        need_fit(c, cfg, splits[0].vocab_size)
+        need_room(c, cfg, splits[0].vocab_size)
         return place.new(c, cfg.seed)
     llama, its_tok = start_from(cfg, shape, out, place)
     if its_tok.fingerprint != tok.fingerprint:
@@ -500,7 +506,7 @@ def build_model(cfg, shape, splits, tok, out, place):
                              f"than {source} ({its_tok.kind}, {its_tok.vocab_size}); prepare it with "
                              f"--tokenizer={source}{' (prepare/chat.py: --init_from)' * bool(splits[0].marks)}")
     need_shape(llama.config, shape)
-    need_fit(llama.config, cfg, max(split.largest for split in splits) + 1)
+    need_room(llama.config, cfg, max(split.largest for split in splits) + 1)
     return llama
 
 
@@ -563,8 +569,6 @@ class Text:
         targets = int(sequences_per_step(cfg) * cfg.block_size * self.windows.packing_efficiency)
         print0(f"model      {total:,} parameters" + (f", {active:,} active per token" if active != total else "")
                + f" ({c.arch}, {c.n_layer} layers, dim {c.dim})")
-        if hasattr(self.llama, "adapter"):
-            print0(f"lora       {adapter.describe(self.llama)}")
         print0(f"data       {self.folder.resolve().name}: {len(self.data):,} training tokens, {len(self.val):,} "
                f"validation, vocabulary {self.val.vocab_size:,}")
         if self.data.marks:
@@ -613,7 +617,7 @@ class Text:
         if not self.val.marks:
             return [([tok.bos_id if tok.bos_id is not None else int(self.val[0])], 1.0)]
         lessons = map(self.val_windows.example, range(min(CHATS, self.val.documents)))
-        return [(ids[:learned.argmax()].tolist(), 0.0) for ids, learned in lessons]
+        return [(ids[:max(learned.argmax(), 1)].tolist(), 0.0) for ids, learned in lessons]  # without a prompt, 1 token
 
     def samples(self):
         """Texts that the model makes up: all processes that share it make them together, of copies the first one."""

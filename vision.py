@@ -30,9 +30,9 @@ import adapter
 import checkpoint
 import config
 from checkpoint import read_json
-from common import RANK, atomic_write
+from common import RANK
 from model import rotate
-from prepare import examples, images, picture_files
+from prepare import examples, images, picture_files, shards
 
 VIT_B_16 = "https://download.pytorch.org/models/vit_b_16-c867db91.pth"  # torchvision's IMAGENET1K_V1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which pretrained encoders expect
@@ -196,7 +196,7 @@ def shuffle(x, side=2):
     return x.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-class Adapter(nn.Module):
+class VisionAdapter(nn.Module):
     """Llama 4's patches, shuffled and transformed to image tokens; the second layer too ends with GELU."""
 
     def __init__(self, c):
@@ -239,7 +239,7 @@ class Vit(Encoder):
         self.layernorm_pre = nn.LayerNorm(c.dim, eps) if c.llama4 else nn.Identity()
         self.model = nn.ModuleDict({"layers": nn.ModuleList(VitBlock(c, eps) for _ in range(c.n_layer))})
         self.layernorm_post = nn.LayerNorm(c.dim, eps)
-        self.vision_adapter = Adapter(c) if c.llama4 else nn.Identity()
+        self.vision_adapter = VisionAdapter(c) if c.llama4 else nn.Identity()
         with torch.no_grad():
             for place in (self.class_embedding, self.positional_embedding_vlm):
                 place.normal_(std=c.dim ** -0.5)
@@ -485,22 +485,26 @@ def is_llama4(directory):
     return hf.is_file() and "vision_config" in read_json(hf)
 
 
+def llama4_facts(directory):
+    """config.json of a Llama4ForConditionalGeneration, with what vlm.json says of other models."""
+    facts = read_json(directory / "config.json")
+    if not isinstance(facts.get("vision_config"), dict):
+        raise ValueError(f"{directory} holds a model that does not see: no vlm.json, no vision_config")
+    image_id = facts.get("image_token_id", facts.get("image_token_index", 200092))  # transformers reads both names
+    return facts | {"encoder": "llama4", "encoder_learned": True, "image_id": image_id, "pixel_shuffle": False}
+
+
 def read(directory, vit_weights=None):
     """(facts as in vlm.json, encoder, {part: {name: tensor}}) of what a directory holds beside a Llama. Raises
     ValueError or FileNotFoundError, naming what is wrong."""
-    llama4 = not (directory / "vlm.json").is_file()
-    facts = read_json(directory / ("config.json" if llama4 else "vlm.json"))
-    if llama4 and not isinstance(facts.get("vision_config"), dict):
-        raise ValueError(f"{directory} holds a model that does not see: no vlm.json, no vision_config")
-    if llama4:
-        image_id = facts.get("image_token_id", facts.get("image_token_index", 200092))  # transformers reads both names
-        facts |= {"encoder_learned": True, "image_id": image_id, "pixel_shuffle": False}
-    elif missing := [key for key in ("encoder", "encoder_learned", "image_id", "pixel_shuffle") if key not in facts]:
-        raise ValueError(f"{directory / 'vlm.json'} has no {missing[0]}")
+    path = directory / "vlm.json"
+    facts = read_json(path) if path.is_file() else llama4_facts(directory)
+    if missing := [key for key in ("encoder", "encoder_learned", "image_id", "pixel_shuffle") if key not in facts]:
+        raise ValueError(f"{path} has no {missing[0]}")
     own = facts["encoder_learned"]
     if own and vit_weights:
         raise ValueError(f"{directory} has an encoder of its own, which learned: leave vit_weights out")
-    if llama4:
+    if facts["encoder"] == "llama4":
         c = config_from_hf(facts["vision_config"])
         encoder = Vit("llama4", dataclasses.replace(c, tiles=read_tiles(directory, c.size)))
         tensors = checkpoint.read_tensors(directory, checkpoint.VISION)
@@ -523,12 +527,12 @@ def save(vlm, directory, tok):
     directory = Path(directory)
     if vlm.llama4:
         checkpoint.write(directory, *to_hf(vlm))
-        tok = examples.renamed(tok, images.IMAGE, examples.FRAME[-1], special=True)
+        tok = examples.renamed(tok, images.IMAGE, examples.FRAME[-1])
         files = processor_files(vlm.encoder) | {"chat_template.jinja": tok.chat_template["default"]}
     else:
         adapter.save(vlm.llama, directory)
         for part in ("projector", "encoder") if vlm.encoder_learned else ("projector",):
-            with atomic_write(directory / f"{part}.safetensors") as path:
+            with config.atomic_write(directory / f"{part}.safetensors") as path:
                 state = getattr(vlm, part).state_dict()
                 checkpoint.write_tensors({name: t.detach().cpu().contiguous() for name, t in state.items()}, path)
         if not vlm.encoder_learned and not vlm.encoder_digest:  # once: a frozen encoder stays as it is
@@ -538,5 +542,4 @@ def save(vlm, directory, tok):
                               "image_id": vlm.image_id, "pixel_shuffle": vlm.pixel_shuffle, "learned": vlm.kinds()}}
     tok.save(directory)
     for name, facts in files.items():
-        with atomic_write(directory / name) as path:
-            path.write_text(facts if isinstance(facts, str) else json.dumps(facts, indent=1) + "\n", "utf-8")
+        shards.write_text(directory / name, facts if isinstance(facts, str) else json.dumps(facts, indent=1) + "\n")

@@ -30,15 +30,16 @@ from pathlib import Path
 
 import config
 
-KEYS = "vlm.py:VlmConfig", "model.py:LlamaConfig"
+KEYS = "vlm.py:VlmConfig"
 
 if __name__ == "__main__":  # read the arguments before torch is imported: a typo answers at once
-    settings = config.run(config.load, KEYS[0], None, KEYS[1])
+    settings = config.run(config.load, KEYS, None, config.SHAPE)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from tqdm import tqdm
 
 import adapter
 import checkpoint
@@ -55,7 +56,7 @@ from feedback import preference
 from prepare import images, picture_files, tokenizer
 from prepare.examples import (
     FRAME, PATCH, Examples, caption_prompt, new_tokenizer, with_frame, with_image)
-from prepare.features import Pictures, fingerprint, read_references
+from prepare.features import Pictures, pairs_digest, read_references
 from prepare.images import IMAGE, with_pictures
 from prepare.windows import order
 from scores import agree, measured, track
@@ -152,16 +153,16 @@ class Vlm(nn.Module):
         return [start, *row * (rows if rows * columns > 1 else 0), whole, *patches, end]
 
     def spread(self, ids, canvases=None):
-        """ids (n,) with what the model reads in the place of each mark, int64. canvases: an iterator of the pictures'
-        (rows, columns); None: each is one square."""
-        spread = []
+        """ids (n,) with what the model reads in the place of each mark, int64. canvases: the pictures' (rows, columns),
+        in a list or an iterator; None: each is one square."""
+        spread, canvases = [], canvases and iter(canvases)
         for i in ids:
             spread += [i] if i != self.mark else self.picture_ids(*next(canvases) if canvases else ())
         return np.array(spread, np.int64)
 
     @torch.no_grad()
     def generate(self, prompts, pictures, max_new_tokens, stop_ids, canvases=None, num_beams=1, **how):
-        """Continuations, as lists of ids with the end, if it came, of prompts: ids with a mark for each picture.
+        """For each prompt, ids with a mark for each picture, its new ids, with the end token if it came.
 
         pictures: the squares of all, in order; canvases: their (rows, columns), see `spread`; num_beams: search with so
         many; how: temperature, top_k, top_p, min_p and seed; without them, greedy."""
@@ -237,7 +238,7 @@ class Stage:
     """A stage of training: what train.fit trains. Its model is a Vlm, of which some parts learn.
 
     Each picture of a data set is one square, also for Llama 4's tower, which would cut a large one into up to 16: so
-    all take as many tokens, and what a frozen encoder saw is kept as one array. Pictures in use are cut."""
+    all take the same number of tokens, and what a frozen encoder saw is kept as one array. Pictures in use are cut."""
 
     def __init__(self, cfg, shape, out, device):
         self.cfg, self.out, self.device, self.floor = cfg, out, device, None
@@ -263,7 +264,7 @@ class Stage:
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
         self.pairs, self.references = None, []  # log-probabilities (2, n) of the training and of the validation pairs
         if cfg.stage == "prefer":
-            self.pairs = fingerprint(self.run.pictures, self.data, self.val)
+            self.pairs = pairs_digest(self.run.pictures, self.data, self.val)
             self.references = (read_references(resumed / "reference.pt", self.pairs) if resumed else
                                [self.run.log_probs(data, np.arange(len(data))) for data in (self.data, self.val)])
         self.shown = self.val.questions(cfg.sample_images)
@@ -274,8 +275,6 @@ class Stage:
         sizes = [f"{n} {sum(p.numel() for p in getattr(vlm, n).parameters()):,}" + " (frozen)" * (n in vlm.frozen)
                  for n in ("encoder", "projector", "llama")]
         print0(f"model      {', '.join(sizes)} parameters; {vlm.encoder.name}, {vlm.image_tokens} tokens a picture")
-        if hasattr(self.llama, "adapter"):
-            print0(f"lora       {adapter.describe(self.llama)}")
         print0(f"data       {self.folder.name}: {len(self.data):,} training examples, {len(self.val):,} validation, "
                f"{len(self.run.pictures.names):,} pictures, {self.tokens:.0f} tokens an example")
         print0(f"step       {train.sequences_per_step(self.cfg)} examples")
@@ -295,8 +294,8 @@ class Stage:
         return micro_batches
 
     def evaluate(self, model):
-        """Validation loss, of pairs DPO's with its margin and accuracy, and the share of answers that are exact among
-        those drawn in samples.png."""
+        """Validation loss, of pairs DPO's with its margin and accuracy, and the share of exact answers to sample_images
+        of its questions, of which those about pictures are drawn in samples.png."""
         if self.data.pairs:
             which = self.val.some(self.cfg.eval_tokens)
             log_probs = self.run.log_probs(self.val, which)
@@ -321,7 +320,8 @@ class Stage:
         """Write the model and its tokenizer, and what the reference model thinks of each pair."""
         self.model.save_pretrained(directory, self.tok)
         if self.pairs:
-            torch.save({"pairs": self.pairs, "references": self.references}, directory / "reference.pt")
+            with config.atomic_write(directory / "reference.pt") as path:
+                torch.save({"pairs": self.pairs, "references": self.references}, path)
 
 
 def need_records(cfg, splits):
@@ -370,13 +370,13 @@ def build(cfg, shape, records, source):
             adapter.begin(vlm.llama, cfg.lora_rank, cfg.lora_alpha, name, cfg.seed)
     vlm.beta = cfg.beta
     train.need_shape(vlm.llama.config, shape if source else {})
-    train.need_fit(vlm.llama.config, cfg, tok.vocab_size)
+    train.need_room(vlm.llama.config, cfg, tok.vocab_size)
     return vlm, tok
 
 
 # -- a model at work ---------------------------------------------------------------------------------------------
 
-def parts(items, size):
+def batched(items, size):
     """items, so many at a time."""
     return [items[i:i + size] for i in range(0, len(items), size)]
 
@@ -403,8 +403,8 @@ class Runner:
         return found
 
     def batch(self, data, which, shift=0):
-        """Inputs, targets, pictures and positions, as `Vlm.forward` takes them, of the examples numbered `which`; each
-        picture is the one that comes so many later."""
+        """Inputs, targets, pictures and positions, as `Vlm.forward` takes them, of the examples numbered `which`.
+        shift: in place of each picture, the one so many numbers later."""
         lines = data.lines(which)
         x, y, positions = data.collate(lines)
         pictures = [(p + shift) % len(self.pictures.names) for rows in lines for p in rows[0].pictures]
@@ -414,7 +414,7 @@ class Runner:
     def loss(self, model, data, limit=0, shift=0):
         """Mean loss over the learned tokens of `Examples.some`; every process takes a share."""
         mine = data.some(limit)[RANK::WORLD]
-        batches = (self.batch(data, which, shift) for which in parts(mine, self.cfg.batch_size))
+        batches = (self.batch(data, which, shift) for which in batched(mine, self.cfg.batch_size))
         return train.evaluate(model, ((int((b[1] != -100).sum()), b) for b in batches), self.device, self.autocast)
 
     @torch.no_grad()
@@ -422,7 +422,7 @@ class Runner:
         """Log-probabilities (2, n) of the chosen and rejected answers numbered `which`; every process takes a share."""
         found, was, mine = torch.zeros(2, len(which)), self.vlm.training, np.arange(len(which))[RANK::WORLD]
         self.vlm.eval()
-        for places in track(parts(mine, self.cfg.batch_size), "pairs", delay=2):
+        for places in track(batched(mine, self.cfg.batch_size), "pairs", delay=2):
             x, y, seen, _ = common.to_device(self.device, *self.batch(data, which[places]))
             with self.autocast:
                 nats = self.vlm.row_nats(self.vlm.embed(x, seen), y)
@@ -441,7 +441,7 @@ class Runner:
     def answers(self, rows):
         """The model's text for each row's prompt."""
         texts = []
-        for batch in track(parts(rows, self.cfg.batch_size), "answering", delay=2):
+        for batch in track(batched(rows, self.cfg.batch_size), "answering", delay=2):
             seen = self.pictures([p for r in batch for p in r.shown(self.vlm.mark)])
             texts += self.texts([r.prompt() for r in batch], seen, number=len(texts))
         return texts
@@ -460,7 +460,7 @@ class Runner:
 
 # -- use ---------------------------------------------------------------------------------------------------------
 
-def run_to_use(out_dir=None, init_from="scratch"):
+def run_to_use(out_dir, init_from):
     """The directory or hub name of the run: of out_dir, else of init_from, else of the newest one. An --init_from that
     is said counts before out_dir, since most config files name both."""
     said = any(word.startswith(("--init_from", "--init-from")) for word in sys.argv)
@@ -477,15 +477,15 @@ def run_to_use(out_dir=None, init_from="scratch"):
 
 def frozen_weights(directory):
     """The file of weights with which the run in a directory froze its encoder, or None."""
-    settings, _ = config.of_run(directory, *KEYS)
+    settings, _ = config.of_run(directory, KEYS)
     return None if "encoder" in STAGES.get(settings.get("stage"), ()) else settings.get("vit_weights")
 
 
 def load(cfg, kind="", what="", pack=True):
-    """Runner of the model that cfg names. Says so where the model learned other things than this kind of examples, and
-    that is known. pack: its weights, which then write text faster but have no loss."""
+    """Runner of the model that cfg names. Prints a note where it is known to have learned no examples of this kind,
+    called `what`. pack: its weights, which then write text faster but have no loss."""
     device = common.pick_device(cfg.device)
-    dtype, _ = decode.dtype_to_decode(cfg.dtype, device)
+    dtype = decode.dtype_to_decode(cfg.dtype, device)
     with config.mistakes(ValueError, FileNotFoundError):
         directory = checkpoint.find_checkpoint(run_to_use(cfg.out_dir, cfg.init_from))
         run = Runner(cfg, *open_run(directory, cfg.vit_weights or frozen_weights(directory)), device, dtype)
@@ -502,7 +502,7 @@ def look(run, path):
     """(features (n, P, W), (rows, columns)) of a picture. Raises `Mistake` for one that cannot be read or that leaves
     no room for words."""
     squares, canvas = run.vlm.encoder.cut(picture_files.read(path))
-    count, context = len(run.vlm.spread(caption_prompt(run.tok), iter([canvas]))), run.vlm.llama.config.context
+    count, context = len(run.vlm.spread(caption_prompt(run.tok), [canvas])), run.vlm.llama.config.context
     if count >= context:
         raise config.Mistake(f"{path}: its {count} tokens leave no room in the model's context={context}")
     with torch.no_grad(), run.autocast:
@@ -511,11 +511,10 @@ def look(run, path):
 
 def caption(cfg):
     """One line for each picture, those of folders included; exit code 2 if any could not be read."""
-    from tqdm import tqdm
     paths, size, failed = picture_files.expand(cfg.caption), cfg.batch_size, 0
     run = load(cfg, "caption", "captions")
     bar = tqdm(total=len(paths), desc="captions", unit=" pictures", leave=False, disable=len(paths) <= size)
-    for number, some in enumerate(parts(paths, size)):
+    for number, some in enumerate(batched(paths, size)):
         seen = []
         for path in some:
             try:
@@ -560,7 +559,7 @@ class PictureTokenizer:
         turns[first] = turns[first] | {"content": with_pictures(turns[first]["content"], count)}
         if (places := sum(turn["content"].count(IMAGE) for turn in turns)) != count:
             raise config.Mistake(f"the text places {places} pictures with {IMAGE}, but there are {count}")
-        ids = self.vlm.spread(self.tok.chat(turns), iter(self.canvases))
+        ids = self.vlm.spread(self.tok.chat(turns), self.canvases)
         here = ids == self.vlm.image_id
         ids[here] = self.vlm.llama.config.vocab_size + np.arange(here.sum())
         return ids.tolist()
@@ -577,7 +576,7 @@ def ask(cfg):
     run = load(cfg, "answer", "questions")
     with run.autocast, aside(cfg.json):  # the words as they come
         tok = PictureTokenizer(run, paths)
-        turns = [{"role": "system", "content": cfg.system}] if cfg.system else []
+        turns = [{"role": "system", "content": cfg.system}] if cfg.system is not None else []
         ids = sample.fitting(tok.chat([*turns, {"role": "user", "content": question.strip()}]), run.vlm.llama)
         new = sample.write(run.vlm.llama, tok, ids, cfg, cfg.seed)
     if cfg.json:
@@ -596,7 +595,7 @@ def trace(cfg):
     """List the steps from the pixels of a picture to the logits of its caption's first word."""
     run, path = load(cfg), picture_files.expand(cfg.caption)[0]
     squares, canvas = run.vlm.encoder.cut(picture_files.read(path))
-    ids = run.vlm.spread(caption_prompt(run.tok), iter([canvas])).tolist()
+    ids = run.vlm.spread(caption_prompt(run.tok), [canvas]).tolist()
     print(f"{path}: {len(squares)} squares {run.vlm.encoder.size} pixels wide, {len(ids)} tokens")
     with run.autocast:
         sample.print_steps(sample.steps_of(run.vlm, ids, None, squares.to(run.device)))
@@ -634,7 +633,7 @@ def score(cfg):
 @dataclass
 class VlmConfig(train.TrainConfig):
     """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
-    stage: str = "align"  # what learns: projector; "see": encoder too; "instruct", "prefer": Llama too; "together": all
+    stage: str = "align"  # {align, see, instruct, prefer, together} learn: projector; + encoder; + Llama (twice); all
     encoder: str | None = None  # "vit_b_16" or another of vision.py; None: the checkpoint's, else vit_b_16
     vit_weights: str | None = None  # file of torchvision's ViT weights; None: their download, where it learns none
     pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no
@@ -658,14 +657,13 @@ class VlmConfig(train.TrainConfig):
     temperature: float = 0.0  # [0, 1e4] 0 takes what is likeliest, which is what scores best; 1 is as the model thinks
     top_p: float = 1.0  # [0, 1] keep the fewest tokens that hold this probability
     min_p: float = 0.0  # [0, 1] keep tokens at least this likely relative to the best; 0: no limit
-    unused = "shard",
+    unused, text_only = ("shard",), train.TEXT_ONLY
     top_k = 0  # as in sample.py; in training --top_k is a key of the model, so `main` moves it here
 
     def __post_init__(self):
         super().__post_init__()
         names = (*vision.VITS, "efficientnet_lite0")
         refused = {
-            f"stage must be one of {', '.join(STAGES)}, not {self.stage!r}": self.stage not in STAGES,
             f"encoder must be one of {', '.join(names)}, not {self.encoder!r}": self.encoder not in (*names, None),
             "give one of --caption, --ask, --chat and --eval":
                 sum(map(bool, (self.caption, self.ask, self.chat, self.eval or self.eval_only))) > 1,
@@ -676,8 +674,6 @@ class VlmConfig(train.TrainConfig):
                 self.num_beams > 1 and (self.temperature or self.ask or self.chat),
             f"lora_rank changes the Llama, which stage {self.stage} leaves as it is":
                 self.lora_rank and "llama" not in STAGES.get(self.stage, ()),
-            "doc_mask, whole_docs, epochs, hellaswag and head_copy are for train.py":
-                self.doc_mask or self.whole_docs or self.epochs or self.hellaswag or self.head_copy,
             "--shard=True splits a Llama, not one that sees": self.shard and WORLD > 1}
         for reason, holds in refused.items():
             if holds:
@@ -693,11 +689,11 @@ def settled(given, shape):
     """(settings, shape), among them those of a run that goes on or is scored."""
     scored, named = given.get("eval") or given.get("eval_only"), given.get("vit_weights")
     if given.get("init_from") == "resume":
-        given, shape = train.with_run(given, shape, KEYS[0], "vlm_")
+        given, shape = train.with_run(given, shape, KEYS, "vlm_")
     elif scored:
         config.make(VlmConfig, given | {"lora_rank": 0})  # its own mistakes before a run is looked for
         directory = run_to_use(given.get("out_dir"), given.get("init_from", "scratch"))
-        given, shape = train.with_run(given, shape, KEYS[0], directory=directory)
+        given, shape = train.with_run(given, shape, KEYS, directory=directory)
     if scored:
         given = given | {"lora_rank": 0, "vit_weights": named}  # its adapter is there, and `load` knows its encoder
     return given, shape

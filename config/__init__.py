@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+SHAPE = "model.py:LlamaConfig"  # whose fields a training script takes beside its own
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------
@@ -143,7 +144,8 @@ class Key:
 
 
 def keys_of(cls):
-    """{name: Key} of a dataclass, or "file.py:Class", which is not imported, and its bases, written file.Class."""
+    """{name: Key} of a dataclass and of its bases, which its source writes as file.Class. cls: the class, or
+    "file.py:Class", which is not imported."""
     file, _, name = (cls if isinstance(cls, str) else f"{inspect.getsourcefile(cls)}:{cls.__name__}").rpartition(":")
     source = (ROOT / file).read_text(encoding="utf-8")
     node = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
@@ -160,7 +162,8 @@ def keys_of(cls):
     return keys
 
 
-OTHER_NAMES = {"prompt": "start", "data": "dataset", "steps": "max_iters", "lr": "learning_rate"}  # said elsewhere
+OTHER_NAMES = {  # what other programs call these keys
+    "prompt": "start", "data": "dataset", "steps": "max_iters", "lr": "learning_rate"}
 
 
 def _find(known, name, where, advice=""):
@@ -180,9 +183,26 @@ def _find(known, name, where, advice=""):
 def as_seen(path):
     """A path as seen from here; as it is where nothing leads there, as to another drive of Windows."""
     try:
-        return os.path.relpath(path)
+        return Path(os.path.relpath(path)).as_posix()  # Windows, too, reads it so, and no shell wants quotes
     except ValueError:
-        return str(path)
+        return Path(path).as_posix()
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A temporary path that takes the place of `path` once the block ends well: `with atomic_write(path) as tmp`."""
+    path = Path(path)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
+        yield tmp
+        with open(tmp, "rb+") as f:  # Windows syncs no file that is open only for reading
+            os.fsync(f.fileno())
+        os.chmod(tmp, mode)  # safetensors lets nobody else read its files
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def _files():
@@ -248,8 +268,8 @@ def _from_args(args, known):
 
 
 def names_first(argv, known, kind):
-    """(the names that argv begins with, the rest of argv); raises `Mistake` for a name that is not in `known`. Instead
-    of that prints the script's own words where -h is among them."""
+    """(the names that argv begins with, the rest of argv); raises `Mistake` for a name that is not in `known`. With -h
+    it prints the script's docstring and exits instead."""
     if {"-h", "--help"} & {*argv}:
         print(sys.modules["__main__"].__doc__)
         sys.exit()
@@ -292,7 +312,7 @@ def load(cls, argv=None, also=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     own, other = keys_of(cls), keys_of(also) if also else {}
     if {"-h", "--help"} & set(argv):
-        _help(sys.modules["__main__" if isinstance(cls, str) else cls.__module__].__doc__, own | other)
+        _help(sys.modules["__main__"].__doc__, own | other)
         sys.exit(0)
     known, values = other | own, {}
     while argv and argv[0].endswith(".py") and not argv[0].startswith("--"):  # config files come first
@@ -310,10 +330,12 @@ def make(cls, given):
         return cls(**given)
 
 
-def of_run(directory, cls, also):
+def of_run(directory, cls):
     """(settings, shape) that the run.json of a run directory holds, or of the run of which it is the best/ or a
-    checkpoint: {key: value} each, of those keys that dataclasses `cls` and `also` still have. ({}, {}) without a run.
+    checkpoint: {key: value} each, of those keys that `cls` and `SHAPE` still have. ({}, {}) without a run.
     """
+    if not os.path.isdir(directory):  # the name of a model on the hub
+        return {}, {}
     directory = Path(directory).absolute()
     behind = Path(os.path.realpath(directory))  # a link
     files = [folder / "run.json" for folder in (directory, *behind.parents[:2], *directory.parents[:2])]
@@ -323,6 +345,6 @@ def of_run(directory, cls, also):
     wrong = OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError
     with mistakes(*wrong, prefix=f"{path} is no record of a run: "):
         facts = json.loads(path.read_text(encoding="utf-8"))
-        parts = (facts["settings"], keys_of(cls)), (facts["model"], keys_of(also))
+        parts = (facts["settings"], keys_of(cls)), (facts["model"], keys_of(SHAPE))
         return [{name: keys[name].read(value, path) for name, value in part.items() if name in keys}
                 for part, keys in parts]

@@ -1,1 +1,1 @@
-"""One script per data set, over two shared modules: tokenizer and shards."""
+"""One script per data set or model, and the modules that they share."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config
@@ -112,6 +113,8 @@ def message_of(message):
         raise ValueError(f"its role is one of {', '.join(SPEAKERS)}, not {role!r}")
     if weight not in (0, 1):
         raise ValueError(f"its weight is 0 or 1, not {weight!r}")
+    if train not in (0, 1):
+        raise ValueError(f"its train is true or false, not {train!r}")
     if "content" in message:
         message["content"] = text_of(message["content"])
     if "function_call" in message:  # OpenAI's, before there were tool_calls
@@ -142,6 +145,8 @@ def conversation_of(record):
             raise ValueError(f"message {n}: {e}") from None
     tools, functions = (json.loads(given.strip() or "null") if isinstance(given, str) else given
                         for given in map(record.get, ("tools", "functions")))
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"tools are a list of objects, not {str(tools)[:40]!r}")
     tools = tools or [{"type": "function", "function": one} for one in functions or ()]
     return [message for message, _ in found], [learned for _, learned in found], tools or None
 
@@ -157,8 +162,7 @@ class Lessons:
     def read(self, paths, limit=None):
         """(hash of the conversation, ids, which of them are learned) of each that can be learned from, among so many
         records."""
-        from tqdm import tqdm
-        source = sources.Files(paths, (), None)
+        source = sources.Files(paths)
         with tqdm(total=1, bar_format="{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]") as bar:
             for _, place, record in itertools.islice(source.read(), limit):
                 self.counts["records"] += 1
@@ -172,8 +176,8 @@ class Lessons:
                     if self.counts["bad"] <= EXAMPLES:
                         print(f"skipped: {place}: {e}", flush=True)
                     continue
-                if lesson:
-                    yield text.hash_of(json.dumps([messages, tools], sort_keys=True, default=str)), *lesson
+                if lesson:  # the same one told twice, with other names or times, is on one side of the split
+                    yield text.hash_of(json.dumps(lesson[0])), *lesson
                 bar.set_description_str(f"{self.counts['records']:,} conversations", refresh=False)
                 bar.update(source.fraction() - bar.n)
 
@@ -186,7 +190,7 @@ class Lessons:
         if not ends:
             self.counts["silent"] += 1
             return None
-        self.check_tools(messages[:ends[-1]], tools)
+        self.check_template(messages[:ends[-1]], tools)
         fitting = len(ends) if size(ends[-1]) <= self.longest else bisect.bisect_right(ends, self.longest, key=size)
         if not fitting:
             self.counts["too long"] += 1
@@ -195,11 +199,14 @@ class Lessons:
         if fitting < len(ends):
             self.counts["cut"] += 1
             self.counts["messages cut"] += len(messages) - end
-        return self.tok.lesson(messages[:end], learn[:end], tools, self.cfg.date)
+        ids, learned = self.tok.lesson(messages[:end], learn[:end], tools, self.cfg.date)
+        if self.tok.stop_ids.isdisjoint(itertools.compress(ids, learned)):
+            self.counts["endless"] += 1
+        return ids, learned
 
-    def check_tools(self, messages, tools):
-        """Refuse tool calls that the template leaves out: an answer of nothing would be learned. Count tools that it
-        leaves out."""
+    def check_template(self, messages, tools):
+        """Refuse tool calls that the template leaves out: an answer of nothing would be learned. Count what else it
+        leaves out: tools, and words of the messages."""
         def written(messages, tools):
             return self.tok.render(messages, False, tools, date=self.cfg.date)
         name, calls = chat_template.SECRET, sum(len(message.get("tool_calls", ())) for message in messages)
@@ -208,6 +215,11 @@ class Lessons:
                                  "that does")
         if tools and written(messages, tools) == written(messages, [*tools, *tools]):
             self.counts["no tools"] += 1
+        said = [message.get("content", "").strip() != "" for message in messages]
+        marked = [message | {"content": f"{name}{message['content']}{name}"} if says else message
+                  for message, says in zip(messages, said)]
+        if written(marked, tools).count(name) < 2 * sum(said):
+            self.counts["no words"] += 1
 
     def report(self):
         """Lines that say what was left out, and why."""
@@ -215,6 +227,8 @@ class Lessons:
         lines = {"cut": f"cut: {c['cut']:,} conversations lost {c['messages cut']:,} messages beyond {longest}",
                  "too long": f"dropped: {c['too long']:,} conversations, whose first answer ends beyond {longest}",
                  "silent": f"dropped: {c['silent']:,} conversations, in which there is no answer to learn",
+                 "endless": f"no end of an answer is learned in {c['endless']:,} conversations: it would not stop",
+                 "no words": f"the chat template leaves out words of {c['no words']:,} conversations",
                  "no tools": f"the chat template leaves out the tools of {c['no tools']:,} conversations",
                  "bad": f"skipped: {c['bad']:,} bad records"}
         return [line for key, line in lines.items() if c[key]]
@@ -292,7 +306,7 @@ def open_model(cfg):
         base = adapter.base_of(directory) if adapter.is_adapter(directory) else directory
         context = base != directory and adapter.context_of(directory)
         context = context or checkpoint.config_from_hf(checkpoint.read_json(base / "config.json")).context
-        files = checkpoint._weight_files(base)
+        files = checkpoint.weight_files(base)
     tok = with_template(tok, cfg.template) if cfg.template else tok
     if not tok.chat_template:
         raise config.Mistake(f"{cfg.init_from} has no chat template: --template takes one, a jinja file or "
@@ -348,6 +362,8 @@ def main():
         print(f"{out} is ready, but for training there is nothing to validate on: see --val_fraction and --val")
         return
     command = ["train.py", "config/finetune.py", f"--init_from={cfg.init_from}", f"--dataset={text.name_of(out)}"]
+    if Path(cfg.init_from).resolve() == config.ROOT / "out/finetune":  # where config/finetune.py would write
+        command.append("--out_dir=out/finetune_2")
     block_size = min(max(BLOCK_SIZE, -(-(longest - 1) // 64) * 64), context)
     command += [f"--block_size={block_size}"] if block_size != BLOCK_SIZE else []
     print(f"{out} is ready: python {shlex.join(command)}")

@@ -63,7 +63,7 @@ def each_text(x, change):
     return change(x) if isinstance(x, str) else x
 
 
-class Conversations:
+class Chats:
     """What a tokenizer does with conversations: the part of `tokenizer.Tokenizer` that needs its chat template."""
 
     def render(self, messages, add_generation_prompt=True, tools=None, documents=None, date=None):

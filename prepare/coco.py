@@ -9,7 +9,6 @@ The photos stay where they are. Photos without captions, and captions without ph
 """
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -24,9 +23,8 @@ def from_folder(folder, out, limit):
         files = sorted([*folder.glob(f"captions_{split}*.json"), *folder.glob(f"annotations/captions_{split}*.json")])
         if not files:
             raise config.Mistake(f"--input must hold COCO's captions_{split}2017.json, in itself or in annotations/")
-        places = {file: folder / file.stem.removeprefix("captions_") for file in files}
-        file = next((file for file in reversed(files) if places[file].is_dir()), files[-1])  # the newest with photos
-        place = places[file]
+        pairs = [(file, folder / file.stem.removeprefix("captions_")) for file in files]
+        file, place = next((pair for pair in reversed(pairs) if pair[1].is_dir()), pairs[-1])  # the newest with photos
         with config.mistakes(OSError, ValueError, KeyError, TypeError, AttributeError,
                              prefix=f"{file} is not COCO's: "):
             table = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -47,13 +45,9 @@ def from_folder(folder, out, limit):
     return records
 
 
-@dataclass
-class Settings(images.Settings):
-    """What can be chosen."""
-
-
 def main():
-    images.prepare(config.load(Settings), "coco", "jxie/coco_captions", from_folder, lambda row: [row["caption"]])
+    images.prepare(config.load(images.Settings), "coco", "jxie/coco_captions", from_folder,
+                   lambda row: [row["caption"]])
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+from tqdm import tqdm
 
 import config
-from prepare import images, tokenizer
+from prepare import chat, images, tokenizer
 from prepare.images import IMAGE
-from prepare.tokenizer_spec import added
+from prepare.tokenizer_spec import added_token
 from prepare.windows import order
 
 FRAME = "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>"
@@ -30,13 +31,14 @@ def adding(tok, *texts, special=True):
     """A tokenizer in which each of these texts is one token."""
     tokens = list(tok.spec.get("added_tokens") or [])
     new = [text for text in texts if text not in tok.added]
-    tokens += [added(text, tok.vocab_size + n, special, normalized=False) for n, text in enumerate(new)]
+    tokens += [added_token(text, tok.vocab_size + n, special, normalized=False) for n, text in enumerate(new)]
     return tokenizer.Tokenizer(tok.spec | {"added_tokens": tokens}, tok.settings, tok.model) if new else tok
 
 
-def renamed(tok, old, new, special):
-    """A tokenizer whose added token `old` is called `new`."""
-    tokens = [t | {"content": new, "special": special} if t["content"] == old else t
+def renamed(tok, old, new):
+    """A tokenizer whose added token `old` is called `new`: a special one, but for <image>, so that messages may contain
+    it."""
+    tokens = [t | {"content": new, "special": new != IMAGE} if t["content"] == old else t
               for t in tok.spec.get("added_tokens") or []]
     return tokenizer.Tokenizer(tok.spec | {"added_tokens": tokens}, tok.settings, tok.model)
 
@@ -47,14 +49,14 @@ def with_image(tok):
         raise config.Mistake("this tokenizer has no EOS, so captions could not end")
     if not tok.chat_template:
         tok = tokenizer.Tokenizer(tok.spec, tok.settings | {"chat_template": TURNS}, tok.model)
-    tok = adding(renamed(tok, IMAGE, IMAGE, special=False), IMAGE, special=False)  # so that messages may contain it
+    tok = adding(renamed(tok, IMAGE, IMAGE), IMAGE, special=False)
     return tok, tok.added[IMAGE]
 
 
 def with_frame(tok):
     """(tokenizer with all of Llama 4's tokens for pictures, id of <|patch|>, ids of FRAME). Its <|image|> is
     called <image> in the program, as the mark of every model is; `save_pretrained` gives it its name back."""
-    tok, mark = with_image(renamed(tok, FRAME[-1], IMAGE, special=False))
+    tok, mark = with_image(renamed(tok, FRAME[-1], IMAGE))
     tok = adding(tok, *FRAME[:-1], PATCH)
     return tok, tok.added[PATCH], (*(tok.added[text] for text in FRAME[:-1]), mark)
 
@@ -101,7 +103,7 @@ def lesson(tok, kind, talk, count):
         learn = np.arange(len(ids)) >= len(prompt)
     else:
         ids, learn = tok.lesson([{"role": role, "content": text} for role, text in talk],
-                                [role == "assistant" for role, _ in talk])
+                                [role == "assistant" for role, _ in talk], date=chat.Settings.date)
     if ids.count(tok.added[IMAGE]) != count:
         raise config.Mistake(f"the chat template does not keep the {count} {IMAGE} marks")
     ids = np.array(ids, np.int32)
@@ -135,7 +137,6 @@ class Examples:
     def __init__(self, records, tok, image_tokens, block_size, number):
         """records: an `images.Records`; image_tokens: positions of a picture; number: {picture: its number}, to which
         those of the records are added."""
-        from tqdm import tqdm
         if not records:
             raise config.Mistake(f"{records.path} has no records: prepare the data again, with some for "
                                  f"{records.path.stem}")
@@ -232,7 +233,7 @@ class Examples:
 
     def questions(self, most=None):
         """One row for each picture and prompt (not one for each of its captions), or as many of them, spread evenly."""
-        seen = {}  # {question: (its first row, {id of a record's answers: they})}: each record counts once
+        seen = {}  # {question: (its first row, {id of a record's answers: those answers})}: each record counts once
         for row in (row for rows in self.examples for row in rows if row.kind != "rejected"):
             _, records = seen.setdefault((row.kind, row.pictures, row.prompt().tobytes()), (row, {}))
             records[id(row.answers)] = row.answers

@@ -1,4 +1,4 @@
-"""The pictures of a data set as a model takes them, and what is kept of what models that stay as they are made of it.
+"""The pictures of a data set as a model takes them, and the features that frozen encoders made of them, kept on disk.
 
 data/<name>/features/ holds, for each encoder that looked, <fingerprint>.npy, (pictures, P, W) float16, and
 <fingerprint>.ready.npy, which of them are there.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import config
 import vision
@@ -69,7 +70,6 @@ class Pictures:
 
     def keep(self, limit):
         """Have the frozen encoder see every picture once, as float16 in files that later runs find again."""
-        from tqdm import tqdm
         shape = self.encoder.grid ** 2, self.encoder.width
         place = self.folder / "features"
         barred = not os.access(place if place.is_dir() else self.folder, os.W_OK)
@@ -121,7 +121,7 @@ def whole(path, shape, dtype):
         return False
 
 
-def fingerprint(pictures, *splits):
+def pairs_digest(pictures, *splits):
     """Stands for the examples of these splits as they are read, in their order, for the files of their pictures, and,
     after a "+", for the pixels of those that are rows of images.npy, whose size tells little."""
     sizes = [pictures.stat(name).st_size for name in pictures.names]
@@ -135,7 +135,7 @@ def fingerprint(pictures, *splits):
 
 
 def read_references(path, pairs):
-    """What a reference model thinks of pairs of answers, as a run saved it. pairs: their `fingerprint`."""
+    """What a reference model thinks of pairs of answers, as a run saved it. pairs: their `pairs_digest`."""
     with config.mistakes(Exception, prefix=f"{path} cannot be read: "):
         saved = torch.load(path, weights_only=True)
     if not isinstance(saved, dict) or saved.get("pairs") not in (pairs, pairs.partition("+")[0]):  # once without pixels

@@ -11,8 +11,9 @@ import csv
 import re
 import sys
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config
@@ -48,7 +49,6 @@ def captions(folder):
 
 def photos(folder, out, names):
     """{photo: its path} of the photos `names`; those that are in tar files only are unpacked into out/images."""
-    from tqdm import tqdm
     found = picture_files.ByName({p.name: str(p.resolve()) for p in picture_files.below(folder)[0]})
     missing = picture_files.ByName({name: name for name in names if not found.get(name)})
     unpacked = {}
@@ -80,13 +80,8 @@ def from_folder(folder, out, limit):
             for split, some in names.items()}
 
 
-@dataclass
-class Settings(images.Settings):
-    """What can be chosen."""
-
-
 def main():
-    images.prepare(config.load(Settings), "flickr8k", "jxie/flickr8k", from_folder,
+    images.prepare(config.load(images.Settings), "flickr8k", "jxie/flickr8k", from_folder,
                    lambda row: [tidy(row[f"caption_{i}"]) for i in range(5)])
 
 

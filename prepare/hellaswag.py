@@ -62,7 +62,7 @@ def items(paths):
         for rows, _, _ in sources.hub_batches("Rowan/hellaswag", None, "validation", otherwise=OFFLINE):
             with config.mistakes(ValueError, prefix="Rowan/hellaswag: "):
                 yield from map(normalise, rows)
-    for _, place, item in sources.Files(paths, (), None).read():
+    for _, place, item in sources.Files(paths).read():
         with config.mistakes(ValueError, prefix=f"{place}: "):
             yield normalise(item)
 

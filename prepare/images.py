@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from tqdm import tqdm
+
 import config
 from prepare import picture_files, shards
 
@@ -125,12 +127,10 @@ class Sieve:
                 self.bad.append(" ".join(str(e).split()))
         return self.pictures[path]
 
-    def keep(self, records, what, progress=True, change=lambda record: record):
-        """Those of use among change(record) of each, which are named "`what` <number>"."""
-        from tqdm import tqdm
-        kept = []
-        for n, record in enumerate(tqdm(records, f"checking {Path(what).name}", unit=" records", disable=not progress),
-                                   1):
+    def keep(self, records, what, change=lambda record: record):
+        """change(record) of each record, where that is of use. One that is refused is named "`what` <number>"."""
+        kept, bar = [], tqdm(records, f"checking {Path(what).name}", unit=" records", leave=False, delay=2)
+        for n, record in enumerate(bar, 1):
             try:
                 record = change(record)
                 talks_of(record)
@@ -152,14 +152,14 @@ class Sieve:
                    f"(with {self.blind:,} records)")
 
 
-def save(records, folder, progress=True, sieve=None):
+def save(records, folder, sieve=None):
     """Write {split}.jsonl for {split: list of records}, leaving out those of no use, which are counted and named.
 
     Pictures that cannot be read are listed in bad_images.txt. sieve: has seen the records already. Raises `Mistake`
     when nothing is left of the training split."""
     if sieve is None:
         sieve = Sieve(folder)
-        records = {split: sieve.keep(some, f"{split} record", progress) for split, some in records.items()}
+        records = {split: sieve.keep(some, f"{split} record") for split, some in records.items()}
     folder, reasons = Path(folder), list(sieve.reasons())
     if not records.get("train"):
         raise config.Mistake("no usable record is left for training: " + ("; ".join(reasons) or "there are none"))
@@ -237,7 +237,6 @@ def from_hub(name, folder, limit, captions):
 
     captions(row): those of a row, a list. Rows of one picture become one record."""
     from datasets import Image, load_dataset
-    from tqdm import tqdm
     records = {}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, theirs in (("train", "train"), ("val", "validation"), ("test", "test")):

@@ -70,7 +70,8 @@ def _rgb(image):
         x = np.asarray(image, np.float32)
         most = x.max(initial=0, where=np.isfinite(x))
         small = image.mode == "F" and most <= 2  # from 0 to 1, of which resizing can leave a little more
-        top = 1 if small else next(t for t in (255, 65535, most) if most <= t)
+        deep = image.mode.startswith("I;16") or image.format == "PNG"  # 16 bits, however dark
+        top = 1 if small else next(t for t in (65535 if deep else 255, 65535, most) if most <= t)
         x = np.where(x == image.info.get("transparency", np.nan), top, np.nan_to_num(x).clip(0, top))
         image = Image.fromarray((x * (255 / top)).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -119,7 +120,7 @@ def find(path):
 
 
 def below(folder):
-    """(the pictures in a folder and below, by name; how many more files, and hidden folders, lie there)."""
+    """(the pictures in a folder and below, by name; the number of other files and of hidden entries there)."""
     hidden = Counter()
     files = [p for p in walk(folder, hidden) if p.is_file()]
     inside = [p for p in files if p.suffix.lower() in ENDINGS]

@@ -34,6 +34,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config
 from prepare import chat, shards, tokenizer
@@ -208,7 +210,7 @@ def conversation(asked, rng, held_out, most, two_tales=0.0, excerpts=0.0):
 
 def grade(text, answer):
     """Is this the answer? Every word of it and no other; space around does not count."""
-    return text.strip() == answer
+    return text.strip() == answer.strip()
 
 
 # -- the script --------------------------------------------------------------------------------------------------
@@ -239,7 +241,6 @@ def with_template(tok):
 
 def write(out, cfg, asked):
     """Write both splits as jsonl."""
-    from tqdm import tqdm
     for split, count, how in (("train", cfg.conversations, dict(most=cfg.questions, excerpts=cfg.excerpts)),
                               ("val", cfg.val_conversations, dict(most=1))):
         rng = random.Random(f"{cfg.seed} {split}")

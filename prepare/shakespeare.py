@@ -12,7 +12,6 @@ import config
 from prepare import formats, shards, sources, tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-OFFLINE = "give a text file with --input FILE, or make data that needs no network with `python prepare/tales.py`"
 
 
 @dataclass
@@ -41,7 +40,7 @@ def main():
     out = shards.own_folder(cfg.out or config.ROOT / "data/shakespeare", shards.DATA_FILES, cfg.input)
     paths = sources.find_files(cfg.input, out)
     whole = ("".join(read_file(path, cfg) for path in paths) if cfg.input else
-             sources.download(URL, OFFLINE).decode("utf-8"))[:cfg.limit]
+             sources.download(URL, sources.OFFLINE).decode("utf-8"))[:cfg.limit]
     cut = int(len(whole) * (1 - cfg.val_fraction))
     if not 0 < cut < len(whole):
         raise config.Mistake(f"{len(whole)} characters cannot be split into training and validation "

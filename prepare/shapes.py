@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config
@@ -217,7 +218,7 @@ def write_text(out, cfg):
         scenes = (scene(rng) for _ in range(count))
         records[split] = [record for _, objects, found in scenes
                           for record in told("text", None, objects, found[:cfg.questions], rng)]
-    images.save(records, out, progress=False)
+    images.save(records, out)
     tok, _ = examples.with_image(examples.new_tokenizer(images.load(out, "train"), VOCABULARY, 1))
     chat.write(out, tok, chat.Lessons(tok, chat.Settings(), LONGEST), *([out / f"{split}.jsonl"] for split in sizes))
 
@@ -226,7 +227,6 @@ def write_pictures(out, cfg):
     """Write the pictures of all splits and what is told of them, as vlm.py reads them, and meta.json.
 
     Returns the chance level."""
-    from tqdm import tqdm
     sizes = {"train": cfg.images, "val": cfg.val_images, "test": cfg.test_images}
     out.mkdir(parents=True, exist_ok=True)
     pixels = shards.new_array(out / "images.npy.tmp", (sum(sizes.values()), SIDE, SIDE, 3), np.uint8)
@@ -244,7 +244,7 @@ def write_pictures(out, cfg):
             "held_out": {"rule": "(color + shape + size + place) % 7 == 0, as indices in these lists",
                          "color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "place": PLACES}}
     os.replace(out / "images.npy.tmp", out / "images.npy")
-    images.save(records, out, progress=False)
+    images.save(records, out)
     shards.write_text(out / "meta.json", json.dumps(meta, indent=1) + "\n")
     return guess
 

@@ -49,12 +49,8 @@ def dtype_in(split, name):
 def write_text(path, text):
     """Write a small file so that it is there complete or not at all. What UTF-8 lacks, as a file's name may
     have it, is escaped as in JSON."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with config.atomic_write(path) as tmp:
+        tmp.write_text(text, "utf-8", "backslashreplace")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -65,8 +61,12 @@ def new_array(path, shape, dtype):
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     array.flush()
     if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        try:
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError:
+            os.unlink(path)
+            raise
     return array
 
 
@@ -239,8 +239,8 @@ def _require(value, form, where):
 
 
 def how_to_make(directory, otherwise):
-    """What to do about a data set that is missing: run the script, or see the config file, of its name; otherwise this.
-    """
+    """What to do about a data set that is missing: run the script, or see the config file, of its name; `otherwise`
+    where there is neither."""
     script, commands = (f"{folder}/{Path(directory).name}.py" for folder in ("prepare", "config"))
     if (config.ROOT / script).is_file():
         return f"run `python {script}` first"

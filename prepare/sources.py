@@ -4,6 +4,7 @@ import glob
 import itertools
 import os
 import random
+import ssl
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -102,7 +103,7 @@ class Source:
 class Files(Source):
     """The documents of files. Its position begins with the number of the file and of the records read of it."""
 
-    def __init__(self, paths, separators, field):
+    def __init__(self, paths, separators=(), field=None):
         self.paths, self.field, self.position, self.file = paths, field, [0, 0, 0], None
         formats = [format_of(path)[0] for path in paths]
         self.separators = separators if ".txt" in formats else ()
@@ -141,7 +142,10 @@ class Files(Source):
 def download(url, otherwise):
     """The bytes at an address. otherwise: what to do without a network, or where the connection breaks."""
     try:
-        with urllib.request.urlopen(url, timeout=20) as answer:
+        import certifi  # where Python knows no certificates, as python.org's on macOS
+        trusted = ssl.create_default_context()
+        trusted.load_verify_locations(certifi.where())
+        with urllib.request.urlopen(url, timeout=20, context=trusted) as answer:
             return answer.read()
     except (OSError, HTTPException) as e:
         raise config.Mistake(f"cannot download {url} ({e}): {otherwise}") from None
@@ -157,6 +161,8 @@ def reach_hub(repository, otherwise):
     except urllib.error.HTTPError:
         pass  # it answers; whether it lets us in, `datasets` says better
     except (OSError, ValueError) as e:
+        if isinstance(getattr(e, "reason", None), str | ssl.SSLError):
+            return  # kinds of proxies and certificates that `datasets` may know better
         raise config.Mistake(f"cannot reach {address} for {repository} ({e}): {otherwise}") from None
 
 

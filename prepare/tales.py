@@ -20,6 +20,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config
 from prepare import shards, tokenizer
@@ -52,16 +54,16 @@ def parse_choice(text):
                     return alternatives
             else:
                 parts.append(Slot(token[1:-1]) if token[0] == "{" else token)
-    text = re.sub(r" *([|]) *", r"\1", text.strip())
+    text = re.sub(r" *\| *", "|", text.strip())
     return read(iter(re.findall(r"\{[\w.]+\}|[][|]|[^][{}|]+", text + "]")))
 
 
 class Grammar:
     """rules: {slot: alternatives}; facts: {word: {fact: alternatives}}; both as `parse_choice` gives them."""
 
-    def __init__(self, words=WORDS, plots=PLOTS):
+    def __init__(self):
         self.rules, self.facts, lines = {}, {}, {}
-        for table in words.strip().split("\n\n"):
+        for table in WORDS.strip().split("\n\n"):
             (slot, names), *rows = [line.strip().split(": ", 1) for line in table.splitlines()]
             for keys, cells in rows:
                 values = dict(zip(names.split("; "), cells.split("; "), strict=True))
@@ -70,7 +72,7 @@ class Grammar:
                     self.rules.setdefault(slot, []).append((word,))
                     facts = self.facts.setdefault(word, {})
                     facts |= {fact: parse_choice(value) for fact, value in values.items()}
-        for line in plots.splitlines():
+        for line in PLOTS.splitlines():
             if line[:1].strip():
                 slot, line = line.split(":")
                 lines[slot] = []
@@ -132,7 +134,6 @@ def tell(seed, count, without=()):
 
 
 def main():
-    from tqdm import tqdm
     cfg = config.load(Settings)
     out = shards.own_folder(cfg.out or config.ROOT / "data/tales", shards.DATA_FILES)
     val = dict(tell(f"{cfg.seed} val", cfg.val_stories))

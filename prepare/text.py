@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 import config
@@ -78,7 +79,7 @@ def finer(separators):
             "--separator='\\n\\n' cuts texts at their blank lines")
 
 
-def hold_out(source, cfg):
+def threshold_for(source, cfg):
     """The threshold for what a source reads, settled by its first documents; 0 where nothing is to be held out."""
     if not cfg.val_fraction:
         return 0
@@ -185,7 +186,7 @@ def recipe(cfg, source, given=None):
 def begin(cfg, out, source):
     """(source to read from, writer, state to go on from) of a new data set, or of one that was interrupted.
 
-    state: {"documents": written so far, "source": the position after them, "threshold": see `hold_out`}.
+    state: {"documents": written so far, "source": the position after them, "threshold": see `threshold_for`}.
     """
     reading = source()
     given = None if cfg.tokenizer in (None, "char", "byte") else tokenizer.load(cfg.tokenizer).adding_bos()
@@ -194,7 +195,7 @@ def begin(cfg, out, source):
         threshold = done["position"]["threshold"]
         writer = shards.Writer(out, given or tokenizer.load(Path(out) / shards.UNFINISHED), recipe=key)
     else:
-        threshold = hold_out(source(), cfg)
+        threshold = threshold_for(source(), cfg)
         writer = shards.Writer(out, given or new_tokenizer(source(), cfg, threshold), recipe=key)
     if writer.position:
         print(f"{out}: going on after {writer.position['documents']:,} documents")
@@ -205,7 +206,6 @@ def begin(cfg, out, source):
 
 def write(cfg, out, source):
     """Make the data set `out` of what source() reads, or go on making it; returns its meta.json."""
-    from tqdm import tqdm
     reading, writer, state = begin(cfg, out, source)
     workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     some_batches = batches(reading, cfg.limit and cfg.limit - state["documents"])
@@ -248,7 +248,7 @@ def advice(splits, val_fraction, separators):
 
 def name_of(out):
     """What train.py calls a data set: its name under data/, or its path."""
-    return out.resolve().name if out.resolve().parent == config.ROOT / "data" else str(out)
+    return out.resolve().name if out.resolve().parent == config.ROOT / "data" else out.as_posix()
 
 
 def prepare(cfg, name, hub=None):

@@ -29,7 +29,7 @@ LINE_LIMIT = 250_000  # characters, at most 1,000,000 bytes: SentencePiece drops
 LINE = re.compile(rf"[^\n\u2585]{{1,{LINE_LIMIT}}}(?![^ \n\u2585])|[^\n\u2585]{{1,{LINE_LIMIT}}}")
 
 
-class Tokenizer(chat_template.Conversations):
+class Tokenizer(chat_template.Chats):
     """Text to ids and back, and conversations to ids. Make one with `char`, `byte`, `train_sentencepiece` or `load`.
 
     spec: what its tokenizer.json holds; settings: its tokenizer_config.json; model: the SentencePiece file it came
@@ -175,8 +175,8 @@ class Tokenizer(chat_template.Conversations):
     # -- this tokenizer as another one, and as files -------------------------------------------------------------
 
     def adding_bos(self):
-        """This tokenizer with its BOS, if any, in front of a text by default: beside a model, it then does what its
-        training data had done to them."""
+        """This tokenizer with its BOS, if any, in front of a text by default: saved beside a model, it then treats
+        prompts as the training data were treated."""
         texts = {i: text for text, i in self.ids.items()}
         ends = around(self.ids, texts.get(self.bos_id), texts[self.eos_id] if self.adds_eos else None)
         return Tokenizer(self.spec | {"post_processor": ends}, self.settings, self.model)
@@ -189,8 +189,8 @@ class Tokenizer(chat_template.Conversations):
         files |= {"tokenizer_config.json": json.dumps(self.settings, indent=2).encode(),
                   "tokenizer.json": json.dumps(self.spec).encode()}
         for name, data in files.items():
-            (directory / f"{name}.tmp").write_bytes(data)
-            os.replace(directory / f"{name}.tmp", directory / name)
+            with config.atomic_write(directory / name) as tmp:
+                tmp.write_bytes(data)
 
 
 class Stream:

@@ -33,12 +33,12 @@ def valid(text):
 
 def make_spec(model, special, pre_tokenizer, decoder, normalizer=None, bos=None):
     """A tokenizer.json. special: {text: id}; bos: the special token that AutoTokenizer puts in front of a text."""
-    return {"version": "1.0", "added_tokens": [added(text, id) for text, id in special.items()],
+    return {"version": "1.0", "added_tokens": [added_token(text, id) for text, id in special.items()],
             "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": around(special, bos),
             "decoder": decoder, "model": model}
 
 
-def added(content, id, special=True, **flags):
+def added_token(content, id, special=True, **flags):
     """One of the tokens that are found in a text before it is cut and merged."""
     return {"id": id, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": not special, "special": special} | flags
@@ -66,9 +66,9 @@ def split(pattern):
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-def byte_level(use_regex, add_prefix_space=False):
+def byte_level(use_regex):
     """The step, of cutting and of decoding, that writes bytes as characters; use_regex: it cuts words as GPT-2 does."""
-    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
 def merges_of(ranks, urgency):

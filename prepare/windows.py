@@ -1,5 +1,5 @@
-"""How a split is cut into windows and in which order they are drawn: a pure function of the seed and a counter. In the
-end, how continuations of one text share a row.
+"""How a split is cut into windows and in which order they are drawn: a pure function of the seed and a counter. At
+the end of the file: how continuations of one text share a row.
 
 There is no loader state to save or to lose: resuming is exact, and the order does not depend on the number of
 processes, each of which takes its own rows of a step's batch.
@@ -103,7 +103,7 @@ class Windows:
             if end > start:
                 ids = self.split[start:end]
                 x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
-        return x, y, document_positions(x, self.bos_id) if self.cfg.doc_mask else None
+        return x, y, document_positions(np.where(y == -100, -1, x), self.bos_id) if self.cfg.doc_mask else None
 
 
 class Conversations(Windows):
@@ -137,7 +137,7 @@ class Conversations(Windows):
 
     def read(self, spans):
         x, y = self.empty(len(spans))
-        positions = np.zeros_like(x)  # padding is alone with itself
+        positions = np.zeros_like(x)
         for row, (first, end) in enumerate(spans):
             at = 0
             for number in self.order[first:end]:
@@ -146,6 +146,7 @@ class Conversations(Windows):
                 x[place], y[place] = ids[:-1], np.where(learned, ids, -100)[1:]
                 positions[place] = np.arange(len(ids) - 1)
                 at += len(ids) - 1
+            positions[row, at:] = np.arange(self.cfg.block_size - at)  # padding, as one more conversation
         return x, y, positions
 
 

@@ -58,7 +58,7 @@ def train_stages(seed):
         if not (ROOT / f"data/shapes_{stage}/meta.json").is_file():
             prepare = ["prepare/shapes.py", f"--stage={stage}", f"--images={scenes}"]
             subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True)
-        given, _ = config.load(keys, [str(ROOT / file)], train.SHAPE_KEYS)
+        given, _ = config.load(keys, [str(ROOT / file)], config.SHAPE)
         log = runs.read_log(out / "log.jsonl")
         if not log or log[-1]["step"] < given["max_iters"]:
             begin = ["--init_from=resume"] if runs.latest(out) else [file, f"--seed={seed}", *before]

@@ -72,7 +72,7 @@ def make(name, keys):
     script, *words = command.split()
     if name == "more":
         words += [f"--max_iters={round(last('grpo')['seconds'] * last('half')['step'] / last('half')['seconds'])}"]
-    wanted, _ = config.load({"train.py": train.KEYS, "feedback.py": feedback.KEYS}[script], words, train.SHAPE_KEYS)
+    wanted, _ = config.load({"train.py": train.KEYS, "feedback.py": feedback.KEYS}[script], words, config.SHAPE)
     ours = {key: value for key, value in wanted.items() if key not in ("init_from", "out_dir", "dataset")}
     if last(name):
         has = json.loads((OUT / name / "run.json").read_text(encoding="utf-8"))["settings"]

@@ -1,6 +1,7 @@
 """Conversations to learn from: the forms of records, what of them is learned, how they are packed and trained on."""
 import datetime
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ import config
 import train
 from conftest import ROOT
 from model import PRESETS, Llama
-from prepare import chat, shards, tokenizer
+from prepare import chat, examples, shards, tokenizer
 from prepare.windows import Conversations, best_fit
 
 MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -134,6 +135,14 @@ def test_the_prompt_at_inference_has_the_ids_before_what_is_learned(template, tm
         assert ids[:learned.index(True)] == tok.chat(talk[:first], date=datetime.date(2026, 1, 31))
 
 
+def test_pictures_are_talked_about_on_a_fixed_day(tmp_path):
+    """Else a run that goes on tomorrow learns other ids."""
+    tok, _ = examples.with_image(tokenizer_of(tmp_path, DATED))
+    ids, _, _ = examples.lesson(tok, "answer", (("user", "<image>\nHi"), ("assistant", "Yes")), 1)
+    day = datetime.date.fromisoformat(chat.Settings.date)
+    assert tok.decode(ids.tolist(), special=True).startswith(f"{day:%d %B %Y}")
+
+
 def test_weights_choose_what_is_learned(tmp_path):
     for name, template in ("a", MARKED), ("b", UNMARKED):
         tok = tokenizer_of(tmp_path / name, template)
@@ -219,6 +228,9 @@ def test_more_in_records():
     ({"conversations": [{"from": "function_call", "value": "[]"}]}, "message 1: the assistant says nothing"),
     ({"conversations": [{"from": "function_call"}]}, "message 1: "),
     ({"tools": "{", "messages": [HI, YES]}, "Expecting"),
+    ({"tools": {"name": "f"}, "messages": [HI, YES]}, "tools are a list of objects"),
+    ({"tools": ['{"name": "f"}'], "messages": [HI, YES]}, "tools are a list of objects"),
+    ({"messages": [HI, YES | {"train": "false"}]}, "its train is true or false"),
     ({"instruction": "a", "output": "b", "history": [["a"]]}, "not enough values"),
     ({"image": "a.jpg", "messages": [HI, YES]}, "which are for vlm.py")])
 def test_what_is_wrong_with_a_record(record, said):
@@ -292,6 +304,36 @@ def test_tools_that_a_template_leaves_out_are_counted(tmp_path, capsys, template
     out, _, code = prepare(tmp_path, capsys, model_in(tmp_path / "model", template), "--input",
                            lines(tmp_path / "a.jsonl", records))
     assert not code and ("the chat template leaves out the tools of 2 conversations" in out) == said
+
+
+@pytest.mark.parametrize("template", [UNMARKED.replace("in messages", "in messages if m.role != 'system'"),
+                                      UNMARKED.replace("m.content + '<", "m.content.split('</x>')[-1] + '<")])
+def test_words_that_a_template_leaves_out_are_counted(tmp_path, capsys, template):
+    """A whole system message, or what stands before a mark."""
+    odd = [{"role": "system", "content": "In French."}, HI | {"content": "I think</x>Hi"}, YES]
+    path = lines(tmp_path / "a.jsonl", [talk(i) for i in range(9)] + [{"messages": odd}])
+    out, _, code = prepare(tmp_path, capsys, model_in(tmp_path / "model", template), "--input", path)
+    assert not code and "the chat template leaves out words of 1 conversations" in out
+
+
+@pytest.mark.parametrize("template, count", [(MARKED, 0), (MARKED.replace("{{ '<|im_end|>' }}{% endgeneration %}",
+                                              "{% endgeneration %}{{ '<|im_end|>' }}"), 9)])
+def test_answers_without_an_end_are_counted(tmp_path, capsys, template, count):
+    path = lines(tmp_path / "a.jsonl", [talk(i) for i in range(9)])
+    out, _, code = prepare(tmp_path, capsys, model_in(tmp_path / "model", template), "--input", path)
+    assert not code and (f"no end of an answer is learned in {count} conversations" in out) == bool(count)
+
+
+def test_one_conversation_told_twice_is_on_one_side(tmp_path, capsys):
+    """With other names and times, or with turns beyond the context."""
+    twice = [{"messages": [m | {"id": f"{copy}-{n}"} for m in talk(n)["messages"]]} for n in range(40) for copy in "ab"]
+    path = lines(tmp_path / "a.jsonl", twice)
+    assert not prepare(tmp_path, capsys, model_in(tmp_path / "model"), "--input", path, "--val_fraction=0.3")[2]
+    splits = {split: shards.Split(tmp_path / "data", split) for split in shards.SPLITS}
+    tok = tokenizer.load(tmp_path / "data")
+    asked = {split: set(re.findall(r"What is \d+", tok.decode(found[:len(found)].tolist(), special=True)))
+             for split, found in splits.items()}
+    assert asked["val"] and asked["train"] and not asked["train"] & asked["val"]
 
 
 def test_too_long_ones_lose_whole_turns(tmp_path, capsys):
@@ -511,7 +553,7 @@ def test_windows_hold_whole_conversations(chats):
             if (y[row, start:end] != -100).any():
                 found.append((x[row, start:end].tolist(), y[row, start:end].tolist()))
             else:
-                assert end - start == 1 and not x[row, start]  # padding
+                assert end == 96 and not x[row, start:].any()  # padding, of one piece
     whole = []
     for i in range(data.documents):
         ids, learned = windows.example(i)

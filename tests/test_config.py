@@ -1,5 +1,6 @@
 """Settings: what is accepted, what is refused and how, and that every default says its reason."""
 import ast
+import json
 import math
 import ntpath
 import os
@@ -130,12 +131,19 @@ def test_file(tmp_path, text, expect):
         assert {k: getattr(cfg, k) for k in expect} == expect
 
 
+def test_a_hub_name_takes_no_settings_of_the_folder_here(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"batch_size": 3}, "model": {}}))
+    (tmp_path / "best").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert config.of_run("owner/model", "train.py:TrainConfig") == ({}, {})
+    assert config.of_run("best", "train.py:TrainConfig")[0] == {"batch_size": 3}
+
+
 def test_help_has_groups_limits_and_presets(capsys):
     with pytest.raises(SystemExit):
         config.load(Settings, ["-h"], also="model.py:LlamaConfig")
     said = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in said.splitlines()]
-    assert lines[0] == "Settings: what is accepted, what is refused and how, and that every default says its reason."
     own, files = lines.index("settings:"), lines.index("files:")
     assert own < lines.index("--optimizer='muon' {muon, adamw} the first is faster") < files
     assert files < lines.index("--max_iters=7 [1, inf) steps") < lines.index("Llama 4:")

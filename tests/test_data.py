@@ -9,10 +9,13 @@ import os
 import random
 import re
 import shlex
+import ssl
 import subprocess
 import sys
 import threading
 import tracemalloc
+import urllib.error
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -925,6 +928,29 @@ def test_offline_is_one_clear_line_at_once(tmp_path, script):
     assert "--input" in line and not (tmp_path / "out").exists()
     assert ("hellaswag_val.jsonl" if script == "hellaswag" else "python prepare/tales.py") in line
     assert ("tales.py" in line) == (script != "hellaswag")
+
+
+def test_certificates_that_python_lacks_are_left_to_the_libraries(monkeypatch):
+    def urlopen(error):
+        def call(*_, **__):
+            raise urllib.error.URLError(error)
+        return call
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen(ssl.SSLCertVerificationError(1, "self-signed")))
+    assert sources.reach_hub("a/b", "x") is None
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen("unknown url type: socks5h"))
+    assert sources.reach_hub("a/b", "x") is None
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen(ConnectionRefusedError(111, "refused")))
+    with pytest.raises(config.Mistake, match="cannot reach .* for a/b .*: give files"):
+        sources.reach_hub("a/b", "give files")
+
+
+def test_an_array_that_does_not_fit_leaves_no_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError):
+        shards.new_array(tmp_path / "a.npy", (9, 9), np.float16)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_connection_that_breaks_is_one_line():

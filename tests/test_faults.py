@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapter
-import common
 import config
 import feedback
 import model
@@ -292,7 +291,7 @@ def test_files_are_synced_while_they_can_be_written(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.write(file, b"")))  # an error where it only reads
     model.Llama(model.LlamaConfig(vocab_size=4, context=4, **SMALL)).save_pretrained(tmp_path)
-    with common.atomic_write(tmp_path / "a.txt") as path:
+    with config.atomic_write(tmp_path / "a.txt") as path:
         path.write_text("a")
     assert len(synced) == 3
 

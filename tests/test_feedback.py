@@ -176,6 +176,7 @@ ASKED = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"
      ("c?", "d", "Rome")),
     ({"messages": [ASKED[0], ASKED[1] | {"weight": 0}]}, "it has no answer"),
     ({"messages": [ASKED[0], ASKED[1] | {"content": "", "tool_calls": [{"name": "f"}]}]}, "it has no answer in words"),
+    ({"messages": [ASKED[0], ASKED[1] | {"tool_calls": [{"name": "f"}]}]}, "its first answer calls a tool, too"),
     ([1], "a record is an object, not"), ({"wrong": [1]}, "its wrong answer is a text"),
     ({"wrong": {"a": 1}}, "its wrong answer is a text, or a list of one to each answer"),
     ({"messages": [ASKED[0], {"role": "assistant", "content": None}]}, "message 2: the assistant says nothing"),
@@ -274,6 +275,44 @@ def test_the_reference_model_is_the_one_that_is_named(place, tmp_path):
     task = feedback.Preferences(cfg, {}, tmp_path / "run", CPU)
     assert torch.equal(task.frozen.llama.lm_head.weight, other.lm_head.weight)
     assert torch.equal(task.llama.lm_head.weight, Llama.from_pretrained(place / "start").lm_head.weight)
+
+
+def test_a_run_with_an_adapter_goes_on_with_the_same_reference(place, tmp_path, monkeypatch):
+    """Its weights are those that the adapter froze, in bfloat16 where they were."""
+    monkeypatch.setattr(feedback.common, "agreed_dtype", lambda *_: (torch.bfloat16, "asked"))
+    cfg = settings(place, tmp_path / "run", objective="dpo", lora_rank=2, max_iters=2, dtype="bfloat16")
+    feedback.main(vars(cfg), {})
+    states = []
+    for start in "", "resume":
+        given = vars(cfg) | {"reference": str(place / "start")} | ({"init_from": start} if start else {})
+        task = feedback.Preferences(feedback.FeedbackConfig(**given), {}, tmp_path / "run", CPU)
+        states.append({k.replace(".base_layer", ""): t for k, t in task.frozen.llama.state_dict().items()
+                       if "lora" not in k})
+    assert states[0].keys() == states[1].keys() and states[1]["lm_head.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(t, states[1][k]) and t.dtype == states[1][k].dtype for k, t in states[0].items())
+
+
+def test_pairs_that_are_equal_and_answers_that_are_too_long_are_said(place, tmp_path, capsys):
+    shutil.copytree(place / "data", tmp_path / "data")
+    path = tmp_path / "data/val.jsonl"
+    path.write_text(path.read_text().replace('["left"]', '["right "]'))
+    with pytest.raises(config.Mistake, match=r"line 2 \(record 2\): the wrong answer is the right one"):
+        feedback.main(vars(settings(place, tmp_path / "run", dataset=str(tmp_path / "data"), objective="dpo")), {})
+    feedback.main(vars(settings(place, tmp_path / "short", answer_tokens=5, max_iters=1)), {})
+    assert "12 of 24 are longer than answer_tokens=5, and earn no reward" in capsys.readouterr().out  # r i g h t </s>
+
+
+def test_other_questions_are_noticed_when_a_run_goes_on(place, tmp_path, capsys):
+    shutil.copytree(place / "data", tmp_path / "data")
+    given = vars(settings(place, tmp_path / "run", dataset=str(tmp_path / "data"), max_iters=2))
+    feedback.main(given, {})
+    for split in "train", "val":
+        path = tmp_path / f"data/{split}.jsonl"
+        path.write_text(path.read_text().replace("where?", "where ?"))
+    capsys.readouterr()
+    feedback.main(given | {"init_from": "resume", "max_iters": 3}, {})
+    said = capsys.readouterr().out
+    assert "with another validation set" in said and "with other training data" in said
 
 
 def test_a_process_without_questions_knows_none(place, tmp_path):

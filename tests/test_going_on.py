@@ -222,6 +222,18 @@ def test_of_two_that_start_together_one_writes(tmp_path):
         assert (out / "run.json").stat().st_ino == before.st_ino and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_run_directory_that_is_a_link_stays_one(tmp_path):
+    """To a large disk, say: an earlier run is moved aside there, and the next one is there too."""
+    disk, out = tmp_path / "disk/scout", tmp_path / "scout"
+    (disk / "checkpoints/step_00000001").mkdir(parents=True)
+    (disk / "checkpoints/step_00000001/train_state.json").write_text("{}")
+    out.symlink_to(disk)
+    with runs.start_directory(out, {"settings": {"init_from": "scratch"}}, runs.Log(out, 0)):
+        assert out.is_symlink() and (disk / "run.json").is_file()
+    assert sorted(p.name for p in disk.parent.iterdir()) == ["scout", "scout.1"]
+    assert runs.latest(disk.parent / "scout.1")
+
+
 def test_a_copy_of_a_checkpoint_is_the_users(tmp_path):
     state = dict.fromkeys(runs.STATE, 0) | {"best": 1.0}
     for name in "step_00000009_keep", "step_old", "step_00000001":

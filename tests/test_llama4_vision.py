@@ -327,7 +327,7 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
     records = [r for i, c in enumerate(words) for r in (
         {"image": i, "captions": [f"{c} square"]},
         {"image": i, "conversations": [{"from": "human", "value": "<image>\ncolour?"}, {"from": "gpt", "value": c}]})]
-    images.save({"train": records, "val": records}, folder, progress=False)
+    images.save({"train": records, "val": records}, folder)
     vision.VITS["llama4_test"] = vision.VitConfig(**TOWER | dict(tiles=4))
     shape = {k: v for k, v in TEXT.items() if k != "context"} | dict(vocab_size=320, n_layer=2, nope_every=2)
     cfg = vlm.VlmConfig(stage="together", encoder="llama4_test", dataset=str(folder), out_dir=str(tmp_path / "run"),
@@ -370,7 +370,7 @@ def test_a_run_is_such_a_checkpoint(tmp_path, capsys):
 def test_a_fresh_tower_learns_before_it_is_frozen(tmp_path):
     """G11: it has no weights to download, and would see at random."""
     np.save(tmp_path / "images.npy", np.zeros((1, 24, 24, 3), np.uint8))
-    images.save({split: [{"image": 0, "captions": ["x"]}] for split in ("train", "val")}, tmp_path, progress=False)
+    images.save({split: [{"image": 0, "captions": ["x"]}] for split in ("train", "val")}, tmp_path)
     cfg = vlm.VlmConfig(stage="align", encoder="llama4_tiny", dataset=str(tmp_path), out_dir=str(tmp_path / "run"),
                         block_size=64, device="cpu")
     for stage in "align", "instruct":

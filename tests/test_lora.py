@@ -339,6 +339,20 @@ def test_a_folder_of_runs_can_be_moved(tmp_path, monkeypatch):
     assert adapter.portable("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
 
 
+def test_what_goes_on_from_an_adapter_elsewhere_finds_its_base(tmp_path, monkeypatch):
+    """Which the first one names by a path within its own folder."""
+    monkeypatch.setattr(config, "ROOT", tmp_path / "project")
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    Llama(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "theirs/out/base")
+    llama = Llama.from_pretrained(tmp_path / "theirs/out/base")
+    adapter.begin(llama, 4, 8, "out/base", seed=0)
+    adapter.save(llama, tmp_path / "theirs/out/first")
+    adapter.save(adapter.load(tmp_path / "theirs/out/first"), tmp_path / "project/out/mine")
+    assert adapter.base_of(tmp_path / "project/out/mine") == tmp_path / "theirs/out/base"
+    adapter.load(tmp_path / "project/out/mine")
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -609,6 +609,28 @@ def test_documents_on_a_gpu_are_attended_without_a_mask(name, monkeypatch):
         torch.testing.assert_close(with_mask, without, atol=1e-6, rtol=1e-5)
 
 
+def test_branches_on_a_gpu_do_not_see_each_other_while_they_are_learned(monkeypatch):
+    """Captions of one picture share its row, and the picture comes as embeddings."""
+    model, idx = build(tiny("llama4-tiny", chunk=4)), tokens(2, 13)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5, 3, 0, 1, 2]] * 2)
+    embeds = model.model.embed_tokens(idx[:, :-1]).detach()
+    want = F.cross_entropy(model(idx[:, :-1], positions=positions)[0].flatten(0, 1), idx[:, 1:].flatten())
+    monkeypatch.setattr("model.takes_starts", lambda x, head_dim: True)
+    torch.testing.assert_close(model(embeds=embeds, targets=idx[:, 1:], positions=positions)[1], want)
+
+
+def test_queries_have_the_dtype_of_values_where_autocast_widens_the_norm(monkeypatch):
+    """CUDA's does, and the kernel for documents takes one dtype."""
+    narrow, seen = F.rms_norm, []
+    monkeypatch.setattr(F, "rms_norm", lambda *args, **more: narrow(*args, **more).float())
+    attend = model_file.attend
+    monkeypatch.setattr("model.attend", lambda q, k, v, *rest: seen.append((q.dtype, k.dtype, v.dtype)) or attend(
+        q, k, v, *rest))
+    with torch.autocast("cpu", torch.bfloat16):
+        build(tiny("scout-128m"))(tokens(1, 9))
+    assert seen and all(dtypes == (torch.bfloat16,) * 3 for dtypes in seen)
+
+
 def branches(T, generator):
     """Random positions (T,) of documents and continuations that jump back anywhere, also within continuations."""
     positions = [0]

@@ -217,7 +217,7 @@ def test_records_by_hand(reason, tmp_path, capsys):
     """G6, G15: save leaves them out; training names file and record in one line."""
     photo(tmp_path / "a.png")
     good = {"image": "a.png", "captions": ["A dog."]}
-    images.save({"train": [good, *RECORDS[reason]], "val": [good]}, tmp_path, progress=False)
+    images.save({"train": [good, *RECORDS[reason]], "val": [good]}, tmp_path)
     out = capsys.readouterr().out
     assert images.load(tmp_path, "train") == [good]
     assert f"{len(RECORDS[reason])} of no use: " in out and reason in out and "train record 2" in out
@@ -328,10 +328,11 @@ def test_pictures_that_viewers_open(tmp_path):
     (np.float32([0, 0.5, 1, np.nan]), [0, 128, 255, 0]), (np.float32([0, 100, 200, np.nan]), [0, 100, 200, 0]),
     (np.float32([-np.inf, 0.2, 1, np.inf]), [0, 51, 255, 255]), (np.float32([-0.02, 0.2, 1, 1.02]), [0, 51, 255, 255]),
     (np.float32([0, 2, 3, 255]), [0, 2, 3, 255]), (np.float32([np.nan] * 4), [0] * 4),
-    (np.uint16([0, 257, 65535, 25700]), [0, 1, 255, 100])])
+    (np.uint16([0, 257, 65535, 25700]), [0, 1, 255, 100]), (np.uint16([0, 200, 130, 257]), [0, 1, 1, 1])])
 def test_deep_gray_becomes_8_bits(values, gray, tmp_path):
-    Image.fromarray(values[None]).save(tmp_path / "a.tiff")
-    assert np.array(picture_files.read(tmp_path / "a.tiff"))[0].tolist() == [[x] * 3 for x in gray]
+    for name in ["a.tiff"] + ["a.png"] * (values.dtype == np.uint16):
+        Image.fromarray(values[None]).save(tmp_path / name)
+        assert np.array(picture_files.read(tmp_path / name))[0].tolist() == [[x] * 3 for x in gray]
 
 
 @pytest.mark.parametrize("depth, kind", [(8, 0), (8, 2), (16, 0)])
@@ -361,8 +362,7 @@ def test_errors_name_the_whole_path(tmp_path, capsys):
     """G10: of two files with one name, which? In errors and in bad_images.txt."""
     paths = [str(write(tmp_path / folder / "x.jpg", "no picture")) for folder in "ab"]
     good = {"image": str(photo(tmp_path / "a.png")), "captions": ["a"]}
-    images.save({"train": [good] + [{"image": p, "captions": ["a"]} for p in paths], "val": [good]}, tmp_path / "o",
-                progress=False)
+    images.save({"train": [good] + [{"image": p, "captions": ["a"]} for p in paths], "val": [good]}, tmp_path / "o")
     assert (tmp_path / "o/bad_images.txt").read_text().splitlines() == [f"{p}: it is not a picture" for p in paths]
     out = capsys.readouterr().out
     assert f"2 pictures cannot be read and were left out: {paths[0]}" in out and "(with 2 records)" in out
@@ -600,8 +600,8 @@ def test_few_records_still_make_both_splits(count, fraction, prepare, tmp_path):
 def test_what_an_earlier_preparation_left_is_no_split_of_this_one(tmp_path):
     """Its test pictures may be in training now."""
     good = {"conversations": MORE}
-    images.save({split: [good] for split in images.SPLITS}, tmp_path / "data", progress=False)
-    images.save({"train": [good], "val": [good]}, tmp_path / "data", progress=False)
+    images.save({split: [good] for split in images.SPLITS}, tmp_path / "data")
+    images.save({"train": [good], "val": [good]}, tmp_path / "data")
     with pytest.raises(config.Mistake, match="only train and val"):
         images.load(tmp_path / "data", "test")
 
@@ -664,7 +664,7 @@ def test_a_data_set_goes_before_a_folder_of_its_name(tmp_path, monkeypatch):
 def test_splits_that_are_not_there(tmp_path):
     """G10: the message says which splits there are, and what is wrong with an empty one."""
     good = {"conversations": MORE}
-    images.save({"train": [good], "val": []}, tmp_path / "shapes", progress=False)
+    images.save({"train": [good], "val": []}, tmp_path / "shapes")
     with pytest.raises(config.Mistake, match="only train and val"):
         images.load(tmp_path / "shapes", "test")
     tokenizer.byte().save(tmp_path / "tales")

@@ -155,7 +155,7 @@ def test_a_wrong_answer_is_wrong_and_of_its_kind(records):
 
 
 def test_grade():
-    assert quiz.grade(" the owl\n", "the owl")
+    assert quiz.grade(" the owl\n", "the owl") and quiz.grade("the owl", " the owl\n")
     for text in "", "owl", "the owls", "the owl the owl", "The owl", "the  owl", "the hen":
         assert not quiz.grade(text, "the owl")
 

@@ -38,7 +38,7 @@ def data_set(folder, records, val=None):
     folder.mkdir(exist_ok=True)
     if not (folder / "images.npy").exists():
         np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 255, (6, 48, 48, 3), np.uint8))
-    images.save({"train": records, "val": val or records}, folder, progress=False)
+    images.save({"train": records, "val": val or records}, folder)
     return folder
 
 
@@ -287,7 +287,7 @@ def test_a_save_reads_the_frozen_encoder_and_the_pairs_no_more(start, tmp_path, 
     from safetensors.torch import load_file, save_file
     save_file(load_file(start / "run/encoder.safetensors"), tmp_path / "a.safetensors")
     calls = []
-    for module, name in ((vision, "digest_of"), (vlm, "fingerprint")):
+    for module, name in ((vision, "digest_of"), (vlm, "pairs_digest")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, real=real, name=name: calls.append(name) or real(*args))
     vlm.fit(settings(start / "data", tmp_path / "run", stage="align", vit_weights=str(tmp_path / "a.safetensors"),
@@ -297,7 +297,7 @@ def test_a_save_reads_the_frozen_encoder_and_the_pairs_no_more(start, tmp_path, 
     calls.clear()
     vlm.fit(settings(data, tmp_path / "prefer", stage="prefer", init_from=str(start / "run"), encoder=None,
                      max_iters=4, eval_interval=1), {})
-    assert calls.count("fingerprint") == 1
+    assert calls.count("pairs_digest") == 1
 
 
 def test_letters_without_a_font_are_no_warning(tmp_path):

@@ -228,7 +228,12 @@ GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2, "temperature": 0}  # 
     ({"guided_choice": ["a"]}, 400, "guided_choice"), ({"guided_grammar": "a"}, 400, "guided_grammar"),
     ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs"), ({"grammar": "a"}, 400, "grammar"),
     ({"json_schema": {}}, 400, "json_schema"), ({"use_beam_search": True}, 400, "use_beam_search"),
-    ({"modalities": ["text", "audio"]}, 400, "modalities"),
+    ({"modalities": ["text", "audio"]}, 400, "modalities"), ({"allowed_token_ids": [1]}, 400, "allowed_token_ids"),
+    ({"chat_template": "x"}, 400, "chat_template"), ({"continue_final_message": True}, 400, "continue_final_message"),
+    ({"add_generation_prompt": False}, 400, "add_generation_prompt"), ({"n_predict": 3}, 400, "n_predict"),
+    ({"mirostat": 2}, 400, "mirostat"), ({"dry_multiplier": 0.8}, 400, "dry_multiplier"),
+    ({"xtc_probability": 0.5}, 400, "xtc_probability"), ({"truncate_prompt_tokens": 3}, 400, "truncate_prompt_tokens"),
+    ({"include_stop_str_in_output": True}, 400, "include_stop_str_in_output"),
 ])
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_wrong_is_said_in_openais_way(served, changes, status, words, stream):
@@ -239,6 +244,7 @@ def test_what_is_wrong_is_said_in_openais_way(served, changes, status, words, st
 
 @pytest.mark.parametrize("messages", [
     [], "hi", [3], [{"role": "user"}], [{"role": "user", "content": None}], [{"content": "x"}], [{}],
+    [{"role": "human", "content": "x"}],
     [{"role": "user", "content": [{"type": "image_url"}]}]])
 def test_messages_that_are_none(served, messages):
     with pytest.raises(openai.BadRequestError, match="messages"):

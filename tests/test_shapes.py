@@ -94,7 +94,7 @@ def decode(pixels, made, flat):
 def test_pictures_are_not_for_train_py(tmp_path):
     """Though they have a meta.json, which says how often guessing is right."""
     shapes.images.save({split: [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
-                        for split in ("train", "val")}, tmp_path, progress=False)
+                        for split in ("train", "val")}, tmp_path)
     (tmp_path / "meta.json").write_text(json.dumps({"chance": {"all": 0.4}}))
     with pytest.raises(config.Mistake, match="holds pictures, which are for vlm.py"):
         train.open_data(tmp_path, train.TrainConfig())
@@ -298,7 +298,7 @@ def test_each_stage_goes_on_from_the_one_before_and_changes_its_parts_alone(monk
         words = [f"config/shapes_{stage}.py", f"--dataset={data}", f"--out_dir={out}", "--max_iters=2",
                  "--batch_size=4", "--sample_tokens=3", "--device=cpu", "--dtype=float32"]
         keys = train.KEYS if stage == "text" else "vlm.py:VlmConfig"
-        given, shape = config.load(keys, words, train.SHAPE_KEYS)
+        given, shape = config.load(keys, words, config.SHAPE)
         if stage == "text":
             train.main(config.make(train.TrainConfig, given), shape)
         else:

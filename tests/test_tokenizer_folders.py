@@ -323,7 +323,7 @@ def earlier_folder(folder):
                             byte_fallback=True), {"<unk>": 0, "<s>": 1, "</s>": 2}, None,
         {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, tokenizer_spec.STRIP]},
         {"type": "Prepend", "prepend": " "}, "<s>") | {"truncation": None, "padding": None}
-    spec["added_tokens"].append(tokenizer_spec.added("<tool>", 259, False, normalized=False))
+    spec["added_tokens"].append(tokenizer_spec.added_token("<tool>", 259, False, normalized=False))
     return write(folder, {"tokenizer.json": spec, "tokenizer_config.json": PLAIN | {
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_prefix_space": True,
         "clean_up_tokenization_spaces": False}})

@@ -58,7 +58,7 @@ def squares(tmp_path_factory):
         {"image": i, "captions": [f"{c} square"]},
         {"image": i, "conversations": [{"from": "human", "value": "<image>\ncolour?"}, {"from": "gpt", "value": c}]})]
     records.append({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]})
-    images.save({"train": records[:8] + records[-1:], "val": records[8:16]}, folder, progress=False)
+    images.save({"train": records[:8] + records[-1:], "val": records[8:16]}, folder)
     return folder
 
 
@@ -343,7 +343,7 @@ def test_pictures_of_later_turns_are_of_no_other_row(squares, tmp_path):
     records = [{"image": [0, 1], "conversations": [ask, say, ask, say]},
                {"image": 2, "conversations": [more, say, ask, say]},
                {"image": 3, "captions": ["a"]}, {"image": 2, "captions": ["b"]}]
-    images.save({"train": records}, tmp_path, progress=False)
+    images.save({"train": records}, tmp_path)
     found = []
     for size in 1, 4:
         run = vlm.Runner(settings(tmp_path, "unused", batch_size=size), see, tok, torch.device("cpu"), torch.float32)
@@ -510,13 +510,13 @@ def test_captions_of_good_and_bad_pictures(zoo, tmp_path, capsys):
 def test_prepare_leaves_out_bad_pictures(zoo, tmp_path, capsys):
     good, bad = zoo
     records = [{"image": str(p), "captions": ["x"]} for p in (*good.values(), *bad.values())]
-    images.save({"train": records, "val": records[:1]}, tmp_path, progress=False)
+    images.save({"train": records, "val": records[:1]}, tmp_path)
     assert [r["image"] for r in images.load(tmp_path, "train")] == [str(p) for p in good.values()]
     listed = (tmp_path / "bad_images.txt").read_text()
     assert len(listed.splitlines()) == len(bad) and all(n in listed for n in bad)
     assert f"{len(bad)} pictures cannot be read" in capsys.readouterr().out
     with pytest.raises(config.Mistake, match="no usable record"):
-        images.save({"train": records[-2:]}, tmp_path / "none", progress=False)
+        images.save({"train": records[-2:]}, tmp_path / "none")
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -558,7 +558,7 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(start, squares, tmp
     if stage == "prefer":
         records = [{"image": i, "question": "colour?", "chosen": words[i % 4], "rejected": words[-i % 4] + "!"}
                    for i in range(8)]
-    images.save({"train": records, "val": records[:4]}, folder, progress=False)
+    images.save({"train": records, "val": records[:4]}, folder)
     logs = []
     for batch_size, passes in (8, 1), (4, 2), (1, 8):
         out = tmp_path / str(batch_size)
@@ -627,7 +627,7 @@ def test_preferences(start, squares, tmp_path):
     folder.mkdir()
     os.link(squares / "images.npy", folder / "images.npy")
     pairs = [{"image": i, "question": "colour?", "chosen": "nice", "rejected": "ugly words"} for i in range(8)]
-    images.save({"train": pairs, "val": pairs[:4]}, folder, progress=False)
+    images.save({"train": pairs, "val": pairs[:4]}, folder)
     cfg = settings(folder, tmp_path / "run", stage="prefer", init_from=str(start), encoder=None, max_iters=30,
                    eval_interval=15, keep=9)
     vlm.fit(cfg, {})

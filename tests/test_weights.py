@@ -355,7 +355,7 @@ def test_a_merged_adapter_chats_in_llama_cpp(chatty, tmp_path):
         assert got["choices"][0]["message"]["content"] == said[question, "adapted"]
         ended = got["choices"][0]["finish_reason"] == "stop"
         assert ended == (len(tok.encode(said[question, "adapted"])) < 40)
-    assert any(said[question, "adapted"] != said[question, "plain"] for question, _ in said)  # it does change what is said
+    assert any(said[question, "adapted"] != said[question, "plain"] for question, _ in said)
 
 
 @pytest.mark.slow
