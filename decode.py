@@ -29,6 +29,7 @@ class PackedLinear(nn.Module):
     products with panels runs on all of them, and a panel's 16 running sums stay in registers.
     """
     WIDTH = 16
+    large = torch.float32  # dtype of products with more than 64 rows; `to_decode` may have another
 
     def __init__(self, panels):
         """panels (n, in, 16), as `stored` makes them."""
@@ -44,7 +45,7 @@ class PackedLinear(nn.Module):
         """x (..., in) -> (..., out)."""
         rows = x.flatten(0, -2)  # (rows, in)
         if len(rows) > 64:  # a prompt: one large product is faster, even after putting W together again
-            return x @ self.weight.transpose(0, 1).flatten(1)
+            return (x.to(self.large) @ self.weight.to(self.large).transpose(0, 1).flatten(1)).to(x.dtype)
         y = torch.bmm(rows.expand(len(self.weight), -1, -1), self.weight)  # (n, rows, 16)
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
@@ -285,13 +286,17 @@ def compile_step(model):
 def to_decode(model, compile=False, bits=32, rows=0):
     """Make a Llama's generation fast; returns the model, which may be another one.
 
-    On a CPU float32 matrices are packed; or, with rows, they are made bfloat16 if a step of so many rows takes less
-    time then, on this processor. compile: see `compile_step`. bits: see `pack`; ValueError where it cannot be.
+    On a CPU float32 matrices are packed. With rows, products are free to be what is fast on this processor: those of
+    prompts, and all of them if a step of so many rows takes less time in bfloat16. compile: see `compile_step`. bits:
+    see `pack`; ValueError where it cannot be.
     """
     weight, ready = model.lm_head.weight, isinstance(model.lm_head, (PackedLinear, Int8Linear))
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and not ready:
         half = bfloat16_copy(model) if rows and bits == 32 and product_units() == torch.bfloat16 else None
         pack(model, bits)
+        for module in model.modules() if rows else ():
+            if isinstance(module, PackedLinear):
+                module.large = product_units()
         if half and seconds_of_step(half, rows) < seconds_of_step(model, rows):
             model = half
     elif bits < 32:

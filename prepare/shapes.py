@@ -172,7 +172,7 @@ def told(stage, row, objects, asked, rng):
     if stage == "prefer":
         return [{"image": row, "question": "<image>", "chosen": plain, "rejected": longer}]
     if stage == "instruct":
-        return [caption, *about, *rng.sample(texts(objects, asked, rng), rng.random() < 0.25)]
+        return [caption, *about, *rng.sample(texts(objects, asked, rng), rng.random() < 0.375)]
     return [{"image": row, "captions": [plain]}, *about]
 
 

@@ -660,6 +660,19 @@ def test_auto_takes_the_faster_of_packed_float32_and_bfloat16(faster, monkeypatc
     assert to_decode(plain, rows=1) is plain
 
 
+@torch.no_grad()
+def test_products_of_prompts_are_in_what_is_fast_unless_float32_was_asked_for(monkeypatch):
+    monkeypatch.setattr(decode, "product_units", lambda: torch.bfloat16)
+    monkeypatch.setattr(decode, "seconds_of_step", lambda model, rows: 0.0)  # so that float32 stays
+    plain = talker(**DENSE)
+    idx = torch.arange(70)[None] % plain.config.vocab_size
+    exact, free = to_decode(copy.deepcopy(plain))(idx)[0], to_decode(copy.deepcopy(plain), rows=1)
+    torch.testing.assert_close(exact, plain(idx)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(free(idx[:, :9])[0], exact[:, :9], atol=1e-5, rtol=1e-5)  # few rows stay float32
+    prompt = free(idx)[0]
+    assert prompt.dtype == torch.float32 and 1e-4 < (prompt - exact).abs().max() / exact.std() < 0.05
+
+
 def test_a_token_is_timed():
     assert 0 < decode.seconds_of_step(talker(), 3) < 10
     assert decode.seconds_of_step(talker(context=2), 1) == 0  # there is one token, and nothing between two
