@@ -1,8 +1,11 @@
 """Learn from feedback on answers: a reward for each (GRPO), or which of two is better (DPO). The loop is train.py's.
 
-    python feedback.py config/quiz_grpo.py --init_from=out/quiz     its own answers, rewarded where they are right
-    python feedback.py config/quiz_dpo.py --init_from=out/quiz      pairs of a right and a wrong answer
-    python feedback.py --eval_only --init_from=out/quiz             how many of all validation questions it answers
+    python feedback.py config/quiz_grpo.py                  its own answers, rewarded where they are right
+    python feedback.py config/quiz_dpo.py                   pairs of a right and a wrong answer
+    python feedback.py --eval_only --init_from=out/quiz     how many of all validation questions it answers
+
+Of train.py's keys, epochs, doc_mask, whole_docs, hellaswag, head_copy and shard are refused; block_size, model,
+eval_tokens, sample_tokens and hellaswag_items are without effect.
 
 GRPO, on policy: for each question the model draws a group of answers; one that earns more than the mean of its group
 becomes likelier, one that earns less becomes rarer. Each answer is used once, so nothing has to be clipped, and there

@@ -8,6 +8,7 @@ B starts at zero, so training starts from exactly the model that was there. A ch
 what fine-tuning teaches: of a 1B Llama it has 11M numbers, only they need gradients and an optimizer's moments, and a
 checkpoint holds nothing else. W + s B A is a matrix of W's shape, so in the end `merge` can make one of the two.
 
+    python prepare/text.py --input my_folder --out data/mine --tokenizer=out/smollm2
     python train.py --init_from=out/smollm2 --dataset=mine --lora_rank=16
     python sample.py --init_from=out/mine                       opens the adapter together with its base model
 

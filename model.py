@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class LlamaConfig:
     """The shape of a Llama. Raises ValueError, naming the field, for a shape that cannot be built."""
-    # -- the model's shape: what is not given is as in its preset
+    # -- the model's shape: what is not given is as in its preset, not as here; the data give the vocabulary
     arch: str = "llama"  # {llama, llama4} llama is 1 to 3: decides the layout of RoPE and the names of parameters
     vocab_size: int = 32000  # the SentencePiece vocabulary of Llama 1 and 2
     n_layer: int = 32  # this and the next sizes: Llama 7B
@@ -40,7 +40,7 @@ class LlamaConfig:
     dim: int = 4096  # width of the residual stream
     head_dim: int = 0  # 0: dim / n_head
     ffn_dim: int = 11008  # width of a dense SwiGLU; Llama 1 rounds 2/3 of 4*dim up to a multiple of 256
-    context: int = 2048  # longest sequence the model is meant for
+    context: int = 2048  # longest sequence the model is meant for; of a new one block_size, unless given
     norm_eps: float = 1e-5  # Llama 1 uses 1e-6, all later ones 1e-5
     rope_theta: float = 10000.0  # base of the RoPE wavelengths; longer contexts want a larger one
     rope_scaling: tuple[float, ...] = ()  # Llama 3.1's (factor, low, high, original context); (): no scaling
@@ -118,7 +118,7 @@ class LlamaConfig:
 
 
 def _presets():
-    """{name: LlamaConfig} of every published Llama (sources: their config.json) and of this project's own.
+    """{name: LlamaConfig} of published Llamas (sources: their config.json) and of this project's own.
 
     `replace` copies sizes that __post_init__ has filled in: with another n_head, n_kv_head and head_dim are given too.
     """

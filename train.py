@@ -1,11 +1,11 @@
 """Train a Llama: from scratch, from where a run stopped, or from any Hugging Face checkpoint.
 
     python train.py config/tales.py                                       one process
-    torchrun --nproc_per_node=8 train.py config/scout.py                  one process per GPU
+    torchrun --nproc_per_node=8 train.py config/mini_llama.py             one process per GPU
     python train.py config/tales.py --learning_rate=1e-3 --n_layer=8      any key, also the model's
     python train.py --init_from=resume --out_dir=out/tales                go on where it stopped
     python train.py --eval_only --init_from=out/tales                     loss, perplexity, bits per byte
-    python train.py --eval_only --init_from=out/tales --hellaswag=True    HellaSwag, after prepare/hellaswag.py
+    python train.py --eval_only --init_from=out/smollm2 --hellaswag=True  HellaSwag, after prepare/hellaswag.py
 
 The run directory is a Hugging Face checkpoint (config.json, model.safetensors, the tokenizer's files) with
 run.json, log.jsonl and loss.png beside it; best/ has the weights of the lowest validation loss.

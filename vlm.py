@@ -9,6 +9,9 @@
     python vlm.py --trace --caption img.jpg                            each step from the pixels to the logits
     python vlm.py config/vlm_align.py --eval --split=test              loss, CIDEr-D, BLEU-4, exact match
 
+Of train.py's keys, epochs, doc_mask, whole_docs, hellaswag and head_copy are refused. In use, --top_k keeps so many
+likely tokens, as in sample.py.
+
 How a picture's numbers reach a logit, in `Vlm.embed` and `Vlm.forward`:
 
     pixels (N, 3, S, S) -encoder-> features (N, P, W) -projector-> image tokens (N, P, D), as wide as the embeddings of
@@ -633,7 +636,7 @@ def score(cfg):
 @dataclass
 class VlmConfig(train.TrainConfig):
     """How to train and use a Llama that sees; the keys of model.py's LlamaConfig shape a new one."""
-    stage: str = "align"  # {align, see, instruct, prefer, together} learn: projector; + encoder; + Llama (twice); all
+    stage: str = "align"  # {align, see, instruct, prefer, together} projector; with encoder; with Llama; by DPO; all
     encoder: str | None = None  # "vit_b_16" or another of vision.py; None: the checkpoint's, else vit_b_16
     vit_weights: str | None = None  # file of torchvision's ViT weights; None: their download, where it learns none
     pixel_shuffle: bool | None = None  # join 2 x 2 image tokens: 196 -> 49; None: as the checkpoint, else no

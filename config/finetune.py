@@ -7,7 +7,7 @@
 dataset = "chat"
 init_from = "out/smollm2"
 out_dir = "out/finetune"
-block_size = 1024  # most conversations; prepare/chat.py says which one its data need
+block_size = 1024  # most conversations; prepare/chat.py prints a larger one where its data need it
 batch_size = 4  # a processor's memory holds that of a small model
 gradient_accumulation_steps = 2  # 8 sequences of conversations; from 32 on, larger batches learn less from each
 epochs = 2  # a third time teaches the words rather than the way

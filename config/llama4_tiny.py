@@ -1,4 +1,4 @@
-"""The vision stages' text model: a Llama 4 of 223,795,968 parameters, 138,861,312 active per token, on Cosmopedia.
+"""A Llama 4 of 223,795,968 parameters, 138,861,312 active per token, on Cosmopedia.
 
     python prepare/cosmopedia.py --limit=4500000        # 2.8 billion tokens of its 39 million documents
     torchrun --nproc_per_node=1 train.py config/llama4_tiny.py

@@ -1,4 +1,4 @@
-"""The quick start's Llama learns to answer questions about its tales: some minutes on two cores.
+"""The quick start's Llama learns to answer questions about its tales: a minute or two on two cores.
 
     python train.py config/quiz_begin.py      # after what it begins with
     python prepare/quiz.py && python train.py config/quiz.py

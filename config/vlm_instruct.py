@@ -2,7 +2,6 @@
 
     python prepare/llava.py --input llava_instruct_150k.json --images coco/train2017
     python vlm.py config/vlm_instruct.py
-    python vlm.py config/vlm_instruct.py --init_from=out/vlm_align
 """
 dataset = "llava"
 out_dir = "out/vlm_instruct"

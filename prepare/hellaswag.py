@@ -2,7 +2,7 @@
 
     python prepare/hellaswag.py                         # the validation split from the hub
     python prepare/hellaswag.py --input FILES           # jsonl, json (each also packed) or parquet
-    python train.py --eval_only --hellaswag=True --init_from=out/tales      # scores; the flag works in training too
+    python train.py --eval_only --hellaswag=True --init_from=out/smollm2    # scores; the flag works in training too
 
 Writes data/hellaswag/val.jsonl: {"query", "endings", "label"}, one item a line. Items with the raw fields are cleaned
 as EleutherAI's lm-evaluation-harness cleans them; items that have a "query" are taken as they are. The scores are the

@@ -222,7 +222,7 @@ FILES = rf"{shards.DATA_FILES}|(train|val)\.jsonl(\.\d+\.tmp)?"  # those of this
 @dataclass
 class Settings:
     """How many conversations, and where they go."""
-    conversations: int = 20000  # [1, inf) to learn from, 3 million tokens: more than a laptop reads in five minutes
+    conversations: int = 20000  # [1, inf) to learn from, 3 million tokens: twice what config/quiz.py reads
     val_conversations: int = 6000  # [1, inf) of held-out combinations, a question each: 95 % has an error of 0.3 points
     questions: int = 20  # [1, inf) in a training conversation at most, nearly all it can have: reading costs more
     names: bool = True  # False: no questions for the name of a hero or a helper

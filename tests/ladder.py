@@ -158,8 +158,8 @@ def draw(found, path):
         axes.spines[["top", "right"]].set_visible(False)
         floor = next(iter(found.values()))["floor"]
         if key == "bits" and floor:
-            axes.axvline(floor, color="#555555", linestyle="--", linewidth=1, label=f"floor, {floor:.4f}")
-            axes.legend(loc="center right")
+            axes.axvline(floor, color="#555555", linestyle="--", linewidth=1)
+            axes.set_title(f"{title} (dashed: the floor, {floor:.4f})")
     axes.invert_yaxis()
     runs.write_figure(figure, path)
 

@@ -44,7 +44,7 @@ ROWS = {  # name: (what is learned, the command, where it begins)
     "rejection": ("its own right answers (rejection sampling)", "feedback.py config/quiz_grpo.py --baseline=zero",
                   "half"),
     "random": ("random rewards", "feedback.py config/quiz_grpo.py --reward=random", "half"),
-    "more": ("more SFT", "train.py config/quiz.py", "half"),
+    "more": ("more SFT, from the same start", "train.py config/quiz.py", "half"),
     "dpo": ("preferences (DPO)", "feedback.py config/quiz_dpo.py", "half"),
 }
 

@@ -396,7 +396,8 @@ def test_learning_rate_schedules(words):
     (10, 1, True), (0, 1, False), (1, 1, True), (4, 4, True), (3, 4, False)])
 def test_a_warmup_that_takes_the_whole_run_is_said(words, capsys, warmup, steps, said):
     cfg = settings(words, "unused", warmup_iters=warmup, max_iters=steps)
-    task = SimpleNamespace(cfg=cfg, model=torch.nn.Linear(1, 1), llama=None, device=CPU, dtype=torch.float32, why_dtype="")
+    task = SimpleNamespace(cfg=cfg, model=torch.nn.Linear(1, 1), llama=None, device=CPU, dtype=torch.float32,
+                           why_dtype="")
     train.print_schedule(task, 100)
     assert (f"warmup     ends after step {warmup}, training after step {steps}:" in capsys.readouterr().out) == said
 
