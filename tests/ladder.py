@@ -159,7 +159,7 @@ def draw(found, path):
         floor = next(iter(found.values()))["floor"]
         if key == "bits" and floor:
             axes.axvline(floor, color="#555555", linestyle="--", linewidth=1)
-            axes.set_title(f"{title} (dashed: the floor, {floor:.4f})")
+            axes.set_title(f"{title}, dashed floor {floor:.4f}")
     axes.invert_yaxis()
     runs.write_figure(figure, path)
 
