@@ -63,7 +63,6 @@ def write(directory, hf, state, max_shard_size="5GB"):
     """Write hf, the dict of a config.json (None: without one), and the tensors of state. See `save`."""
     from huggingface_hub import split_torch_state_dict_into_shards
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     rank, world = (RANK, WORLD) if any(hasattr(t, "placements") for t in state.values()) else (0, 1)
     if world > 1:
         max_shard_size = min(5 * 10**9, sum(t.numel() * t.itemsize for t in state.values()) // world)
@@ -74,7 +73,10 @@ def write(directory, hf, state, max_shard_size="5GB"):
     if split.is_sharded:
         texts["model.safetensors.index.json"] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     written = together if world > 1 else contextlib.nullcontext
-    with tempfile.TemporaryDirectory(".tmp", dir=directory) as folder:
+    with contextlib.ExitStack() as stack:
+        with written():  # all have a place to write to before one waits for another
+            directory.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(".tmp", dir=directory))
         for start in range(0, len(files), world):  # as many files as processes
             mine, tensors = None, {}
             for owner, (file, names) in enumerate(files[start:start + world]):
@@ -462,7 +464,8 @@ def save_parts(tensors, directory):
     """Write split tensors {name: tensor} into a new directory as safetensors, each process its own parts
     (torch.distributed.checkpoint). Raises OSError, on all of them, where one cannot write."""
     import torch.distributed.checkpoint as dcp
-    directory.mkdir(exist_ok=True)
+    with together():
+        directory.mkdir(exist_ok=True)
     share = sum(t.numel() * t.itemsize for t in tensors.values()) // WORLD
     count = 1 + share // 2**28  # files of each process: the writer holds one in memory beside what it writes
     files = {name: 1 + i * count // len(tensors) for i, name in enumerate(sorted(tensors))}

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
@@ -78,11 +79,32 @@ def in_company():
                              "the last checkpoint is whole") from e
 
 
+def word_of_start(store):
+    """A word on which the processes of this start agree, and which no earlier start had. Torchrun's store outlives
+    processes that it starts again, and its count of restarts is each machine's own."""
+    own = uuid.uuid4().hex
+    if RANK > 0:
+        store.set(f"asks {RANK}", own)
+        word = store.get(f"answer to {own}").decode()  # waits
+        store.add(f"heard {word}", 1)
+        return word
+    end, answered = time.monotonic() + PATIENCE.total_seconds(), set()
+    while store.add(f"heard {own}", 0) < WORLD - 1:  # what dead ones have asked is answered too, and nobody hears it
+        if time.monotonic() > end:
+            raise config.Mistake(f"not all {WORLD} processes have come within {PATIENCE}")
+        for rank in range(1, WORLD):
+            if store.check([f"asks {rank}"]) and (ask := store.get(f"asks {rank}").decode()) not in answered:
+                store.set(f"answer to {ask}", own)
+                answered.add(ask)
+        time.sleep(0.02)
+    return own
+
+
 def init_distributed(device):
     """Join the other processes, if there are any."""
-    if WORLD > 1:  # torchrun's store outlives processes that it starts again: each start has keys of its own there
-        store, _, _ = next(dist.rendezvous("env://", RANK, WORLD))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    if WORLD > 1:
+        store, _, _ = next(dist.rendezvous("env://", RANK, WORLD, timeout=PATIENCE))
+        store = dist.PrefixStore(word_of_start(store), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=PATIENCE)
 

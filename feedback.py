@@ -364,10 +364,11 @@ def main(given, shape):
         raise config.Mistake("--shard=True is train.py's: feedback has a copy of the model on each process")
     cfg.reference = cfg.reference or cfg.init_from
     if cfg.eval_only:
-        device, out = train.begin(cfg, "feedback_")
-        task = Rewards(replace(cfg, eval_questions=10**9), shape, out, device)
-        print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions of {task.folder}, "
-               f"by {out if cfg.init_from == 'resume' else cfg.init_from}")
+        with common.in_company():
+            device, out = train.begin(cfg, "feedback_")
+            task = Rewards(replace(cfg, eval_questions=10**9), shape, out, device)
+            print0(f"val accuracy {task.accuracy():.4f} of {len(task.val):,} questions of {task.folder}, "
+                   f"by {out if cfg.init_from == 'resume' else cfg.init_from}")
     else:
         train.start({"grpo": Rewards, "dpo": Preferences}[cfg.objective], cfg, shape, "feedback_")
 

@@ -4,6 +4,7 @@
     out/<run>/best/       links to the weights with the lowest validation loss
     out/<run>/checkpoints/step_00000250/ ...    the newest few: weights, tokenizer, train_state.json, optimizer/
 """
+import contextlib
 import gc
 import json
 import math
@@ -289,6 +290,14 @@ def held(out):
     return file
 
 
+def need_common(out):
+    """Refuse, once there is a run.json, a process that does not see it: it could not write its part of a model."""
+    all_reduce_sum(0)  # until the first process has written it
+    with together():
+        if not (out / "run.json").is_file():
+            raise OSError(f"process {RANK} does not see it, and a model that is split needs one disk for all")
+
+
 def start_directory(out, facts, log):
     """Make the run directory, an earlier run moved aside; write the log so far and run.json, returned locked."""
     held(out).close()  # by a process that began at the same time, when neither had a run.json yet
@@ -322,4 +331,9 @@ def command_to_resume(out):
 
 def torchrun_agents():
     """A name for the torchrun of each process, [] without one. A torchrun outlives processes that it starts again."""
-    return gather(f"{platform.node()} {os.getppid()}") if "TORCHELASTIC_RUN_ID" in os.environ else []
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    began = ""  # in a container a new torchrun often has the number of the one before
+    with contextlib.suppress(OSError, IndexError):
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return gather(f"{platform.node()} {os.getppid()} {began}")

@@ -8,6 +8,7 @@ import inspect
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 
 import config
 from common import WORLD, first_line
@@ -82,6 +83,12 @@ def can_compile(cfg, device):
         raise config.Mistake(f"torch.compile does not work here ({first_line(e)}): "
                              "leave it off with --compile=False") from e
     return True
+
+
+def share_buffers(model):
+    """Give the copies of a model the first one's buffers: of batch norms, which each process counted for itself."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
 
 
 def data_parallel(model):

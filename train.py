@@ -123,6 +123,8 @@ def with_run(given, shape, keys=KEYS, prefix="", directory=None, only=None):
     settings, model = config.of_run(directory, keys)
     if given.get("init_from") == "resume" and not given.get("eval_only"):
         need_script(directory, keys)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not directory.is_dir():
+            raise config.Mistake(f"nothing to resume in {directory}: all processes need the same disk to go on")
         for key in given.keys() & {"model", "lora_rank", "head_copy"}:  # heeded where a run begins
             if given[key] != (had := settings.get(key, given[key])):
                 raise config.Mistake(f"{directory} began with {key}={had}, and goes on with it: leave the key out")
@@ -172,7 +174,7 @@ from model import PRESETS
 from prepare import shards, tokenizer
 from prepare.windows import rng_for, windows_of
 from scores import HellaSwag, bits_per_byte, eval_batches, eval_spans, evaluate, micro_batch, track
-from shard import Place, can_compile, data_parallel
+from shard import Place, can_compile, data_parallel, share_buffers
 
 CHATS, SHOWN = 2, 1000  # held-out conversations that are sampled at each evaluation; characters of a sample's end
 PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -210,7 +212,7 @@ def fit(task, cfg, out):
     first_step, times, bad_steps, agents = state["step"], deque(maxlen=50), 0, runs.torchrun_agents()
     most_bad_steps = 25 if scaler.is_enabled() else 5  # in a row; the scaler's first scales are too large on purpose
     with (stop_signals() as signals, IdleThreads(device) as threads, memory_advice(cfg, device, task.dtype),
-          in_company(), contextlib.ExitStack() as stack,
+          contextlib.ExitStack() as stack,
           config.mistakes(OSError, prefix=f"cannot write to {out}, whose checkpoints are as they were: ")):
         for step in range(first_step, cfg.max_iters):
             began, done = time.perf_counter(), step + 1
@@ -261,6 +263,8 @@ def fit(task, cfg, out):
             if first and RANK == 0:  # now that a step fits into memory
                 stack.enter_context(runs.start_directory(out, runs.facts_of_run(cfg, llama.config, agents), log))
                 print0(f"memory     {peak_memory(device) / 2**30:.1f} GiB after the first step")
+            if first and sharded:
+                runs.need_common(out)
             if done % cfg.log_interval == 0 or first or last or bad_steps:
                 typical, peak = float(np.median(times)), peak_flops(device)
                 entry = {"step": done, "tokens": state["tokens"], "train_loss": all_reduce_sum(float(loss))[0],
@@ -277,6 +281,8 @@ def fit(task, cfg, out):
 
             if done % cfg.eval_interval == 0 or last or stopping:
                 improved = False
+                if ddp:
+                    share_buffers(model)
                 if not stopping or last:
                     found = task.evaluate(compiled_model)
                     improved = found["val_loss"] < state["best"]  # a NaN is no improvement
@@ -668,6 +674,7 @@ def begin(cfg, prefix=""):
     return device, run_directory(cfg.out_dir, cfg.dataset, prefix)
 
 
+@in_company()
 def start(task_of, cfg, shape, prefix=""):
     """Train what task_of(cfg, shape, out, device) makes: an object like `Text`."""
     micro_batches_per_process(cfg)  # says what is wrong before anything is loaded
@@ -678,6 +685,7 @@ def start(task_of, cfg, shape, prefix=""):
     fit(task, task.cfg, out)
 
 
+@in_company()
 def evaluate_run(cfg, shape):
     """Print the loss of a model on the whole validation split, or its scores on HellaSwag."""
     device, out = begin(cfg)

@@ -604,6 +604,7 @@ def trace(cfg):
         sample.print_steps(sample.steps_of(run.vlm, ids, None, squares.to(run.device)))
 
 
+@common.in_company()
 def score(cfg):
     """Print the loss and the quality of captions and answers on a whole split; returns them."""
     folder = runs.folder_of(cfg)

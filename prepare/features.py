@@ -90,9 +90,10 @@ class Pictures:
                 for path, (size, dtype) in files.items():
                     shards.new_array(path.with_suffix(".tmp"), size, dtype)
                     path.with_suffix(".tmp").replace(path)
-        self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
-        os.utime(place / f"{name}.npy")  # it is in use
-        missing = np.flatnonzero(ready == 0)[RANK::WORLD]
+        with together():  # all read what is missing before one of them fills it
+            self.kept, ready = (np.lib.format.open_memmap(path, "r+") for path in files)
+            os.utime(place / f"{name}.npy")  # it is in use
+            missing = np.flatnonzero(ready == 0)[RANK::WORLD]
         bar = tqdm(total=len(missing), desc="encoding", unit=" pictures", disable=RANK > 0 or not len(missing))
         with together(), bar:
             for i in range(0, len(missing), 32):

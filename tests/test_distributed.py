@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,67 @@ def test_all_processes_take_one_dtype(monkeypatch, suggested, agreed):
         monkeypatch.setattr(common, "pick_dtype", lambda *_, name=name: (getattr(torch, name), "fast"))
         dtype, why = common.agreed_dtype("auto", CPU)
         assert dtype == getattr(torch, agreed) and (why == "fast") == (len(set(suggested)) == 1)
+
+
+def meet(*counts):
+    """In 10 seconds at most, as two machines whose torchruns have counted other restarts."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = counts[common.RANK]
+    common.PATIENCE = timedelta(seconds=10)
+    common.init_distributed(CPU)
+    assert common.gather(common.RANK) == [*range(common.WORLD)]
+
+
+def test_machines_that_have_counted_other_restarts_meet():
+    all_well((2, "meet", "1", "0"), (3, "meet", "0", "0", "2"))
+
+
+def two_starts(port):
+    """The second on the store of the first, as after a restart: what that left there misleads nobody."""
+    said = []
+    for _ in range(2):
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        said.append(common.word_of_start(store))
+    common.init_distributed(CPU)
+    assert common.gather(said) == [said] * common.WORLD and len(set(said)) == 2
+
+
+def test_a_second_start_agrees_on_another_word():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    all_well((3, "two_starts", store.port))
+
+
+def normed(out):
+    """Batch norms of copies see other data; each ends with the first one's statistics."""
+    common.init_distributed(CPU)
+    model = torch.nn.BatchNorm1d(3)
+    model(torch.randn(8, 3, generator=torch.Generator().manual_seed(common.RANK)))
+    shard.share_buffers(model)
+    means = common.gather(model.running_mean.tolist())
+    assert means == [means[0]] * common.WORLD and any(means[0])
+
+
+def barred(out):
+    """One process cannot make its directory, and all say so at once."""
+    common.init_distributed(CPU)
+    whole, common.PATIENCE = checkpoint.tempfile.TemporaryDirectory, timedelta(seconds=20)
+    if common.RANK == 1:
+        def refused(*_, **__):
+            raise OSError(30, "Read-only file system")
+        checkpoint.tempfile.TemporaryDirectory = refused
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    t = distribute_tensor(torch.arange(8.0), init_device_mesh("cpu", (2,)), [Shard(0)])
+    try:
+        checkpoint.write(Path(out), None, {"a": t})
+    except OSError as e:
+        assert "Read-only" in str(e)
+    else:
+        raise AssertionError("it was written")
+    checkpoint.tempfile.TemporaryDirectory = whole
+
+
+def test_copies_agree_and_refusals_reach_all(tmp_path):
+    all_well((3, "normed", ""), (2, "barred", str(tmp_path / "new")))
 
 
 # -- the same numbers --------------------------------------------------------------------------------------------------
