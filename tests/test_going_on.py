@@ -547,6 +547,7 @@ def test_processes_that_see_other_checkpoints_do_not_start(words, tmp_path):  # 
     """Nodes without a shared disk once went on from different steps, each for itself."""
     train.main(settings(words, tmp_path / "run0"), DENSE)
     (tmp_path / "run1/checkpoints").mkdir(parents=True)
+    (tmp_path / "run").mkdir()  # what the command line names; each process takes one of the others
     (tmp_path / "run0/checkpoints/step_00000010").rename(tmp_path / "run1/checkpoints/step_00000010")
     (tmp_path / "apart.py").write_text(f"""
 import os, sys
@@ -560,6 +561,13 @@ config.run(train.main, cfg, shape)
                     block_size=32, batch_size=4, gradient_accumulation_steps=2, device="cpu"), code=1)
     assert "1 of 2 processes do not see" in said and "all need the same disk" in said and "Traceback (most" not in \
         said.split("Root Cause")[0].replace("torch/distributed", "")[:200]
+
+
+def test_going_on_where_a_machine_has_no_run_is_said_before_it_joins(tmp_path, monkeypatch):
+    """With the defaults for its settings it once refused them, while the other machines waited."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(config.Mistake, match="nothing to resume in .*absent: all processes need the same disk"):
+        train.with_run({"init_from": "resume", "out_dir": str(tmp_path / "absent")}, {})
 
 
 def test_a_model_of_the_hub_needs_the_data_of_its_tokenizer(words, tmp_path, monkeypatch):  # noqa: F811
