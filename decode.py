@@ -372,7 +372,7 @@ class Batch:
             raise ValueError(f"a prompt of {len(prompt)} tokens: it takes 1 to {self.size - 1} here")
         new = min(max_new_tokens, self.size - len(prompt))
         request = Request(prompt, new, stop_ids, Sampling(seed=seed, **sampling), done=new < 1)
-        request.generator = request.sampling.generator(self.cache.lengths.device)
+        request.generator = request.sampling.generator("cpu")  # a number a token: those of all rows go as one copy
         if not request.done:
             self.waiting.append(request)
         return request

@@ -472,7 +472,7 @@ class Block(nn.Module):
 class Head(Linear):
     """Logits of hidden states, or the loss of each."""
     WHOLE = 2**28  # so many logits, 1 GiB in float32, are made at once; the loss then holds three such
-    ROWS = 1024  # where there are more: rows made at a time, and made again in the backward pass
+    ROWS = 1024  # where there are more: the most rows made at a time, and made again in the backward pass
 
     def forward(self, x, targets=None, reduction="none"):
         """x (..., D) -> logits (..., V). With x (N, D) and targets (N,): the loss of each in nats, (N,) float32, 0
@@ -488,8 +488,12 @@ class Head(Linear):
             return self.nats(F.linear(x, self.weight), targets, reduction)
         if len(x) * self.out_features <= self.WHOLE:
             return part(x, targets)
+        count = 2
+        while count * self.ROWS < len(x):  # a power of two: torch.compile makes a graph for each number of parts
+            count *= 2
+        size = -(-len(x) // count)
         parts = [checkpoint(part, rows, wanted, use_reentrant=False, preserve_rng_state=False)
-                 for rows, wanted in zip(x.split(self.ROWS), targets.split(self.ROWS))]
+                 for rows, wanted in zip(x.split(size), targets.split(size))]
         return torch.stack(parts).sum() if reduction == "sum" else torch.cat(parts)
 
     def nats(self, logits, targets, reduction):
@@ -916,7 +920,8 @@ class Sampling:
         each, wide = generator if isinstance(generator, list) else [generator], torch.float64
         if p.device.type == "mps":  # it has no float64
             wide = torch.float32
-        draw = torch.cat([torch.rand(len(p) // len(each), 1, dtype=wide, device=p.device, generator=g) for g in each])
+        draw = torch.cat([torch.rand(len(p) // len(each), 1, dtype=wide, device=g.device if g else p.device,
+                                     generator=g) for g in each]).to(p.device)
         sums = p.cumsum(-1, dtype=wide)  # token i is drawn between sums[i - 1] and sums[i]
         place = torch.searchsorted(sums, draw * sums[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
         return (place if ids is None else ids.gather(1, place))[:, 0]

@@ -61,7 +61,8 @@ class Recurrence(nn.Module):
     def forward(self, x, rope, positions, mask=None, cache=None):
         """x (B, T, D) -> (B, T, D). Arguments as for `model.Attention`; the cache has h in place of keys."""
         begins = cache is None or positions.dim() == 1
-        y, h = self.rnn(x, None if begins else cache.keys[self.layer])  # h (1, B, D)
+        with torch.autocast(x.device.type, enabled=False):  # CUDA's has RNNs in float16, where gradients vanish
+            y, h = self.rnn(x.float(), None if begins else cache.keys[self.layer].float())  # h (1, B, D)
         if cache is not None:
             cache.keys[self.layer], cache.values[self.layer] = h, torch.empty(0)
         return y

@@ -129,6 +129,8 @@ def climb(rung, cfg, shape, out):
                                  "it")
         return json.loads((out / "rung.json").read_text(encoding="utf-8"))
     print(f"\n== {rung.name}", flush=True)
+    if pick_device(cfg.device).type == "cuda":
+        torch._dynamo.reset()  # each rung is another model to compile, and the compiler gives up after some
     task = Task(cfg, shape | rung.shape, out, pick_device(cfg.device), rung.changes)
     task.describe()
     train.fit(task, task.cfg, out)  # whose steps may follow from epochs

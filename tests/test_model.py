@@ -955,6 +955,20 @@ def test_the_loss_in_parts_is_compiled(monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found))
 
 
+def test_the_loss_has_few_numbers_of_parts(monkeypatch):
+    """torch.compile makes a graph for each, and gives up after eight; the number of targets changes at each step."""
+    calls, plain = [], model_file.checkpoint
+    monkeypatch.setattr(Head, "WHOLE", 0)
+    monkeypatch.setattr(Head, "ROWS", 64)
+    monkeypatch.setattr(model_file, "checkpoint", lambda *args, **more: calls.append(1) or plain(*args, **more))
+    head, counts = build(tiny("llama-3-8b")).lm_head, set()
+    for n in range(2, 64 * 16, 7):
+        calls.clear()
+        head(torch.randn(n, head.in_features), torch.zeros(n, dtype=torch.long), "sum")
+        counts.add(len(calls))
+    assert counts == {2, 4, 8, 16}
+
+
 def test_the_loss_in_parts_never_has_all_logits(monkeypatch):
     """Neither forward nor backward makes more rows of logits than ROWS."""
     model, rows, plain = build(tiny("llama-3-8b")), [], Head.nats
@@ -963,4 +977,4 @@ def test_the_loss_in_parts_never_has_all_logits(monkeypatch):
     monkeypatch.setattr(Head, "nats", lambda self, x, *to: rows.append(len(x)) or plain(self, x, *to))
     idx = tokens(2, 25)
     model(idx, idx)[1].backward()
-    assert rows == [16, 16, 16, 2] + [2, 16, 16, 16]
+    assert rows == [13, 13, 13, 11] + [11, 13, 13, 13]
