@@ -14,7 +14,6 @@ is no reference model. Letters in shapes: B rows, T positions, n answers, M toke
 Sources: GRPO, DeepSeekMath (arXiv:2402.03300); the mean over tokens, DAPO (2503.14476); DPO (2305.18290).
 """
 import copy
-import hashlib
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -156,8 +155,7 @@ class Feedback:
         for question in (*map(self.question, range(drawn)), *self.val[:cfg.eval_questions]):
             self.check_room(question)
         self.flops_per_token = self.llama.flops_per_token(len(self.prompt(self.questions[0])))
-        self.train_fingerprint, digest = (hashlib.sha256((self.folder / f"{split}.jsonl").read_bytes()).hexdigest()
-                                          for split in ("train", "val"))
+        self.train_fingerprint, digest = runs.digests_of(self.folder)
         self.val_fingerprint = [digest, cfg.eval_questions, cfg.objective]
         self.model = self.objective()
 

@@ -6,6 +6,7 @@
 """
 import contextlib
 import gc
+import hashlib
 import json
 import math
 import os
@@ -224,6 +225,11 @@ class Log:
         plot(curves, self.out / "loss.png", self.out.resolve().name, floor)
 
 
+def digests_of(folder):
+    """The hashes of the training and of the validation records in a data set's jsonl files."""
+    return [hashlib.sha256((folder / f"{split}.jsonl").read_bytes()).hexdigest() for split in ("train", "val")]
+
+
 def folder_of(cfg):
     """The data set's folder: by its name under data/, or cfg.dataset as a path."""
     named, path = config.ROOT / "data" / cfg.dataset, Path(cfg.dataset)
@@ -301,15 +307,15 @@ def need_common(out):
 def start_directory(out, facts, log):
     """Make the run directory, an earlier run moved aside; write the log so far and run.json, returned locked."""
     held(out).close()  # by a process that began at the same time, when neither had a run.json yet
+    real = Path(os.path.realpath(out))  # a link to another disk stays one
     with config.mistakes(OSError, prefix="cannot write the run directory: "):
         if facts["settings"]["init_from"] != "resume" and latest(out):
-            real = Path(os.path.realpath(out))  # a link to another disk stays one
             aside = next(p for i in range(1, 10**6) if not (p := real.with_name(f"{real.name}.{i}")).exists())
             real.rename(aside)
             print0(f"{out} held an earlier run, which is now {aside}")
         new = not out.exists()
         try:
-            Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)
+            real.mkdir(parents=True, exist_ok=True)
             shards.write_text(out / "run.json", json.dumps(facts, indent=1) + "\n")
             log.start()
         except OSError:

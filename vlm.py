@@ -24,7 +24,6 @@ and learned of a data set is in prepare/examples.py, and the loop is train.py's 
 Sources: LLaVA (arXiv:2304.08485, 2310.03744), DPO (2305.18290), RLAIF-V (2405.17220); transformers' Llama 4.
 """
 import contextlib
-import hashlib
 import json
 import sys
 from collections import OrderedDict
@@ -262,8 +261,7 @@ class Stage:
         self.tokens = float(np.mean([self.data.length(rows) for rows in self.data.examples]))  # of an example
         fixed = "llama" in self.model.frozen or hasattr(self.llama, "adapter")  # weights that have no gradients
         self.flops_per_token = self.llama.flops_per_token(int(self.tokens)) * (2 / 3 if fixed else 1)
-        self.train_fingerprint, digest = (hashlib.sha256((self.folder / f"{split}.jsonl").read_bytes()).hexdigest()
-                                          for split in ("train", "val"))
+        self.train_fingerprint, digest = runs.digests_of(self.folder)
         self.val_fingerprint = [digest, cfg.eval_tokens, cfg.block_size]
         self.pairs, self.references = None, []  # log-probabilities (2, n) of the training and of the validation pairs
         if cfg.stage == "prefer":

@@ -27,7 +27,7 @@ if __name__ == "__main__":  # a typo is told before torch is imported
     words = sys.argv[1:]
     if not words or words[0].startswith("--"):
         words = ["config/tales.py", "--max_iters=300", "--eval_interval=100", *words]
-    settings = config.run(config.load, "train.py:TrainConfig", words, "model.py:LlamaConfig")
+    settings = config.run(config.load, "train.py:TrainConfig", words, config.SHAPE)
 
 import torch
 from safetensors.torch import save_model

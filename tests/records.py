@@ -135,7 +135,7 @@ def from_runs(name, directories):
     if len(record.stages) > 1:
         raise config.Mistake(f"{name} has {len(record.stages)} stages, of which a run does not tell: train it anew")
     settings = f"{record.script}:{record.script[:-3].capitalize()}Config"
-    given, shape = config.load(settings, shlex.split(record.stages[0]), "model.py:LlamaConfig")
+    given, shape = config.load(settings, shlex.split(record.stages[0]), config.SHAPE)
     wanted = {key.name: key.default for key in config.keys_of(settings).values()} | given
     for out in map(Path, directories):
         with config.mistakes(OSError, ValueError, KeyError, prefix=f"{out} is no run: "):
